@@ -1,0 +1,12 @@
+// CHECK: for our own bugs only. Data from files, sockets and callers gets a Result instead.
+#pragma once
+
+namespace tensord::base {
+
+// Prints the place and the broken promise to stderr and aborts. Never returns.
+[[noreturn]] void check_failed(const char* file, int line, const char* what);
+
+}  // namespace tensord::base
+
+#define CHECK(condition) \
+  ((condition) ? void(0) : ::tensord::base::check_failed(__FILE__, __LINE__, #condition))

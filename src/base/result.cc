@@ -1,0 +1,47 @@
+#include "base/result.h"
+
+#include <cerrno>
+#include <cstring>
+
+namespace tensord::base {
+
+std::string_view code_name(Code code) {
+  switch (code) {
+    case Code::not_found: return "not_found";
+    case Code::invalid_argument: return "invalid_argument";
+    case Code::exhausted: return "exhausted";
+    case Code::unavailable: return "unavailable";
+    case Code::cancelled: return "cancelled";
+    case Code::corrupt: return "corrupt";
+    case Code::changed: return "changed";
+    case Code::denied: return "denied";
+    case Code::unsupported: return "unsupported";
+    case Code::internal: return "internal";
+  }
+  return "internal";
+}
+
+namespace {
+Code code_of(int errno_value) {
+  switch (errno_value) {
+    case ENOENT:
+    case ENOTDIR: return Code::not_found;
+    case EACCES:
+    case EPERM: return Code::denied;
+    case ENOMEM:
+    case ENOSPC:
+    case EDQUOT:
+    case EMFILE:
+    case ENFILE: return Code::exhausted;
+    case EINVAL: return Code::invalid_argument;
+    default: return Code::unavailable;
+  }
+}
+}  // namespace
+
+Error errno_error(std::string_view what, int errno_value) {
+  char text[128];
+  return Error{code_of(errno_value), std::string(what) + ": " + strerror_r(errno_value, text, sizeof text)};
+}
+
+}  // namespace tensord::base

@@ -1,0 +1,49 @@
+// Catalog: what is known about artifacts beyond the life of a daemon.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/fd.h"
+#include "base/result.h"
+#include "tensor/digest.h"
+
+namespace tensord::catalog {
+
+using base::Result;
+using base::Status;
+
+// What one file's bytes hashed to when it was first read whole. `layout_digest` guards against a change of the rules
+// by which leaves are cut: entries with another value are not used.
+struct FileRecord {
+  base::FileIdentity identity;
+  std::string path;  // the last path it was seen at; for people
+  tensor::Digest layout_digest;
+  std::vector<tensor::Digest> leaves;  // in file order
+};
+
+struct ArtifactRecord {
+  tensor::Digest id;
+  std::string path;  // the last path it was opened from
+  uint64_t payload_bytes = 0;
+  uint64_t tensor_count = 0;
+  std::vector<base::FileIdentity> files;
+};
+
+// Not thread safe: owned by the engine's thread. One contract test for every implementation. Errors: Code::exhausted
+// (disk full), Code::denied, Code::corrupt (the database is damaged: names the file and says that it can be
+// deleted), Code::unavailable; after any of them the catalog is as it was before the call.
+class Catalog {
+ public:
+  virtual ~Catalog() = default;
+  virtual Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity) = 0;
+  // All or nothing: replaces older records of the same files.
+  virtual Status remember(const ArtifactRecord& artifact, const std::vector<FileRecord>& files) = 0;
+  virtual Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id) = 0;
+  virtual Result<std::vector<ArtifactRecord>> list_artifacts() = 0;
+};
+
+}  // namespace tensord::catalog

@@ -1,0 +1,71 @@
+// Runs a CopyPlan with CPU threads.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "base/result.h"
+#include "tensor/plan.h"
+
+namespace tensord::memory {
+
+using base::Result;
+using base::Status;
+
+// Payload of one task: big enough to hide its bookkeeping, small enough to balance two cores on 64 MiB.
+inline constexpr uint64_t kTaskBytes = 4 << 20;
+// Below this much payload the calling thread copies alone: starting a thread costs about 50 us.
+inline constexpr uint64_t kInlineBytes = 4 << 20;
+
+struct CopySource {
+  const std::byte* data = nullptr;
+  uint64_t size_bytes = 0;
+};
+struct CopyTarget {
+  std::byte* data = nullptr;
+  uint64_t size_bytes = 0;
+};
+
+// One run of copies, for traces.
+struct CopySpan {
+  int64_t begin_ns = 0;  // base::monotonic_ns
+  int64_t end_ns = 0;
+  uint32_t thread = 0;
+  uint32_t record = 0;
+  uint64_t size_bytes = 0;
+};
+
+struct CopyReport {
+  uint64_t target_bytes = 0;
+  uint64_t task_count = 0;
+  uint32_t thread_count = 0;
+  int64_t wait_ns = 0;          // summed over threads: in `ready`
+  std::vector<CopySpan> spans;  // only when asked for
+};
+
+struct CopyOptions {
+  int thread_count = 0;  // 0: one per core this process may run on
+  // Called before a task reads bytes [offset, offset + size_bytes) of a source; may block until they are there. Called
+  // from several threads at once. Tasks come in the plan's order, so that copying follows a filling replica.
+  std::function<Status(uint32_t source, uint64_t offset, uint64_t size_bytes)> ready;
+  const std::atomic<bool>* cancel = nullptr;  // checked between tasks: Code::cancelled
+  bool keep_spans = false;
+};
+
+// `plan` must have passed check_plan with the sizes of these sources and targets (CHECK on numbers only). Threads are
+// started and ended within the call; after it returns, whatever the result, nothing touches the targets. The first
+// error wins, and says in Error::target whether any task had begun to write. Casts are fused with the copy; transposes
+// of elements run in cache-sized tiles; no allocation grows with the payload. Source and target must not overlap.
+Result<CopyReport> execute(const tensor::CopyPlan& plan, std::span<const CopySource> sources,
+                           std::span<const CopyTarget> targets, const CopyOptions& options);
+
+// Converts `count` elements. Round to nearest even; overflow becomes infinity; NaN stays NaN. Only pairs of
+// tensor::can_cast (CHECK). Any alignment.
+void cast_elements(tensor::Dtype source_dtype, const std::byte* source, tensor::Dtype target_dtype, std::byte* target,
+                   uint64_t count);
+
+}  // namespace tensord::memory

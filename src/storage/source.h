@@ -1,0 +1,49 @@
+// Source: something the bytes of an artifact's files can be read from.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+
+#include "base/result.h"
+
+namespace tensord::storage {
+
+using base::Result;
+using base::Status;
+
+// `done` is called exactly once, on any thread (also from within read()), when `target` is full or will not be.
+// Errors name file and offset; Code::corrupt when the file ends early, Code::cancelled after cancel().
+struct ReadRequest {
+  uint32_t file = 0;
+  uint64_t offset = 0;  // in the file
+  std::span<std::byte> target;
+  std::function<void(Status)> done;
+};
+
+// How the bytes came, for explain. Thread safe to read at any time.
+struct SourceCounters {
+  uint64_t read_count = 0;
+  uint64_t read_bytes = 0;
+};
+
+// Thread safe. One contract test (source_contract_test.cc) holds for every implementation.
+class Source {
+ public:
+  // Waits until every `done` has returned.
+  virtual ~Source() = default;
+
+  // Starts a read; does not wait for it. `request.target` must stay until `done` is called.
+  virtual void read(ReadRequest request) = 0;
+
+  // Reads that have not begun end with Code::cancelled, soon; those begun may still succeed. Later reads are refused.
+  virtual void cancel() = 0;
+
+  // Code::changed when a file is not what it was when the source was made.
+  virtual Status check_unchanged() = 0;
+
+  virtual SourceCounters counters() const = 0;
+};
+
+}  // namespace tensord::storage

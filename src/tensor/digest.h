@@ -1,0 +1,35 @@
+// Digests: XXH3-128 (canonical big-endian form) of 1 MiB leaves, of tensors, of artifacts. Pure.
+//
+//   leaf digest     XXH3-128 of up to 1 MiB of a tensor's bytes
+//   tensor digest   XXH3-128 of its leaf digests in order (of nothing for an empty tensor)
+//   artifact id     XXH3-128 over the tensors sorted by name: name, dtype, shape, tensor digest, each length-prefixed.
+//                   Independent of files, order in files, metadata, block sizes, thread counts.
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "base/result.h"
+#include "tensor/index.h"
+
+namespace tensord::tensor {
+
+struct Digest {
+  std::array<std::byte, 16> bytes{};
+  auto operator<=>(const Digest&) const = default;
+  std::string to_text() const;  // 32 hexadecimal digits
+};
+Result<Digest> parse_digest(std::string_view text);
+
+// Thread safe. Uses the widest vector instructions of this CPU (the result does not depend on them).
+Digest hash(std::span<const std::byte> bytes);
+
+Digest tensor_digest(std::span<const Digest> leaves);
+
+// `digests`: one per tensor of `index`, in its order.
+Digest artifact_id(const Index& index, std::span<const Digest> digests);
+
+}  // namespace tensord::tensor

@@ -1,0 +1,66 @@
+// Index: the tensors of an artifact and where their bytes lie.
+//
+//   file 0  [8 B length][header JSON][tensor a][tensor b]....      offsets are from the start of the file
+//   file 1  [8 B length][header JSON][tensor c]
+//   Index   files {path, size_bytes}   tensors sorted by name {name, dtype, shape, file, offset, size_bytes}
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/result.h"
+#include "tensor/dtype.h"
+
+namespace tensord::tensor {
+
+using base::Result;
+using base::Status;
+
+// The most dimensions a tensor may have: numpy's own limit.
+inline constexpr size_t kRankMax = 64;
+
+struct Tensor {
+  std::string name;
+  Dtype dtype = Dtype::opaque;
+  std::string dtype_text;       // as the file wrote it; tells opaque types apart
+  std::vector<uint64_t> shape;  // elements; empty for a scalar
+  uint32_t file = 0;            // position in Index::files
+  uint64_t offset = 0;          // of the first byte, from the start of the file
+  uint64_t size_bytes = 0;
+
+  uint64_t element_count() const;  // product of the shape; 1 for a scalar. Checked at parse time: cannot overflow.
+  bool operator==(const Tensor&) const = default;
+};
+
+struct IndexFile {
+  std::string path;  // as the client names it; for messages
+  uint64_t size_bytes = 0;
+  bool operator==(const IndexFile&) const = default;
+};
+
+struct Index {
+  std::vector<IndexFile> files;
+  std::vector<Tensor> tensors;                  // sorted by name, names unique over all files
+  std::map<std::string, std::string> metadata;  // __metadata__ of the first file that has one
+
+  // nullptr when there is no such tensor. O(log n).
+  const Tensor* find(std::string_view name) const;
+  uint64_t payload_bytes() const;  // sum of size_bytes over all tensors
+  bool operator==(const Index&) const = default;
+};
+
+// One file's part of an Index.
+struct FileTensors {
+  std::vector<Tensor> tensors;  // sorted by name; Tensor::file is 0
+  std::map<std::string, std::string> metadata;
+};
+
+// Joins files (in this order) into one Index. Code::corrupt when two files hold one name, naming both files.
+Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts);
+
+}  // namespace tensord::tensor

@@ -1,0 +1,162 @@
+// CopyPlan: a View compiled against an Index: a flat list of strided copies. A value without effects.
+//
+//   source  ....[row 0]......[row 1]......[row 2]....      source_pitch apart
+//   target  [row 0][row 1][row 2]                          target_pitch apart
+//
+// A record is compiled from shapes, never from rows: a [5120, 17408] matrix cut by columns is one record. Its size
+// does not grow with the tensor; a plan grows with the number of (tensor, target) pairs only.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tensor/dtype.h"
+#include "tensor/index.h"
+#include "tensor/view.h"
+
+namespace tensord::tensor {
+
+// A loop around rows: `count` times, moving by the pitches (bytes; may be negative; source 0 broadcasts).
+struct Repeat {
+  uint64_t count = 1;
+  int64_t source_pitch = 0;
+  int64_t target_pitch = 0;
+  bool operator==(const Repeat&) const = default;
+};
+
+// Loops outside of the rows a record can hold. Real checkpoints need 1 (expert stacks) or 2 (permuted convolutions);
+// what needs more becomes several records.
+inline constexpr size_t kOuterMax = 4;
+
+struct Copy2D {
+  enum class Kind : uint8_t { copy = 0, fill = 1 };  // fill: zeros, source fields unused
+  Kind kind = Kind::copy;
+  uint8_t outer_count = 0;
+  Dtype source_dtype = Dtype::u8;  // differ only where a cast is wanted; then row_bytes counts source bytes
+  Dtype target_dtype = Dtype::u8;
+  uint32_t source = 0;  // which source memory
+  uint32_t target = 0;  // which target memory
+  uint64_t source_offset = 0;
+  uint64_t target_offset = 0;
+  uint64_t row_bytes = 0;  // contiguous on both sides
+  uint64_t row_count = 1;
+  int64_t source_pitch = 0;
+  int64_t target_pitch = 0;
+  std::array<Repeat, kOuterMax> outer{};  // outer[0] is the innermost; outer_count are used
+
+  bool casts() const { return source_dtype != target_dtype; }
+  uint64_t target_row_bytes() const;
+  uint64_t source_bytes() const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
+  uint64_t target_bytes() const;
+  bool operator==(const Copy2D&) const = default;
+};
+
+struct CopyPlan {
+  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset; fills last
+
+  uint64_t target_bytes() const;  // sum over the records
+  bool operator==(const CopyPlan&) const = default;
+};
+
+// Half-open byte interval [begin, end) that a record can touch.
+struct Extent {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  bool operator==(const Extent&) const = default;
+};
+Extent source_extent(const Copy2D& record);
+Extent target_extent(const Copy2D& record);
+
+// --- compiling -------------------------------------------------------------------------------------------------
+
+// One wanted copy: `from` (a region of source memory `source`) into `to` (a region of target memory `target`).
+// Shapes must be equal (a mismatch is Code::invalid_argument naming `label`). Where dtypes differ, `from` is cast.
+struct Wanted {
+  std::string_view label;  // for messages: the tensor's name; must outlive the call
+  uint32_t source = 0;
+  uint32_t target = 0;
+  Strided from;
+  Strided to;
+  Dtype source_dtype = Dtype::u8;
+  Dtype target_dtype = Dtype::u8;
+};
+
+// Whether executors can cast between the two: all pairs of F16, BF16, F32, F64, and from F8_E4M3, F8_E5M2 to those.
+bool can_cast(Dtype source, Dtype target);
+
+// Loops are merged where both sides allow it, sorted so that the target is written in address order where that is
+// also good for reading, and the longest contiguous row is found. Records with 0 elements vanish. Offsets and extents
+// are checked against wrap-around (never wrap: Code::invalid_argument).
+Result<CopyPlan> compile(std::span<const Wanted> wanted);
+
+// --- checking ----------------------------------------------------------------------------------------------------
+
+enum class Coverage : uint8_t { any, complete };
+
+// Source and target sizes by number. Refused with Code::invalid_argument, naming record and offsets: a number that is
+// out of range, reads or writes out of bounds, two records (or two rows of one) that write one byte, and, for
+// Coverage::complete, target bytes that nobody writes. Interval arithmetic; only records whose extents meet are looked
+// at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported).
+Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
+                  Coverage coverage);
+
+// Drops records that do exactly what another one does, joins contiguous records with equal source-to-target distance
+// that overlap or touch, and sorts canonically.
+CopyPlan canonical(CopyPlan plan);
+
+// --- transforming --------------------------------------------------------------------------------------------------
+
+// What writes bytes [offset, offset + size_bytes) of target memory `target` (clipped to what the plan writes), rebased
+// so that `offset` becomes 0. Rows are cut where the window cuts them. Only plans without casts and with positive
+// target pitches (CHECK).
+CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes);
+
+// `outer` reads what `inner` writes (inner's single target memory 0): the plan from inner's sources straight to
+// outer's targets. Fills of inner that outer reads become fills. Code::invalid_argument where outer reads what inner
+// does not write.
+Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner);
+
+// A part of a record: rows [row_begin, row_begin + row_count) of the record's flattened loops, and, where a single
+// row is larger than a task, bytes [byte_begin, byte_begin + byte_count) of it.
+struct Task {
+  uint32_t record = 0;
+  uint64_t row_begin = 0;
+  uint64_t row_count = 0;
+  uint64_t byte_begin = 0;  // within the row; 0 and row_bytes unless the row is split
+  uint64_t byte_count = 0;
+};
+// Tasks of about `task_bytes` of payload each, in the plan's order. Small records are not joined here: an executor
+// takes several tasks at a time.
+std::vector<Task> cut_tasks(const CopyPlan& plan, uint64_t task_bytes);
+
+// --- layout ------------------------------------------------------------------------------------------------------
+
+// A packed buffer that holds several regions one after another, each row-major and aligned.
+struct PackedItem {
+  uint64_t offset = 0;
+  uint64_t size_bytes = 0;
+};
+struct PackedLayout {
+  std::vector<PackedItem> items;  // as many as the regions, in their order
+  uint64_t size_bytes = 0;        // a multiple of `alignment`
+};
+inline constexpr uint64_t kPackedAlignment = 8;
+Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment = kPackedAlignment);
+
+// The fill records that zero what `layout` leaves between and behind its items.
+CopyPlan pack_padding(const PackedLayout& layout, uint32_t target);
+
+// --- text ----------------------------------------------------------------------------------------------------------
+
+// One line a record, as in the tests:
+//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B            (sources and targets other than 0 as `s1:1006`, `t2:0`)
+//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B   x 4 pitch 96 -> 48
+//   fill -> 24   1 row x 8 B
+//   0 -> 0   1 row x 64 B   F32 as BF16
+std::string to_text(const CopyPlan& plan);
+
+}  // namespace tensord::tensor

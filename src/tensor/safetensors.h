@@ -1,0 +1,47 @@
+// Reading the safetensors format (https://github.com/huggingface/safetensors, "Format"): pure, bytes in, Index out.
+// Every field is hostile until checked.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tensor/index.h"
+
+namespace tensord::tensor {
+
+// The first 8 bytes of a file: little-endian size of the JSON header that follows.
+inline constexpr uint64_t kHeaderLengthBytes = 8;
+// The format's own limit.
+inline constexpr uint64_t kHeaderBytesMax = 100'000'000;
+
+// Size in bytes of the JSON header. Code::corrupt, naming `path`: file too short for it, 0, over kHeaderBytesMax,
+// or past the end of the file.
+Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first, uint64_t file_size_bytes,
+                                     const std::string& path);
+
+// `json`: the header without its length; trailing spaces allowed. Refused with Code::corrupt, naming path, tensor
+// and what is wrong: not UTF-8, not an object, does not begin with '{', a duplicate name, unknown or missing fields,
+// begin > end, range past the end of the file, shape x dtype != range, products that overflow, overlapping ranges,
+// holes between tensors (bytes no tensor owns), bytes left over at the end of the file, over kRankMax dimensions,
+// metadata that is not string to string. A dtype that is not known is kept as Dtype::opaque.
+Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes, const std::string& path);
+
+// model.safetensors.index.json.
+struct ShardIndex {
+  std::vector<std::string> files;                 // distinct file names, sorted
+  std::map<std::string, std::string> weight_map;  // tensor -> file name
+};
+
+// Code::corrupt, naming `path`: not UTF-8, no weight_map object, a file name that is empty, absolute, has a `..`
+// component or a NUL (files must lie in the index's own folder or below it). Limits: kHeaderBytesMax.
+Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& path);
+
+// Code::corrupt when a tensor of the shard index is not in the file it names; tensors the index does not mention
+// are kept. File names are matched with the ends of Index::files' paths.
+Status check_shard_index(const ShardIndex& shards, const Index& index);
+
+}  // namespace tensord::tensor
