@@ -1,0 +1,221 @@
+/* tensord: the C ABI of libtensord.so.
+ *
+ * A function returns TENSORD_OK or one of the codes below; tensord_error_message() then tells what was tried, on what,
+ * why it failed and what to do. Handles may be used from several threads at once. No function throws, none aborts on
+ * bad input, none leaves a thread behind. After fork() the child may go on using its handles: mappings and leases are
+ * inherited, the connection is made anew.
+ *
+ * Strings are UTF-8 and end with NUL. Sizes are bytes, shapes are elements, strides are bytes.
+ */
+#ifndef TENSORD_TENSORD_H_
+#define TENSORD_TENSORD_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TENSORD_EXPORT __attribute__((visibility("default")))
+
+/* Changes whenever a struct or function below changes in a way that old callers would not survive. */
+#define TENSORD_ABI_VERSION 1
+#define TENSORD_RANK_MAX 64
+
+typedef enum tensord_code {
+  TENSORD_OK = 0,
+  TENSORD_NOT_FOUND = 1,
+  TENSORD_INVALID_ARGUMENT = 2,
+  TENSORD_EXHAUSTED = 3,
+  TENSORD_UNAVAILABLE = 4,
+  TENSORD_CANCELLED = 5,
+  TENSORD_CORRUPT = 6,
+  TENSORD_CHANGED = 7,
+  TENSORD_DENIED = 8,
+  TENSORD_UNSUPPORTED = 9,
+  TENSORD_INTERNAL = 10
+} tensord_code;
+
+typedef enum tensord_dtype {
+  TENSORD_OPAQUE = 0,
+  TENSORD_BOOL = 1,
+  TENSORD_F4 = 2,
+  TENSORD_F6_E2M3 = 3,
+  TENSORD_F6_E3M2 = 4,
+  TENSORD_U8 = 5,
+  TENSORD_I8 = 6,
+  TENSORD_F8_E5M2 = 7,
+  TENSORD_F8_E4M3 = 8,
+  TENSORD_F8_E8M0 = 9,
+  TENSORD_F8_E4M3FNUZ = 10,
+  TENSORD_F8_E5M2FNUZ = 11,
+  TENSORD_I16 = 12,
+  TENSORD_U16 = 13,
+  TENSORD_F16 = 14,
+  TENSORD_BF16 = 15,
+  TENSORD_I32 = 16,
+  TENSORD_U32 = 17,
+  TENSORD_F32 = 18,
+  TENSORD_C64 = 19,
+  TENSORD_F64 = 20,
+  TENSORD_I64 = 21,
+  TENSORD_U64 = 22
+} tensord_dtype;
+
+/* ---- this library ------------------------------------------------------------------------------------------------ */
+
+TENSORD_EXPORT uint32_t tensord_abi_version(void);
+TENSORD_EXPORT const char* tensord_version(void); /* "0.1.0"; static */
+
+/* Of the last call that failed on this thread; valid until the next call on it. */
+TENSORD_EXPORT const char* tensord_error_message(void);
+/* 1 when that call may have written into the caller's memory before it failed, 0 when the memory is untouched. */
+TENSORD_EXPORT int tensord_error_target_dirty(void);
+
+/* Gives back a string that a function below returned through char**. NULL is allowed. */
+TENSORD_EXPORT void tensord_free(char* text);
+
+/* ---- models ------------------------------------------------------------------------------------------------------ */
+
+typedef struct tensord_model tensord_model;
+typedef struct tensord_mapping tensord_mapping;
+
+typedef enum tensord_state { TENSORD_FILLING = 0, TENSORD_READY = 1, TENSORD_FAILED = 2 } tensord_state;
+
+typedef struct tensord_open_options {
+  uint32_t struct_bytes; /* sizeof(tensord_open_options) */
+  int32_t autostart;     /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
+  int32_t index_only;    /* 1: read the headers only; nothing is loaded, no bytes can be had */
+} tensord_open_options;
+
+/* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors
+ * file in it), or several paths to files. Returns while the daemon's replica still fills. `options` may be NULL. */
+TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count, const tensord_open_options* options,
+                                tensord_model** model);
+/* Frees the handle. Mappings that were retained stay valid. NULL is allowed. */
+TENSORD_EXPORT void tensord_close(tensord_model* model);
+
+/* The memory that holds the tensors, private copy-on-write: a write into it changes this process's copy only. Retains
+ * it; it is unmapped, and the daemon's lease ends, when the model is closed and every retained reference (in every
+ * process, after fork) is released. */
+TENSORD_EXPORT tensord_mapping* tensord_retain_mapping(tensord_model* model);
+TENSORD_EXPORT void tensord_release_mapping(tensord_mapping* mapping);
+
+typedef struct tensord_tensor {
+  const char* name; /* valid until tensord_close */
+  const char* dtype_text;
+  const uint64_t* shape; /* rank elements */
+  uint32_t rank;
+  uint32_t dtype; /* tensord_dtype */
+  uint32_t file;
+  uint32_t reserved;
+  uint64_t file_offset; /* of the first byte in its file */
+  uint64_t size_bytes;
+  const void* data; /* in the mapping; wait before reading. NULL with index_only */
+} tensord_tensor;
+
+TENSORD_EXPORT size_t tensord_tensor_count(const tensord_model* model);
+/* By position, in the order of names. */
+TENSORD_EXPORT int tensord_tensor_at(const tensord_model* model, size_t position, tensord_tensor* tensor);
+TENSORD_EXPORT int tensord_find_tensor(const tensord_model* model, const char* name, tensord_tensor* tensor);
+
+TENSORD_EXPORT size_t tensord_file_count(const tensord_model* model);
+TENSORD_EXPORT const char* tensord_file_path(const tensord_model* model, size_t position);
+TENSORD_EXPORT size_t tensord_metadata_count(const tensord_model* model);
+TENSORD_EXPORT int tensord_metadata_at(const tensord_model* model, size_t position, const char** key, const char** value);
+
+/* Waits until the bytes of tensor `name` (NULL: of all) are there and checked. timeout_ms -1: no limit; when it passes,
+ * TENSORD_UNAVAILABLE. The error of a failed load is returned with its own code. */
+TENSORD_EXPORT int tensord_wait(tensord_model* model, const char* name, int64_t timeout_ms);
+
+typedef struct tensord_progress {
+  uint32_t state; /* tensord_state */
+  uint32_t reserved;
+  uint64_t ready_bytes;
+  uint64_t total_bytes;
+} tensord_progress;
+/* Never blocks. */
+TENSORD_EXPORT int tensord_get_progress(const tensord_model* model, tensord_progress* progress);
+
+/* What is known of the model as a JSON object: path, files, state, artifact (id, once ready), replica, payload_bytes,
+ * image_bytes, tensor_count, ready_bytes, total_bytes. Free it with tensord_free. */
+TENSORD_EXPORT int tensord_info(const tensord_model* model, char** json);
+
+/* ---- slices and copies ------------------------------------------------------------------------------------------- */
+
+typedef enum tensord_index_kind {
+  TENSORD_SLICE = 0,
+  TENSORD_INTEGER = 1, /* `start` is the number; removes its dimension */
+  TENSORD_ELLIPSIS = 2,
+  TENSORD_NEW_AXIS = 3
+} tensord_index_kind;
+
+#define TENSORD_HAS_START 1u
+#define TENSORD_HAS_STOP 2u
+#define TENSORD_HAS_STEP 4u
+
+typedef struct tensord_index_item {
+  uint32_t kind;  /* tensord_index_kind */
+  uint32_t given; /* TENSORD_HAS_*: which of a slice's numbers count; the others are numpy's defaults */
+  int64_t start, stop, step;
+} tensord_index_item;
+
+typedef struct tensord_region {
+  uint64_t offset; /* of element (0, 0, ..), from the tensor's first byte */
+  uint32_t rank;
+  uint32_t element_bytes;
+  uint64_t shape[TENSORD_RANK_MAX];
+  int64_t strides[TENSORD_RANK_MAX];
+} tensord_region;
+
+/* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */
+TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
+                                   size_t item_count, tensord_region* region);
+
+/* One copy of a (slice of a) tensor into the caller's CPU memory. */
+typedef struct tensord_copy {
+  const char* name;
+  const tensord_index_item* items;
+  size_t item_count;
+  void* target; /* element (0, 0, ..) */
+  uint32_t target_dtype;
+  uint32_t target_rank;
+  const uint64_t* target_shape;
+  const int64_t* target_strides; /* may be negative; NULL: row-major */
+} tensord_copy;
+
+typedef struct tensord_copy_options {
+  uint32_t struct_bytes; /* sizeof(tensord_copy_options) */
+  int32_t cast;          /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
+  int32_t thread_count;  /* 0: one per core */
+  int32_t reserved;
+} tensord_copy_options;
+
+typedef struct tensord_copy_report {
+  uint64_t bytes; /* written */
+  uint64_t record_count;
+  uint32_t thread_count;
+  uint32_t reserved;
+  int64_t plan_ns, wait_ns, copy_ns;
+} tensord_copy_report;
+
+/* Runs all copies as one plan. The plan is checked whole before the first byte is written: shapes, dtypes, bounds, and
+ * that no two targets overlap. Waits for the bytes it needs. Threads end before it returns. `options` and `report` may
+ * be NULL. */
+TENSORD_EXPORT int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t copy_count,
+                                     const tensord_copy_options* options, tensord_copy_report* report);
+
+/* ---- the daemon -------------------------------------------------------------------------------------------------- */
+
+/* Verbs: "status", "list", "evict", "pin", "unpin", "verify", "explain", "stop". `selector`: an absolute path, an
+ * artifact id or 4 or more digits of its beginning, a replica number, "last", or NULL where the verb needs none.
+ * `json` receives the reply (docs/PROTOCOL.md describes each); free it with tensord_free. autostart as in
+ * tensord_open_options; verbs other than "status" usually want 0. */
+TENSORD_EXPORT int tensord_call(const char* verb, const char* selector, int autostart, char** json);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* TENSORD_TENSORD_H_ */
