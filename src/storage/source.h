@@ -13,8 +13,10 @@ namespace tensord::storage {
 using base::Result;
 using base::Status;
 
-// `done` is called exactly once, on any thread (also from within read()), when `target` is full or will not be.
-// Errors name file and offset; Code::corrupt when the file ends early, Code::cancelled after cancel().
+// `done` is called exactly once, on any thread (also from within read(), cancel() and the destructor), when
+// `target` is full or will not be; nothing is written to `target` from then on. It may call read(), never
+// destroy the source. Errors name file and offset; Code::corrupt when the file ends early, Code::cancelled
+// after cancel(). After an error the target holds anything. An empty target is full at once.
 struct ReadRequest {
   uint32_t file = 0;
   uint64_t offset = 0;  // in the file
@@ -22,7 +24,7 @@ struct ReadRequest {
   std::function<void(Status)> done;
 };
 
-// How the bytes came, for explain. Thread safe to read at any time.
+// How the bytes came, for explain: reads that filled their target.
 struct SourceCounters {
   uint64_t read_count = 0;
   uint64_t read_bytes = 0;
@@ -31,13 +33,15 @@ struct SourceCounters {
 // Thread safe. One contract test (source_contract_test.cc) holds for every implementation.
 class Source {
  public:
-  // Waits until every `done` has returned.
+  // Cancels, then waits until every `done` has returned.
   virtual ~Source() = default;
 
-  // Starts a read; does not wait for it. `request.target` must stay until `done` is called.
+  // Starts a read; does not wait for it. `request.target` must stay until `done` is called. The caller bounds
+  // how many are in flight.
   virtual void read(ReadRequest request) = 0;
 
-  // Reads that have not begun end with Code::cancelled, soon; those begun may still succeed. Later reads are refused.
+  // Reads that have not begun end with Code::cancelled before it returns; those begun may still succeed.
+  // Later reads are refused with the same code.
   virtual void cancel() = 0;
 
   // Code::changed when a file is not what it was when the source was made.

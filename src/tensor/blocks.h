@@ -9,9 +9,7 @@
 // same Index.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "tensor/index.h"
@@ -55,6 +53,8 @@ struct ImageLayout {
   Range blocks_of(uint64_t image_offset, uint64_t size_bytes) const;
 };
 
+// The tensors of a file must lie inside it and must not overlap (CHECK; the parsers see to it). Bytes that no tensor
+// owns (headers, alignment gaps) are in blocks too, cut anywhere. Takes about 70 bytes of memory a MiB of image.
 ImageLayout lay_out(const Index& index);
 
 }  // namespace tensord::tensor

@@ -2,7 +2,8 @@
 //
 //   leaf digest     XXH3-128 of up to 1 MiB of a tensor's bytes
 //   tensor digest   XXH3-128 of its leaf digests in order (of nothing for an empty tensor)
-//   artifact id     XXH3-128 over the tensors sorted by name: name, dtype, shape, tensor digest, each length-prefixed.
+//   artifact id     XXH3-128 over the tensors sorted by name: name, dtype (its text), shape, tensor digest, each behind
+//                   its length; lengths and extents are 8 bytes little-endian, a shape's length counts dimensions.
 //                   Independent of files, order in files, metadata, block sizes, thread counts.
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "base/result.h"
 #include "tensor/index.h"
@@ -22,6 +24,7 @@ struct Digest {
   auto operator<=>(const Digest&) const = default;
   std::string to_text() const;  // 32 hexadecimal digits
 };
+// to_text's inverse; Code::invalid_argument says what is expected.
 Result<Digest> parse_digest(std::string_view text);
 
 // Thread safe. Uses the widest vector instructions of this CPU (the result does not depend on them).

@@ -7,8 +7,6 @@
 
 #include <cstdint>
 #include <map>
-#include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,6 +21,10 @@ using base::Status;
 
 // The most dimensions a tensor may have: numpy's own limit.
 inline constexpr size_t kRankMax = 64;
+
+// The most bytes the files of one artifact may have together: the user half of x86-64's 48-bit addresses, so that
+// every image can be mapped and no sum of offsets wraps.
+inline constexpr uint64_t kIndexBytesMax = uint64_t{1} << 47;
 
 struct Tensor {
   std::string name;
@@ -60,7 +62,8 @@ struct FileTensors {
   std::map<std::string, std::string> metadata;
 };
 
-// Joins files (in this order) into one Index. Code::corrupt when two files hold one name, naming both files.
+// Joins files (in this order, one part a file) into one Index. Code::corrupt when two files hold one name, naming both
+// files; Code::unsupported when they are larger than kIndexBytesMax together.
 Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts);
 
 }  // namespace tensord::tensor

@@ -1,0 +1,67 @@
+// Connection: one socket to the daemon, which is started when none runs.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/fd.h"
+#include "base/mutex.h"
+#include "base/result.h"
+#include "protocol/tensord_generated.h"
+#include "rpc/frame.h"
+
+namespace tensord::client {
+
+using base::Result;
+using base::Status;
+
+enum class Autostart : uint8_t { from_environment, yes, no };  // $TENSORD_AUTOSTART, 1 when unset
+
+// How long a started daemon may take until it listens.
+inline constexpr int64_t kStartTimeoutMs = 10'000;
+// How long a daemon may take to answer. Opening waits for the headers of all files, which may lie on a slow disk;
+// verifying reads every byte of an artifact.
+inline constexpr int64_t kAnswerTimeoutMs = 600'000;
+
+// A verified answer; `frame()` lies in `bytes`.
+struct Answer {
+  std::vector<std::byte> bytes;
+  std::vector<base::Fd> fds;
+  const protocol::ReplyFrame& frame() const { return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data()); }
+};
+
+// Thread safe. Safe across fork: a child makes a connection of its own at its first call.
+class Connection {
+ public:
+  static Result<std::unique_ptr<Connection>> open(Autostart autostart);
+
+  // Sends a request with descriptors (duplicated by the kernel; they stay the caller's) and waits for its answer. A
+  // Failure comes back as its error.
+  Result<Answer> ask(protocol::RequestUnion request, const std::vector<int>& fds);
+
+  // Sends a request that has no answer; what goes wrong is forgotten.
+  void tell(protocol::RequestUnion request);
+
+  bool keep_spans() const { return keep_spans_; }  // constant after open()
+
+ private:
+  Connection() = default;
+  Status connect() REQUIRES(mutex_);
+  Status send(protocol::RequestUnion request, const std::vector<int>& fds) REQUIRES(mutex_);
+
+  Autostart autostart_ = Autostart::from_environment;
+  bool keep_spans_ = false;
+  base::Mutex mutex_;
+  base::Fd socket_ GUARDED_BY(mutex_);
+  rpc::FrameReader reader_ GUARDED_BY(mutex_);
+  pid_t process_ GUARDED_BY(mutex_) = 0;  // who made the socket
+  uint64_t next_id_ GUARDED_BY(mutex_) = 1;
+};
+
+// A management verb; the answer is JSON (docs/PROTOCOL.md).
+Result<std::string> call(protocol::Verb verb, const std::string& selector, Autostart autostart);
+
+}  // namespace tensord::client

@@ -1,0 +1,173 @@
+#include "memory/fill_map.h"
+
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <cstring>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/clock.h"
+#include "base/text.h"
+
+namespace tensord::memory {
+
+using base::Code;
+using base::fail;
+
+namespace {
+constexpr uint64_t kHeaderBytes = 4096;
+constexpr int64_t kAliveCheckMs = 100;
+constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK;
+
+std::atomic<uint64_t>* bit_words(std::byte* data) {
+  return reinterpret_cast<std::atomic<uint64_t>*>(data + kHeaderBytes);
+}
+
+uint64_t map_bytes(uint64_t block_count) {
+  return base::align_up(kHeaderBytes + (block_count + 63) / 64 * sizeof(uint64_t), kHeaderBytes);
+}
+
+// The futex lives in shared memory, so the process-private variants do not apply.
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_ms) {
+  const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1'000'000};
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &timeout, nullptr, 0);
+}
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+}  // namespace
+
+Mapped& Mapped::operator=(Mapped&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_bytes_, other.size_bytes_);
+  return *this;
+}
+
+Mapped::~Mapped() {
+  if (data_ != nullptr) ::munmap(data_, size_bytes_);
+}
+
+Result<FillMap> FillMap::create(uint64_t block_count, uint64_t total_bytes) {
+  FillMap map;
+  const uint64_t size_bytes = map_bytes(block_count);
+  map.fd_.reset(::memfd_create("tensord-fill", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!map.fd_.valid()) return tl::unexpected(base::errno_error("create a fill map", errno));
+  if (::ftruncate(map.fd_.get(), static_cast<off_t>(size_bytes)) != 0) {
+    return tl::unexpected(base::errno_error("size a fill map", errno));
+  }
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, map.fd_.get(), 0);
+  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map a fill map", errno));
+  map.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
+  if (::fcntl(map.fd_.get(), F_ADD_SEALS, kSeals | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0) {
+    return tl::unexpected(base::errno_error("seal a fill map", errno));
+  }
+  FillHeader& header = map.header();
+  header.magic = FillHeader::kMagic;
+  header.total_bytes = total_bytes;
+  header.block_count = block_count;
+  return map;
+}
+
+void FillMap::mark_block(uint64_t block, uint64_t size_bytes) {
+  CHECK(block < header().block_count);
+  header().ready_bytes.fetch_add(size_bytes, std::memory_order_relaxed);
+  bit_words(mapped_.data())[block / 64].fetch_or(uint64_t{1} << (block % 64), std::memory_order_release);
+  wake();
+}
+
+void FillMap::end_ready(const tensor::Digest& artifact_id) {
+  std::copy(artifact_id.bytes.begin(), artifact_id.bytes.end(), header().artifact_id);
+  header().state.store(static_cast<uint32_t>(FillState::ready), std::memory_order_release);
+  wake();
+}
+
+void FillMap::end_failed(const base::Error& error) {
+  header().error_code = static_cast<uint32_t>(error.code);
+  const size_t size = std::min(error.message.size(), sizeof(FillHeader::error_message) - 1);
+  std::memcpy(header().error_message, error.message.data(), size);
+  header().error_message[size] = '\0';
+  header().state.store(static_cast<uint32_t>(FillState::failed), std::memory_order_release);
+  wake();
+}
+
+void FillMap::wake() {
+  header().sequence.fetch_add(1, std::memory_order_release);
+  futex_wake_all(header().sequence);
+}
+
+Result<FillView> FillView::open(const base::Fd& fd) {
+  struct stat status;
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 ||
+      status.st_size < static_cast<off_t>(kHeaderBytes)) {
+    return fail(Code::corrupt, "the daemon's fill map is not a sealed memory file");
+  }
+  const auto size_bytes = static_cast<uint64_t>(status.st_size);
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map the fill map", errno));
+  FillView view;
+  view.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
+  if (view.header().magic != FillHeader::kMagic || view.block_count() > size_bytes * 8 ||
+      map_bytes(view.block_count()) != size_bytes) {
+    return fail(Code::corrupt, "the daemon's fill map has a header that makes no sense");
+  }
+  return view;
+}
+
+tensor::Digest FillView::artifact_id() const {
+  tensor::Digest id;
+  if (state() == FillState::ready) std::copy_n(header().artifact_id, id.bytes.size(), id.bytes.begin());
+  return id;
+}
+
+base::Error FillView::error() const {
+  const uint32_t code = header().error_code;
+  const bool known = code >= 1 && code <= static_cast<uint32_t>(Code::internal);
+  const char* message = header().error_message;
+  return base::Error{known ? static_cast<Code>(code) : Code::internal,
+                     std::string(message, ::strnlen(message, sizeof(FillHeader::error_message)))};
+}
+
+bool FillView::has_blocks(uint64_t first, uint64_t last) const {
+  if (state() == FillState::ready) return true;
+  const auto* words = bit_words(mapped_.data());
+  for (uint64_t block = first; block < last; ++block) {
+    if ((words[block / 64].load(std::memory_order_acquire) >> (block % 64) & 1) == 0) return false;
+  }
+  return true;
+}
+
+Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<bool()>& alive) const {
+  CHECK(first <= last && last <= block_count());
+  const int64_t begin_ns = base::monotonic_ns();
+  for (;;) {
+    const uint32_t sequence = header().sequence.load(std::memory_order_acquire);
+    if (has_blocks(first, last)) return {};
+    if (state() == FillState::failed) return tl::unexpected(error());
+    int64_t nap_ms = kAliveCheckMs;
+    if (timeout_ms >= 0) {
+      const int64_t left_ms = timeout_ms - (base::monotonic_ns() - begin_ns) / 1'000'000;
+      if (left_ms <= 0) {
+        return fail(Code::unavailable, base::text("waited ", timeout_ms, " ms for bytes that are still being read (",
+                                                  base::human_bytes(ready_bytes()), " of ",
+                                                  base::human_bytes(total_bytes()), " are there)"));
+      }
+      nap_ms = std::min(nap_ms, left_ms);
+    }
+    futex_wait(header().sequence, sequence, nap_ms);
+    if (!has_blocks(first, last) && state() == FillState::filling && !alive()) {
+      return fail(Code::unavailable, "the daemon went away while it was reading; open the model again");
+    }
+  }
+}
+
+}  // namespace tensord::memory

@@ -1,0 +1,174 @@
+#include "memory/segment_pool.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <numeric>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/text.h"
+
+namespace tensord::memory {
+
+using base::Code;
+using base::fail;
+
+namespace {
+// Address ranges begin at multiples of the largest segment, so that page tables move by whole directories.
+Result<std::byte*> reserve_addresses(uint64_t size_bytes) {
+  const uint64_t padded = size_bytes + kSegmentBytesMax;
+  void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) {
+    return tl::unexpected(base::errno_error(base::text("reserve ", base::human_bytes(size_bytes), " of addresses"), errno));
+  }
+  const auto begin = reinterpret_cast<uint64_t>(range);
+  const uint64_t aligned = base::align_up(begin, kSegmentBytesMax);
+  if (aligned > begin) ::munmap(range, aligned - begin);
+  const uint64_t end = begin + padded;
+  if (end > aligned + size_bytes) {
+    ::munmap(reinterpret_cast<void*>(aligned + size_bytes), end - aligned - size_bytes);
+  }
+  return reinterpret_cast<std::byte*>(aligned);
+}
+}  // namespace
+
+std::vector<uint64_t> segment_sizes(uint64_t image_bytes) {
+  std::vector<uint64_t> sizes(image_bytes / kSegmentBytesMax, kSegmentBytesMax);
+  uint64_t rest = image_bytes % kSegmentBytesMax;
+  if (rest == 0) return sizes;
+  constexpr uint64_t kDigits = 5;
+  const uint64_t unit = std::max(kSegmentBytesMin, std::bit_floor(rest) >> (kDigits - 1));
+  rest = base::align_up(rest, unit);
+  while (rest > 0) {
+    sizes.push_back(std::bit_floor(rest));
+    rest -= sizes.back();
+  }
+  return sizes;
+}
+
+Segment::Segment(Segment&& other) noexcept
+    : fd_(std::move(other.fd_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_bytes_(other.size_bytes_),
+      owner_(other.owner_) {}
+
+Segment& Segment::operator=(Segment&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  std::swap(data_, other.data_);
+  std::swap(size_bytes_, other.size_bytes_);
+  std::swap(owner_, other.owner_);
+  return *this;
+}
+
+Segment::~Segment() {
+  if (data_ != nullptr) ::munmap(data_, size_bytes_);
+}
+
+Status Segment::move_to(std::byte* address) {
+  if (address == data_) return {};
+  void* moved = ::mremap(data_, size_bytes_, size_bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, address);
+  if (moved == MAP_FAILED) return tl::unexpected(base::errno_error("move a segment's mapping", errno));
+  data_ = address;
+  return {};
+}
+
+uint64_t SegmentRun::size_bytes() const {
+  return std::accumulate(segments.begin(), segments.end(), uint64_t{0},
+                         [](uint64_t sum, const Segment& segment) { return sum + segment.size_bytes(); });
+}
+
+Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
+  base::Fd fd(::memfd_create("tensord-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd.valid()) return tl::unexpected(base::errno_error("create a memory segment", errno));
+  if (::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0) {
+    return tl::unexpected(base::errno_error("size a memory segment", errno));
+  }
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map a memory segment", errno));
+  Segment segment(std::move(fd), static_cast<std::byte*>(data), size_bytes, owner);
+  // FUTURE_WRITE leaves the mapping above writable and refuses every later one, and write().
+  constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+  if (::fcntl(segment.fd(), F_ADD_SEALS, kSeals) != 0) {
+    return tl::unexpected(base::errno_error("seal a memory segment", errno));
+  }
+  return segment;
+}
+
+namespace {
+Status place(SegmentRun& run) {
+  if (run.segments.empty()) return {};
+  TRY_ASSIGN(std::byte * address, reserve_addresses(run.size_bytes()));
+  for (Segment& segment : run.segments) {
+    TRY(segment.move_to(address));
+    address += segment.size_bytes();
+  }
+  return {};
+}
+}  // namespace
+
+Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
+  const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Segment& segment) {
+    return segment.size_bytes() == size_bytes && segment.owner() == owner;
+  });
+  if (found != kept_.rend()) {
+    Segment segment = std::move(*found);
+    kept_.erase(std::next(found).base());
+    kept_bytes_ -= size_bytes;
+    return segment;
+  }
+  return make_segment(size_bytes, owner);
+}
+
+Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
+  const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
+  const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
+  if (size_bytes > limit_bytes_ || in_use_bytes_ > limit_bytes_ - size_bytes) {
+    return fail(Code::exhausted, base::text(base::human_bytes(size_bytes), " do not fit: ",
+                                            base::human_bytes(in_use_bytes_), " of host_memory ",
+                                            base::human_bytes(limit_bytes_), " are in use"));
+  }
+  SegmentRun run;
+  for (const uint64_t size : sizes) {
+    auto segment = take(size, owner);
+    if (!segment) {
+      for (Segment& taken : run.segments) keep(std::move(taken));
+      return base::pass_on(segment);
+    }
+    run.segments.push_back(std::move(*segment));
+  }
+  in_use_bytes_ += size_bytes;
+  trim(limit_bytes_ - in_use_bytes_);  // before any fresh page is touched
+  if (const Status placed = place(run); !placed) {
+    free(std::move(run));
+    return base::pass_on(placed);
+  }
+  return run;
+}
+
+void SegmentPool::free(SegmentRun run) {
+  in_use_bytes_ -= run.size_bytes();
+  for (Segment& segment : run.segments) keep(std::move(segment));
+}
+
+void SegmentPool::keep(Segment segment) {
+  if (in_use_bytes_ + kept_bytes_ + segment.size_bytes() > limit_bytes_) return;
+  kept_bytes_ += segment.size_bytes();
+  kept_.push_back(std::move(segment));
+}
+
+void SegmentPool::trim(uint64_t kept_bytes_max) {
+  auto first_to_stay = kept_.begin();
+  while (kept_bytes_ > kept_bytes_max) {
+    CHECK(first_to_stay != kept_.end());
+    kept_bytes_ -= first_to_stay->size_bytes();
+    ++first_to_stay;
+  }
+  kept_.erase(kept_.begin(), first_to_stay);
+}
+
+}  // namespace tensord::memory

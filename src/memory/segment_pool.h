@@ -1,0 +1,96 @@
+// SegmentPool: the daemon's memory, in memfds of fixed size classes that are recycled with their pages.
+//
+//   size classes   256 KiB, 512 KiB, 1 MiB, ... 512 MiB
+//   a replica      [512 MiB][512 MiB][64 MiB][2 MiB]     segments at consecutive addresses, largest first
+//   the limit      in_use + kept <= host_memory          kept: free segments that still have their pages
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "base/fd.h"
+#include "base/result.h"
+
+namespace tensord::memory {
+
+using base::Result;
+using base::Status;
+
+inline constexpr uint64_t kSegmentBytesMin = 256 << 10;
+inline constexpr uint64_t kSegmentBytesMax = 512 << 20;
+
+// Segment sizes for a replica of `image_bytes`: whole largest segments, then the binary digits of what is left,
+// rounded up at its fifth digit: at most 1/16 of that rest, and 1/32 on average, is more than was asked for, in at most
+// five segments. Pure.
+std::vector<uint64_t> segment_sizes(uint64_t image_bytes);
+
+// One memfd, mapped for writing here; sealed so that nobody else can map it so, shrink or grow it. Unmapped and closed
+// when it goes.
+class Segment {
+ public:
+  Segment(base::Fd fd, std::byte* data, uint64_t size_bytes, uid_t owner)
+      : fd_(std::move(fd)), data_(data), size_bytes_(size_bytes), owner_(owner) {}
+  Segment(Segment&& other) noexcept;
+  Segment& operator=(Segment&& other) noexcept;
+  ~Segment();
+
+  int fd() const { return fd_.get(); }
+  std::byte* data() const { return data_; }
+  uint64_t size_bytes() const { return size_bytes_; }
+  uid_t owner() const { return owner_; }
+
+  // Moves the mapping, with its page tables, to `address` (reserved by the caller).
+  Status move_to(std::byte* address);
+
+ private:
+  base::Fd fd_;
+  std::byte* data_ = nullptr;
+  uint64_t size_bytes_ = 0;
+  uid_t owner_ = 0;
+};
+
+// Segments at consecutive addresses: the memory of one replica.
+struct SegmentRun {
+  std::vector<Segment> segments;
+  uint64_t size_bytes() const;
+  std::byte* data() const { return segments.empty() ? nullptr : segments.front().data(); }
+};
+
+// A segment with a memfd of its own, not counted anywhere: for the pool and for the thread that pre-faults.
+Result<Segment> make_segment(uint64_t size_bytes, uid_t owner);
+
+// Not thread safe: belongs to the engine's thread.
+class SegmentPool {
+ public:
+  explicit SegmentPool(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
+
+  // Memory for `image_bytes`, for artifacts of `owner`. Kept segments of the same owner are used first; kept segments
+  // that do not fit are closed when the limit would be exceeded. Code::exhausted when segments in use leave too little
+  // room, or the system has none. Pages of fresh segments hold zeros and cost their first touch.
+  Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
+
+  // The run's segments are free again, and kept with their pages for artifacts of the same owner.
+  void free(SegmentRun run);
+
+  // Adds a pre-faulted segment to those kept; closes it when there is no room under the limit.
+  void keep(Segment segment);
+
+  // Closes kept segments until at most `kept_bytes_max` are kept.
+  void trim(uint64_t kept_bytes_max);
+
+  uint64_t limit_bytes() const { return limit_bytes_; }
+  uint64_t in_use_bytes() const { return in_use_bytes_; }
+  uint64_t kept_bytes() const { return kept_bytes_; }
+
+ private:
+  Result<Segment> take(uint64_t size_bytes, uid_t owner);
+
+  const uint64_t limit_bytes_;
+  uint64_t in_use_bytes_ = 0;
+  uint64_t kept_bytes_ = 0;
+  std::vector<Segment> kept_;  // oldest first
+};
+
+}  // namespace tensord::memory

@@ -1,0 +1,85 @@
+#include "memory/segment_pool.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <numeric>
+
+#include "base/bytes.h"
+
+namespace tensord::memory {
+
+using base::kGiB;
+using base::kKiB;
+using base::kMiB;
+
+TEST(SegmentSizes, are_the_binary_digits_of_the_image) {
+  using Sizes = std::vector<uint64_t>;
+  EXPECT_EQ(segment_sizes(0), Sizes{});
+  EXPECT_EQ(segment_sizes(1), Sizes{256 * kKiB});
+  EXPECT_EQ(segment_sizes(10 * kMiB), (Sizes{8 * kMiB, 2 * kMiB}));
+  EXPECT_EQ(segment_sizes(kGiB + 1), (Sizes{512 * kMiB, 512 * kMiB, 256 * kKiB}));
+}
+
+TEST(SegmentSizes, waste_little_and_fall_in_size) {
+  for (uint64_t bytes = 4 * kMiB; bytes < 2 * kGiB; bytes += bytes / 7 + 12345) {
+    const auto sizes = segment_sizes(bytes);
+    const uint64_t sum = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
+    EXPECT_GE(sum, bytes);
+    EXPECT_LE(sum - bytes, std::max(bytes / 16, kSegmentBytesMin)) << bytes;
+    EXPECT_TRUE(std::is_sorted(sizes.rbegin(), sizes.rend()));
+  }
+}
+
+TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
+  SegmentPool pool(64 * kMiB);
+  SegmentRun run = pool.allocate(11 * kMiB, 1).value();
+  ASSERT_EQ(run.segments.size(), 3u);
+  for (size_t at = 1; at < run.segments.size(); ++at) {
+    EXPECT_EQ(run.segments[at].data(), run.segments[at - 1].data() + run.segments[at - 1].size_bytes());
+  }
+  EXPECT_EQ(pool.in_use_bytes(), run.size_bytes());
+  pool.free(std::move(run));
+}
+
+TEST(SegmentPool, a_recycled_segment_keeps_its_pages_for_its_owner_only) {
+  SegmentPool pool(64 * kMiB);
+  SegmentRun run = pool.allocate(8 * kMiB, 1).value();
+  run.data()[5] = std::byte{42};
+  pool.free(std::move(run));
+  EXPECT_EQ(pool.kept_bytes(), 8 * kMiB);
+  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value();
+  EXPECT_EQ(of_another.data()[5], std::byte{0});
+  SegmentRun again = pool.allocate(8 * kMiB, 1).value();
+  EXPECT_EQ(again.data()[5], std::byte{42});
+  EXPECT_EQ(pool.kept_bytes(), 0u);
+}
+
+TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
+  SegmentPool pool(16 * kMiB);
+  pool.free(pool.allocate(16 * kMiB, 1).value());
+  EXPECT_EQ(pool.kept_bytes(), 16 * kMiB);
+  SegmentRun run = pool.allocate(4 * kMiB, 1).value();
+  EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), 16 * kMiB);
+  const auto refused = pool.allocate(13 * kMiB, 1);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, base::Code::exhausted);
+  EXPECT_EQ(pool.in_use_bytes(), 4 * kMiB);
+}
+
+TEST(SegmentPool, nobody_else_can_write_resize_or_unseal_a_segment) {
+  const Segment segment = make_segment(kMiB, 1).value();
+  EXPECT_EQ(::mmap(nullptr, kMiB, PROT_READ | PROT_WRITE, MAP_SHARED, segment.fd(), 0), MAP_FAILED);
+  EXPECT_LT(::ftruncate(segment.fd(), 0), 0);
+  EXPECT_LT(::pwrite(segment.fd(), "x", 1, 0), 0);
+  EXPECT_LT(::fcntl(segment.fd(), F_ADD_SEALS, F_SEAL_WRITE), 0);
+  void* own_copy = ::mmap(nullptr, kMiB, PROT_READ | PROT_WRITE, MAP_PRIVATE, segment.fd(), 0);
+  ASSERT_NE(own_copy, MAP_FAILED);
+  static_cast<char*>(own_copy)[0] = 'x';
+  EXPECT_EQ(segment.data()[0], std::byte{0});
+  ::munmap(own_copy, kMiB);
+}
+
+}  // namespace tensord::memory

@@ -1,0 +1,111 @@
+#include "tensor/blocks.h"
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "base/bytes.h"
+#include "base/check.h"
+
+namespace tensord::tensor {
+
+namespace {
+
+// Grows the layout piece by piece, in image order.
+class BlockCutter {
+ public:
+  explicit BlockCutter(ImageLayout& layout) : layout_(layout) {}
+
+  void begin_file(uint32_t file, uint64_t image_offset) {
+    close();
+    file_ = file;
+    cursor_ = image_offset;
+    layout_.file_offsets.push_back(image_offset);
+  }
+
+  // Bytes of no tensor up to `image_end`: cut wherever a block is full.
+  void add_untyped(uint64_t image_end) {
+    while (cursor_ < image_end) {
+      if (open_bytes_ == kBlockBytes) close();
+      const uint64_t piece = std::min(image_end - cursor_, kBlockBytes - open_bytes_);
+      open_bytes_ += piece;
+      cursor_ += piece;
+    }
+  }
+
+  void add_tensor(uint32_t tensor, uint64_t size_bytes) {
+    for (uint64_t done = 0; done < size_bytes; done += kLeafBytes) {
+      const uint64_t leaf_bytes = std::min(kLeafBytes, size_bytes - done);
+      if (open_bytes_ + leaf_bytes > kBlockBytes) close();
+      layout_.leaves.push_back(Leaf{tensor, static_cast<uint32_t>(done / kLeafBytes), cursor_, leaf_bytes});
+      open_bytes_ += leaf_bytes;
+      cursor_ += leaf_bytes;
+    }
+  }
+
+  void close() {
+    const auto leaf_end = static_cast<uint32_t>(layout_.leaves.size());
+    if (open_bytes_ > 0) {
+      layout_.blocks.push_back(Block{cursor_ - open_bytes_, open_bytes_, file_, leaf_begin_, leaf_end});
+    }
+    open_bytes_ = 0;
+    leaf_begin_ = leaf_end;
+  }
+
+ private:
+  ImageLayout& layout_;
+  uint32_t file_ = 0;
+  uint64_t cursor_ = 0;      // image offset behind the last piece
+  uint64_t open_bytes_ = 0;  // of the block that is not closed yet; it ends at cursor_
+  uint32_t leaf_begin_ = 0;  // of that block
+};
+
+}  // namespace
+
+ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_bytes) const {
+  const uint64_t image_end = base::checked_add(image_offset, range_bytes).value_or(UINT64_MAX);
+  const auto first = std::partition_point(blocks.begin(), blocks.end(), [&](const Block& block) {
+    return block.image_offset + block.size_bytes <= image_offset;
+  });
+  if (range_bytes == 0) return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(first - blocks.begin())};
+  const auto last = std::partition_point(first, blocks.end(),
+                                         [&](const Block& block) { return block.image_offset < image_end; });
+  return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
+}
+
+ImageLayout lay_out(const Index& index) {
+  const std::vector<Tensor>& tensors = index.tensors;
+  std::vector<uint32_t> order(tensors.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+    return std::tie(tensors[a].file, tensors[a].offset, tensors[a].size_bytes, a) <
+           std::tie(tensors[b].file, tensors[b].offset, tensors[b].size_bytes, b);
+  });
+  ImageLayout layout;
+  layout.leaves.reserve(index.payload_bytes() / kLeafBytes + tensors.size());
+  layout.blocks.reserve(layout.leaves.capacity() + index.files.size());
+  BlockCutter cutter(layout);
+  auto next = order.begin();
+  for (uint32_t file = 0; file < index.files.size(); ++file) {
+    const uint64_t file_begin = layout.size_bytes;
+    const uint64_t file_bytes = index.files[file].size_bytes;
+    cutter.begin_file(file, file_begin);
+    uint64_t used_bytes = 0;  // of the file, by tensors so far
+    for (; next != order.end() && tensors[*next].file == file; ++next) {
+      const Tensor& tensor = tensors[*next];
+      if (tensor.size_bytes == 0) continue;
+      CHECK(tensor.offset >= used_bytes && tensor.offset <= file_bytes);
+      CHECK(tensor.size_bytes <= file_bytes - tensor.offset);
+      cutter.add_untyped(file_begin + tensor.offset);
+      cutter.add_tensor(*next, tensor.size_bytes);
+      used_bytes = tensor.offset + tensor.size_bytes;
+    }
+    cutter.add_untyped(file_begin + file_bytes);
+    layout.size_bytes = base::align_up(file_begin + file_bytes, kImageAlignment);
+  }
+  cutter.close();
+  CHECK(next == order.end());
+  return layout;
+}
+
+}  // namespace tensord::tensor

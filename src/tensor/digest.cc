@@ -1,0 +1,86 @@
+#include "tensor/digest.h"
+
+#include <xxhash.h>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/text.h"
+#include "tensor/digest_wide.h"
+
+namespace tensord::tensor {
+
+using base::Code;
+using base::fail;
+
+namespace {
+
+HashFunction* widest() {
+  if (__builtin_cpu_supports("avx512f")) return hash_avx512;
+  if (__builtin_cpu_supports("avx2")) return hash_avx2;
+  return hash_sse2;
+}
+
+int hex_value(char digit) {
+  if (digit >= '0' && digit <= '9') return digit - '0';
+  if (digit >= 'a' && digit <= 'f') return digit - 'a' + 10;
+  if (digit >= 'A' && digit <= 'F') return digit - 'A' + 10;
+  return -1;
+}
+
+void append_number(std::string& out, uint64_t number) {
+  for (int shift = 0; shift < 64; shift += 8) out += static_cast<char>(number >> shift);
+}
+
+void append_counted(std::string& out, std::string_view bytes) {
+  append_number(out, bytes.size());
+  out += bytes;
+}
+
+}  // namespace
+
+void hash_sse2(const void* bytes, size_t size_bytes, void* out) {
+  XXH128_canonicalFromHash(static_cast<XXH128_canonical_t*>(out), XXH3_128bits(bytes, size_bytes));
+}
+
+std::string Digest::to_text() const { return base::to_hex(bytes.data(), bytes.size()); }
+
+Result<Digest> parse_digest(std::string_view text) {
+  const auto refuse = [&] {
+    return fail(Code::invalid_argument,
+                base::text(base::quoted(text), " is not a digest; 32 hexadecimal digits are expected"));
+  };
+  Digest digest;
+  if (text.size() != 2 * digest.bytes.size()) return refuse();
+  for (size_t i = 0; i < digest.bytes.size(); ++i) {
+    const int high = hex_value(text[2 * i]);
+    const int low = hex_value(text[2 * i + 1]);
+    if (high < 0 || low < 0) return refuse();
+    digest.bytes[i] = static_cast<std::byte>(high * 16 + low);
+  }
+  return digest;
+}
+
+Digest hash(std::span<const std::byte> bytes) {
+  static HashFunction* const function = widest();
+  Digest digest;
+  function(bytes.data(), bytes.size(), digest.bytes.data());
+  return digest;
+}
+
+Digest tensor_digest(std::span<const Digest> leaves) { return hash(std::as_bytes(leaves)); }
+
+Digest artifact_id(const Index& index, std::span<const Digest> digests) {
+  CHECK(digests.size() == index.tensors.size());
+  std::string text;
+  for (size_t i = 0; i < digests.size(); ++i) {
+    const Tensor& tensor = index.tensors[i];
+    append_counted(text, tensor.name);
+    append_counted(text, tensor.dtype == Dtype::opaque ? tensor.dtype_text : dtype_name(tensor.dtype));
+    append_number(text, tensor.shape.size());
+    for (const uint64_t extent : tensor.shape) append_number(text, extent);
+    append_counted(text, {reinterpret_cast<const char*>(digests[i].bytes.data()), digests[i].bytes.size()});
+  }
+  return hash(std::as_bytes(std::span(text)));
+}
+
+}  // namespace tensord::tensor

@@ -1,0 +1,68 @@
+#include "tensor/index.h"
+
+#include <algorithm>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/text.h"
+
+namespace tensord::tensor {
+
+using base::Code;
+using base::fail;
+using base::quoted;
+using base::text;
+
+uint64_t Tensor::element_count() const {
+  uint64_t count = 1;
+  for (const uint64_t extent : shape) count *= extent;
+  return count;
+}
+
+const Tensor* Index::find(std::string_view name) const {
+  const auto place = std::lower_bound(tensors.begin(), tensors.end(), name,
+                                      [](const Tensor& tensor, std::string_view wanted) { return tensor.name < wanted; });
+  return place != tensors.end() && place->name == name ? &*place : nullptr;
+}
+
+uint64_t Index::payload_bytes() const {
+  uint64_t sum = 0;
+  for (const Tensor& tensor : tensors) sum += tensor.size_bytes;
+  return sum;
+}
+
+Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts) {
+  CHECK(files.size() == parts.size());
+  Index index;
+  uint64_t sum_bytes = 0;
+  size_t tensor_count = 0;
+  for (size_t i = 0; i < files.size(); ++i) {
+    const auto sum = base::checked_add(sum_bytes, files[i].size_bytes);
+    if (!sum || *sum > kIndexBytesMax) {
+      return fail(Code::unsupported, text(files[i].path, ": with this file the artifact is larger than ",
+                                          base::human_bytes(kIndexBytesMax), ", the most that can be mapped"));
+    }
+    sum_bytes = *sum;
+    tensor_count += parts[i].tensors.size();
+  }
+  index.tensors.reserve(tensor_count);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (Tensor& tensor : parts[i].tensors) {
+      tensor.file = static_cast<uint32_t>(i);
+      index.tensors.push_back(std::move(tensor));
+    }
+    if (index.metadata.empty()) index.metadata = std::move(parts[i].metadata);
+  }
+  const auto by_name = [](const Tensor& a, const Tensor& b) { return a.name < b.name; };
+  if (parts.size() > 1) std::stable_sort(index.tensors.begin(), index.tensors.end(), by_name);
+  const auto twin = std::adjacent_find(index.tensors.begin(), index.tensors.end(),
+                                       [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
+  if (twin != index.tensors.end()) {
+    return fail(Code::corrupt, text("tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path,
+                                    " and ", files[std::next(twin)->file].path));
+  }
+  index.files = std::move(files);
+  return index;
+}
+
+}  // namespace tensord::tensor

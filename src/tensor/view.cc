@@ -1,0 +1,343 @@
+#include "tensor/view.h"
+
+#include <charconv>
+#include <limits>
+
+#include "base/bytes.h"
+#include "base/text.h"
+
+namespace tensord::tensor {
+
+using base::Code;
+using base::fail;
+using base::quoted;
+using base::text;
+
+namespace {
+
+using Wide = __int128;  // holds any product of an extent and a stride
+
+// Strides of a row-major tensor in units of `unit`. Those of an empty tensor mean nothing and are 0 where they would
+// not fit.
+std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = unit;
+  for (size_t dimension = shape.size(); dimension-- > 0;) {
+    strides[dimension] = stride;
+    if (__builtin_mul_overflow(stride, std::max<uint64_t>(shape[dimension], 1), &stride)) stride = 0;
+  }
+  return strides;
+}
+
+struct Range {
+  Wide start = 0;
+  int64_t step = 1;
+  uint64_t length = 0;
+};
+
+// The rules of Python's slice.indices().
+Range clip(const IndexItem& item, uint64_t extent) {
+  const Wide n = extent;
+  const int64_t step = item.step.value_or(1);
+  const auto bound = [&](std::optional<int64_t> given, Wide otherwise) {
+    if (!given) return otherwise;
+    Wide value = *given;
+    if (value < 0) value += n;
+    if (value < 0) return step < 0 ? Wide(-1) : Wide(0);
+    if (value >= n) return step < 0 ? n - 1 : n;
+    return value;
+  };
+  const Wide start = bound(item.start, step < 0 ? n - 1 : Wide(0));
+  const Wide stop = bound(item.stop, step < 0 ? Wide(-1) : n);
+  if (step > 0 ? stop <= start : stop >= start) return {};
+  const Wide length = step > 0 ? (stop - start - 1) / step + 1 : (start - stop - 1) / -Wide(step) + 1;
+  return {start, step, static_cast<uint64_t>(length)};
+}
+
+// What items pick, in units of bytes, or of bits for sub-byte types.
+struct Picked {
+  Wide offset = 0;
+  std::vector<uint64_t> shape;
+  std::vector<int64_t> strides;
+  bool is_whole = true;     // every dimension is taken as it is
+  bool has_unit_steps = true;
+};
+
+class Picking {
+ public:
+  Picking(const Tensor& tensor, uint32_t unit)
+      : tensor_(tensor), strides_(row_major_strides(tensor.shape, unit)) {}
+
+  Result<Picked> pick(const IndexItems& items) {
+    size_t taken = 0;
+    size_t ellipses = 0;
+    for (const IndexItem& item : items) {
+      taken += item.kind == IndexItem::Kind::slice || item.kind == IndexItem::Kind::integer;
+      ellipses += item.kind == IndexItem::Kind::ellipsis;
+    }
+    const size_t rank = tensor_.shape.size();
+    if (ellipses > 1) return refuse("an index may hold one '...' only");
+    if (taken > rank) return refuse(text("too many indices: ", taken, " for ", rank, " dimensions"));
+    for (const IndexItem& item : items) {
+      if (item.kind == IndexItem::Kind::ellipsis) {
+        take_whole(rank - taken);
+      } else {
+        TRY(take(item));
+      }
+    }
+    take_whole(rank - dimension_);
+    if (picked_.shape.size() > kRankMax) return refuse(text("more than ", kRankMax, " dimensions"));
+    return std::move(picked_);
+  }
+
+ private:
+  Status take(const IndexItem& item) {
+    if (item.kind == IndexItem::Kind::new_axis) {
+      picked_.shape.push_back(1);
+      picked_.strides.push_back(0);
+      return {};
+    }
+    const uint64_t extent = tensor_.shape[dimension_];
+    const int64_t stride = strides_[dimension_];
+    if (item.kind == IndexItem::Kind::integer) {
+      const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
+      if (at < 0 || at >= Wide(extent)) {
+        return refuse(text("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ", extent));
+      }
+      picked_.offset += at * stride;
+      picked_.is_whole = false;
+    } else {
+      if (item.step == 0) return refuse(text("dimension ", dimension_, ": the step of a slice must not be 0"));
+      const Range range = clip(item, extent);
+      int64_t step_stride;
+      if (range.length < 2 || __builtin_mul_overflow(range.step, stride, &step_stride)) step_stride = stride;
+      picked_.offset += range.start * stride;
+      picked_.shape.push_back(range.length);
+      picked_.strides.push_back(step_stride);
+      const bool is_unit = range.length < 2 || range.step == 1;
+      picked_.has_unit_steps &= is_unit;
+      picked_.is_whole &= range.length == extent && is_unit;
+    }
+    ++dimension_;
+    return {};
+  }
+
+  void take_whole(size_t count) {
+    for (; count > 0; --count, ++dimension_) {
+      picked_.shape.push_back(tensor_.shape[dimension_]);
+      picked_.strides.push_back(strides_[dimension_]);
+    }
+  }
+
+  tl::unexpected<base::Error> refuse(std::string why) const {
+    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor_.name), ": ", why));
+  }
+
+  const Tensor& tensor_;
+  const std::vector<int64_t> strides_;
+  size_t dimension_ = 0;
+  Picked picked_;
+};
+
+// A region of bytes out of one of elements that are `bits` wide; nullopt where rows begin or end within a byte.
+std::optional<Strided> in_bytes(Picked picked, uint32_t bits, uint64_t offset) {
+  std::vector<uint64_t>& shape = picked.shape;
+  std::vector<int64_t>& strides = picked.strides;
+  while (shape.size() > 1 && shape.back() == 1) {
+    shape.pop_back();
+    strides.pop_back();
+  }
+  if (shape.empty() || strides.back() != bits) return std::nullopt;
+  // Rows of 3 F4 elements do not end on a byte, two of them together do.
+  while (shape.size() > 1 && shape.back() * bits % 8 != 0 &&
+         Wide(strides[shape.size() - 2]) == Wide(shape.back()) * bits) {
+    shape[shape.size() - 2] *= shape.back();
+    shape.pop_back();
+    strides.pop_back();
+    strides.back() = bits;
+  }
+  if (picked.offset % 8 != 0 || shape.back() * bits % 8 != 0) return std::nullopt;
+  for (size_t dimension = 0; dimension + 1 < shape.size(); ++dimension) {
+    if (shape[dimension] > 1 && strides[dimension] % 8 != 0) return std::nullopt;
+    strides[dimension] /= 8;
+  }
+  shape.back() = shape.back() * bits / 8;
+  strides.back() = 1;
+  return Strided{offset + static_cast<uint64_t>(picked.offset / 8), std::move(shape), std::move(strides), 1};
+}
+
+}  // namespace
+
+uint64_t Strided::element_count() const {
+  uint64_t count = 1;
+  bool overflows = false;
+  for (const uint64_t extent : shape) {
+    if (extent == 0) return 0;
+    overflows |= __builtin_mul_overflow(count, extent, &count);
+  }
+  return overflows ? std::numeric_limits<uint64_t>::max() : count;
+}
+
+Strided whole(const Tensor& tensor, uint64_t offset) {
+  const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
+  if (!element_bytes) return {offset, {tensor.size_bytes}, {1}, 1};
+  return {offset, tensor.shape, row_major_strides(tensor.shape, *element_bytes), *element_bytes};
+}
+
+Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t offset) {
+  // Bit offsets of sub-byte types must fit as well: no tensor is larger than an exbibyte.
+  constexpr uint64_t kSizeMax = uint64_t{1} << 60;
+  if (tensor.size_bytes > kSizeMax || !base::checked_add(offset, tensor.size_bytes)) {
+    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
+                                             " bytes at ", offset, " do not fit an address space"));
+  }
+  const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
+  const uint32_t bits = dtype_bits(tensor.dtype);
+  const uint32_t unit = element_bytes ? *element_bytes : std::max(bits, 1u);
+  TRY_ASSIGN(Picked picked, Picking(tensor, unit).pick(items));
+  if (element_bytes) {
+    return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape), std::move(picked.strides),
+                   *element_bytes};
+  }
+  if (picked.is_whole) return whole(tensor, offset);
+  if (bits == 0) {
+    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor.name), ": its type ",
+                                             quoted(tensor.dtype_text), " is not known; it can be read as a whole only"));
+  }
+  for (const uint64_t extent : picked.shape) {
+    if (extent == 0) return Strided{offset, {0}, {1}, 1};
+  }
+  if (picked.has_unit_steps) {
+    if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
+  }
+  return fail(Code::invalid_argument,
+              text("slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype), " have ", bits,
+                   " bits; a slice must begin and end on whole bytes and have step 1"));
+}
+
+// --- text --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+class IndexText {
+ public:
+  // `text[begin, end)` is what stands between the brackets.
+  IndexText(std::string_view text, size_t begin, size_t end) : text_(text), at_(begin), end_(end) {}
+
+  Result<IndexItems> read() {
+    IndexItems items;
+    skip_blanks();
+    while (at_ < end_) {
+      TRY_ASSIGN(IndexItem item, read_item());
+      items.push_back(item);
+      if (items.size() > 2 * kRankMax) return refuse("too many indices");
+      skip_blanks();
+      if (at_ == end_) break;
+      if (!accept(",")) return refuse("expected ',' or ']'");
+      skip_blanks();
+    }
+    return items;
+  }
+
+ private:
+  Result<IndexItem> read_item() {
+    IndexItem item;
+    if (accept("...")) {
+      item.kind = IndexItem::Kind::ellipsis;
+      return item;
+    }
+    if (accept("None")) {
+      item.kind = IndexItem::Kind::new_axis;
+      return item;
+    }
+    TRY_ASSIGN(const std::optional<int64_t> first, read_number());
+    if (!accept_colon()) {
+      if (!first) return refuse("expected a number, a slice, '...' or 'None'");
+      item.kind = IndexItem::Kind::integer;
+      item.integer = *first;
+      return item;
+    }
+    item.start = first;
+    TRY_ASSIGN(item.stop, read_number());
+    if (accept_colon()) {
+      TRY_ASSIGN(item.step, read_number());
+    }
+    return item;
+  }
+
+  Result<std::optional<int64_t>> read_number() {
+    skip_blanks();
+    if (at_ == end_ || (text_[at_] != '-' && (text_[at_] < '0' || text_[at_] > '9'))) return std::nullopt;
+    int64_t number = 0;
+    const auto [rest, problem] = std::from_chars(text_.data() + at_, text_.data() + end_, number);
+    if (problem != std::errc()) return refuse("expected a 64-bit number");
+    at_ = static_cast<size_t>(rest - text_.data());
+    return number;
+  }
+
+  bool accept_colon() {
+    skip_blanks();
+    return accept(":");
+  }
+
+  bool accept(std::string_view word) {
+    if (text_.substr(at_, end_ - at_).substr(0, word.size()) != word) return false;
+    at_ += word.size();
+    return true;
+  }
+
+  void skip_blanks() {
+    while (at_ < end_ && text_[at_] == ' ') ++at_;
+  }
+
+  tl::unexpected<base::Error> refuse(std::string_view why) const {
+    return fail(Code::invalid_argument, text("view ", quoted(text_), ": ", why, " at character ", at_ + 1));
+  }
+
+  const std::string_view text_;
+  size_t at_;
+  const size_t end_;
+};
+
+void append_number(std::string& out, std::optional<int64_t> number) {
+  if (number) base::append_text(out, *number);
+}
+
+}  // namespace
+
+Result<ViewItem> parse_view_item(std::string_view text) {
+  if (!text.ends_with(']')) return ViewItem{std::string(text), {}};
+  size_t depth = 0;
+  for (size_t at = text.size(); at-- > 0;) {
+    depth += text[at] == ']';
+    depth -= text[at] == '[';
+    if (depth > 0) continue;
+    TRY_ASSIGN(IndexItems items, IndexText(text, at + 1, text.size() - 1).read());
+    return ViewItem{std::string(text.substr(0, at)), std::move(items)};
+  }
+  return ViewItem{std::string(text), {}};  // no '[' belongs to the last ']': all of it is a name
+}
+
+std::string to_text(const ViewItem& item) {
+  // A name that ends like an index gets an empty index, so that it is read back as a name.
+  if (item.items.empty()) return item.name.ends_with(']') ? item.name + "[]" : item.name;
+  std::string out = item.name + "[";
+  for (const IndexItem& index : item.items) {
+    if (&index != item.items.data()) out += ", ";
+    switch (index.kind) {
+      case IndexItem::Kind::ellipsis: out += "..."; break;
+      case IndexItem::Kind::new_axis: out += "None"; break;
+      case IndexItem::Kind::integer: append_number(out, index.integer); break;
+      case IndexItem::Kind::slice:
+        append_number(out, index.start);
+        out += ":";
+        append_number(out, index.stop);
+        if (index.step) out += ":";
+        append_number(out, index.step);
+        break;
+    }
+  }
+  return out + "]";
+}
+
+}  // namespace tensord::tensor
