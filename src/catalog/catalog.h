@@ -16,8 +16,8 @@ namespace tensord::catalog {
 using base::Result;
 using base::Status;
 
-// What one file's bytes hashed to when it was first read whole. `layout_digest` guards against a change of the rules
-// by which leaves are cut: entries with another value are not used.
+// What one file's bytes hashed to when it was first read whole. `layout_digest` guards against a change of
+// the rules by which leaves are cut: entries with another value are not used.
 struct FileRecord {
   base::FileIdentity identity;
   std::string path;  // the last path it was seen at; for people
@@ -33,16 +33,26 @@ struct ArtifactRecord {
   std::vector<base::FileIdentity> files;
 };
 
-// Not thread safe: owned by the engine's thread. One contract test for every implementation. Errors: Code::exhausted
-// (disk full), Code::denied, Code::corrupt (the database is damaged: names the file and says that it can be
-// deleted), Code::unavailable; after any of them the catalog is as it was before the call.
+// What is not remembered again while so many others are is forgotten. A record of a file is some 16 KiB a
+// GiB.
+struct CatalogLimits {
+  size_t file_count_max = 100'000;
+  size_t artifact_count_max = 10'000;
+};
+
+// Not thread safe: owned by the engine's thread. One contract test for every implementation. Errors:
+// Code::exhausted (disk full), Code::denied, Code::corrupt (the database is damaged: names the file and says
+// that it can be deleted), Code::unavailable; after any of them the catalog is as it was before the call.
 class Catalog {
  public:
   virtual ~Catalog() = default;
+  // Of exactly this identity: a file that was written to since is absent.
   virtual Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity) = 0;
-  // All or nothing: replaces older records of the same files.
+  // All or nothing. Replaces the older records of the same artifact and of the same files (equal device and
+  // inode).
   virtual Status remember(const ArtifactRecord& artifact, const std::vector<FileRecord>& files) = 0;
   virtual Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id) = 0;
+  // The last remembered first.
   virtual Result<std::vector<ArtifactRecord>> list_artifacts() = 0;
 };
 

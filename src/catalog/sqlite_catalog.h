@@ -8,10 +8,15 @@
 
 namespace tensord::catalog {
 
-// Creates `path` (mode 0600) when missing; its folder must exist. Schema version in PRAGMA user_version: an unknown
-// newer one is Code::unsupported. A damaged file is Code::corrupt. Records of files not seen for
-// kFileRecordCountMax newer ones are forgotten.
-inline constexpr int kFileRecordCountMax = 100'000;
-Result<std::unique_ptr<Catalog>> open_sqlite_catalog(const std::string& path);
+struct SqliteOptions {
+  CatalogLimits limits;
+  int busy_timeout_ms = 1000;  // how long a call waits for another process; then Code::unavailable
+};
+
+// Creates `path` (mode 0600) when missing; its folder must exist. Schema version in PRAGMA user_version: a
+// newer one is Code::unsupported, a damaged file or another program's database Code::corrupt, one that cannot
+// be written Code::denied. Several processes may have it open.
+Result<std::unique_ptr<Catalog>> open_sqlite_catalog(const std::string& path,
+                                                     const SqliteOptions& options = {});
 
 }  // namespace tensord::catalog

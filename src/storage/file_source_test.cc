@@ -114,7 +114,9 @@ TEST_F(FileSource, a_file_shorter_than_declared_is_corrupt) {
 
 TEST_F(FileSource, a_file_cut_short_while_it_is_read_is_an_error_and_never_zeros) {
   auto source = make(sample_bytes(8192), [this](int fd, void* target, size_t size_bytes, off_t offset) {
-    if (offset > 0) EXPECT_EQ(::truncate(path_.c_str(), 4096), 0);
+    if (offset > 0) {
+      EXPECT_EQ(::truncate(path_.c_str(), 4096), 0);
+    }
     return ::pread(fd, target, std::min<size_t>(size_bytes, 4096), offset);
   });
   Bytes read(8192);
@@ -246,9 +248,9 @@ TEST_F(FileSource, a_long_read_ends_between_its_pieces_when_cancelled) {
 }
 
 TEST(ReadPool, threads_carry_a_name_for_people_who_look) {
+  std::promise<std::string> name;
   auto pool = start_read_pool(2).value();
   EXPECT_EQ(pool->thread_count(), 2);
-  std::promise<std::string> name;
   pool->post(this, [&] {
     char text[16];
     pthread_getname_np(pthread_self(), text, sizeof text);
@@ -258,8 +260,8 @@ TEST(ReadPool, threads_carry_a_name_for_people_who_look) {
 }
 
 TEST(ReadPool, withdrawn_work_goes_back_to_its_owner_alone) {
-  auto pool = start_read_pool(1).value();
   std::latch begun(1), go_on(1), kept_done(1);
+  auto pool = start_read_pool(1).value();
   const int owner = 0, other = 0;
   pool->post(&owner, [&] {
     begun.count_down();

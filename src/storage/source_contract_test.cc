@@ -111,10 +111,10 @@ TEST_P(FileOrMemory, what_lies_past_the_end_is_corrupt_and_never_a_short_read) {
 TEST_P(FileOrMemory, done_is_called_once_for_each_read_of_many_threads) {
   constexpr int kThreadCount = 4, kReadCount = 250;
   const auto files = sample_files({64 << 10});
-  auto source = make(files);
   Bytes target(kThreadCount * kReadCount * 64);
   std::vector<std::atomic<int>> called(kThreadCount * kReadCount);
   std::latch all_done(kThreadCount * kReadCount);
+  auto source = make(files);
   std::vector<std::thread> threads;
   for (int thread = 0; thread < kThreadCount; ++thread) {
     threads.emplace_back([&, thread] {
@@ -136,9 +136,9 @@ TEST_P(FileOrMemory, done_is_called_once_for_each_read_of_many_threads) {
 
 TEST_P(FileOrMemory, done_may_ask_for_the_next_read) {
   const auto files = sample_files({100});
-  auto source = make(files);
   Bytes read(100);
   std::promise<void> finished;
+  std::unique_ptr<Source> source;
   std::function<void(size_t)> read_from = [&](size_t offset) {
     if (offset == read.size()) return finished.set_value();
     source->read({0, offset, std::span(read).subspan(offset, 1), [&, offset](Status status) {
@@ -146,8 +146,10 @@ TEST_P(FileOrMemory, done_may_ask_for_the_next_read) {
                     read_from(offset + 1);
                   }});
   };
+  source = make(files);
   read_from(0);
   finished.get_future().wait();
+  source.reset();
   EXPECT_EQ(read, files[0]);
 }
 

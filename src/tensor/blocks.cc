@@ -1,7 +1,6 @@
 #include "tensor/blocks.h"
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 
 #include "base/bytes.h"
@@ -60,51 +59,63 @@ class BlockCutter {
   uint32_t leaf_begin_ = 0;  // of that block
 };
 
+// Where a tensor begins, apart from the tensor, so that sorting stays in few cache lines.
+struct Place {
+  uint32_t file = 0;
+  uint32_t tensor = 0;
+  uint64_t offset = 0;
+};
+
+std::vector<Place> places_in_order(const std::vector<Tensor>& tensors) {
+  std::vector<Place> places;
+  places.reserve(tensors.size());
+  for (uint32_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].size_bytes > 0) places.push_back({tensors[i].file, i, tensors[i].offset});
+  }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
+    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
+  });
+  return places;
+}
+
 }  // namespace
 
 ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_bytes) const {
+  if (range_bytes == 0) return {};
   const uint64_t image_end = base::checked_add(image_offset, range_bytes).value_or(UINT64_MAX);
   const auto first = std::partition_point(blocks.begin(), blocks.end(), [&](const Block& block) {
     return block.image_offset + block.size_bytes <= image_offset;
   });
-  if (range_bytes == 0) return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(first - blocks.begin())};
   const auto last = std::partition_point(first, blocks.end(),
                                          [&](const Block& block) { return block.image_offset < image_end; });
   return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
 }
 
 ImageLayout lay_out(const Index& index) {
-  const std::vector<Tensor>& tensors = index.tensors;
-  std::vector<uint32_t> order(tensors.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-    return std::tie(tensors[a].file, tensors[a].offset, tensors[a].size_bytes, a) <
-           std::tie(tensors[b].file, tensors[b].offset, tensors[b].size_bytes, b);
-  });
+  const std::vector<Place> places = places_in_order(index.tensors);
   ImageLayout layout;
-  layout.leaves.reserve(index.payload_bytes() / kLeafBytes + tensors.size());
+  layout.leaves.reserve(index.payload_bytes() / kLeafBytes + places.size());
   layout.blocks.reserve(layout.leaves.capacity() + index.files.size());
   BlockCutter cutter(layout);
-  auto next = order.begin();
+  auto next = places.begin();
   for (uint32_t file = 0; file < index.files.size(); ++file) {
     const uint64_t file_begin = layout.size_bytes;
     const uint64_t file_bytes = index.files[file].size_bytes;
     cutter.begin_file(file, file_begin);
     uint64_t used_bytes = 0;  // of the file, by tensors so far
-    for (; next != order.end() && tensors[*next].file == file; ++next) {
-      const Tensor& tensor = tensors[*next];
-      if (tensor.size_bytes == 0) continue;
-      CHECK(tensor.offset >= used_bytes && tensor.offset <= file_bytes);
-      CHECK(tensor.size_bytes <= file_bytes - tensor.offset);
-      cutter.add_untyped(file_begin + tensor.offset);
-      cutter.add_tensor(*next, tensor.size_bytes);
-      used_bytes = tensor.offset + tensor.size_bytes;
+    for (; next != places.end() && next->file == file; ++next) {
+      const uint64_t tensor_bytes = index.tensors[next->tensor].size_bytes;
+      CHECK(next->offset >= used_bytes && next->offset <= file_bytes);
+      CHECK(tensor_bytes <= file_bytes - next->offset);
+      cutter.add_untyped(file_begin + next->offset);
+      cutter.add_tensor(next->tensor, tensor_bytes);
+      used_bytes = next->offset + tensor_bytes;
     }
     cutter.add_untyped(file_begin + file_bytes);
     layout.size_bytes = base::align_up(file_begin + file_bytes, kImageAlignment);
   }
   cutter.close();
-  CHECK(next == order.end());
+  CHECK(next == places.end());
   return layout;
 }
 

@@ -1,13 +1,14 @@
-// XXH3-128 built for one set of vector instructions each; hash() in digest.h picks one. Their .cc files are compiled
-// for those instructions, so neither they nor this header may use anything inline of the C++ library: the linker
-// could keep that copy for everybody.
+// XXH3-128 built for one set of vector instructions each; hash() in digest.h picks one. Their .cc files are
+// compiled for those instructions, so neither they nor this header may use anything inline of the C++
+// library: the linker could keep that copy for everybody.
 #pragma once
 
 #include <stddef.h>
 
 namespace tensord::tensor {
 
-// Canonical (big-endian) digest of `size_bytes` bytes to `out` (16 bytes). To be called only on a CPU that has them.
+// Canonical (big-endian) digest of `size_bytes` bytes to `out` (16 bytes). To be called only on a CPU that
+// has them.
 using HashFunction = void(const void* bytes, size_t size_bytes, void* out);
 HashFunction hash_sse2;  // every x86-64 CPU has it
 HashFunction hash_avx2;

@@ -22,8 +22,8 @@ using base::Status;
 // The most dimensions a tensor may have: numpy's own limit.
 inline constexpr size_t kRankMax = 64;
 
-// The most bytes the files of one artifact may have together: the user half of x86-64's 48-bit addresses, so that
-// every image can be mapped and no sum of offsets wraps.
+// The most bytes the files of one artifact may have together: the user half of x86-64's 48-bit addresses, so
+// that every image can be mapped and no sum of offsets wraps.
 inline constexpr uint64_t kIndexBytesMax = uint64_t{1} << 47;
 
 struct Tensor {
@@ -35,7 +35,8 @@ struct Tensor {
   uint64_t offset = 0;          // of the first byte, from the start of the file
   uint64_t size_bytes = 0;
 
-  uint64_t element_count() const;  // product of the shape; 1 for a scalar. Checked at parse time: cannot overflow.
+  uint64_t element_count()
+      const;  // product of the shape; 1 for a scalar. Checked at parse time: cannot overflow.
   bool operator==(const Tensor&) const = default;
 };
 
@@ -62,8 +63,8 @@ struct FileTensors {
   std::map<std::string, std::string> metadata;
 };
 
-// Joins files (in this order, one part a file) into one Index. Code::corrupt when two files hold one name, naming both
-// files; Code::unsupported when they are larger than kIndexBytesMax together.
+// Joins files (in this order, one part a file) into one Index. Code::corrupt when two files hold one name,
+// naming both files; Code::unsupported when they are larger than kIndexBytesMax together.
 Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts);
 
 }  // namespace tensord::tensor

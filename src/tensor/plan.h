@@ -9,9 +9,10 @@
 
 #include <array>
 #include <cstdint>
-#include <functional>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tensor/dtype.h"
@@ -32,6 +33,12 @@ struct Repeat {
 // what needs more becomes several records.
 inline constexpr size_t kOuterMax = 4;
 
+// A plan is refused (Code::unsupported) rather than grown beyond this: 160 MiB of records.
+inline constexpr size_t kRecordsMax = size_t{1} << 20;
+
+// Rows up to a cache line are copied in tiles where the loop around them is the one that reads side by side.
+inline constexpr uint64_t kTileRowBytes = 64;
+
 struct Copy2D {
   enum class Kind : uint8_t { copy = 0, fill = 1 };  // fill: zeros, source fields unused
   Kind kind = Kind::copy;
@@ -49,9 +56,12 @@ struct Copy2D {
   std::array<Repeat, kOuterMax> outer{};  // outer[0] is the innermost; outer_count are used
 
   bool casts() const { return source_dtype != target_dtype; }
+  bool is_empty() const;               // moves nothing, wherever it points
+  uint64_t outer_iterations() const;  // product of the outer counts
   uint64_t target_row_bytes() const;
   uint64_t source_bytes() const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
   uint64_t target_bytes() const;
+  bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
   bool operator==(const Copy2D&) const = default;
 };
 
@@ -62,7 +72,8 @@ struct CopyPlan {
   bool operator==(const CopyPlan&) const = default;
 };
 
-// Half-open byte interval [begin, end) that a record can touch.
+// Half-open byte interval [begin, end) that a record can touch; empty for a record that moves nothing. For records that
+// passed check_plan.
 struct Extent {
   uint64_t begin = 0;
   uint64_t end = 0;
@@ -89,8 +100,9 @@ struct Wanted {
 bool can_cast(Dtype source, Dtype target);
 
 // Loops are merged where both sides allow it, sorted so that the target is written in address order where that is
-// also good for reading, and the longest contiguous row is found. Records with 0 elements vanish. Offsets and extents
-// are checked against wrap-around (never wrap: Code::invalid_argument).
+// also good for reading, and the longest contiguous row is found. Target pitches come out positive. Records with 0
+// elements vanish. Offsets and extents are checked against wrap-around (never wrap: Code::invalid_argument). Wanted that
+// need more loops than a record holds become several records, or Code::unsupported beyond kRecordsMax.
 Result<CopyPlan> compile(std::span<const Wanted> wanted);
 
 // --- checking ----------------------------------------------------------------------------------------------------
@@ -100,38 +112,64 @@ enum class Coverage : uint8_t { any, complete };
 // Source and target sizes by number. Refused with Code::invalid_argument, naming record and offsets: a number that is
 // out of range, reads or writes out of bounds, two records (or two rows of one) that write one byte, and, for
 // Coverage::complete, target bytes that nobody writes. Interval arithmetic; only records whose extents meet are looked
-// at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported).
+// at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported). Records
+// that move 0 bytes are ignored wherever they point. Broadcast and overlapping reads are fine.
 Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
                   Coverage coverage);
 
-// Drops records that do exactly what another one does, joins contiguous records with equal source-to-target distance
-// that overlap or touch, and sorts canonically.
+// Drops records that do exactly what another one does or nothing, merges loops, joins contiguous records with equal
+// source-to-target distance that overlap or touch, and sorts. Takes plans that were not checked.
 CopyPlan canonical(CopyPlan plan);
 
 // --- transforming --------------------------------------------------------------------------------------------------
 
-// What writes bytes [offset, offset + size_bytes) of target memory `target` (clipped to what the plan writes), rebased
-// so that `offset` becomes 0. Rows are cut where the window cuts them. Only plans without casts and with positive
-// target pitches (CHECK).
+// What writes bytes [offset, offset + size_bytes) of target memory `target` (clipped to what the plan writes), as a
+// plan into one target memory 0 in which `offset` is 0. Rows are cut where the window cuts them. Only checked plans
+// without casts (CHECK).
 CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes);
 
-// `outer` reads what `inner` writes (inner's single target memory 0): the plan from inner's sources straight to
-// outer's targets. Fills of inner that outer reads become fills. Code::invalid_argument where outer reads what inner
-// does not write.
+// `outer` reads as source 0 what `inner` writes as target 0: the plan from inner's sources straight to outer's targets.
+// Fills of inner that outer reads become fills. Both are checked plans. Slices of slices stay one record each where
+// their loops move in step, else they are taken apart row by row. Code::invalid_argument where outer reads what inner
+// does not write; Code::unsupported for casts and beyond kRecordsMax.
 Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner);
 
-// A part of a record: rows [row_begin, row_begin + row_count) of the record's flattened loops, and, where a single
-// row is larger than a task, bytes [byte_begin, byte_begin + byte_count) of it.
+// A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
+// outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,
+// source bytes [byte_begin, byte_begin + byte_count) of it.
 struct Task {
   uint32_t record = 0;
+  uint64_t outer_begin = 0;
+  uint64_t outer_count = 1;
   uint64_t row_begin = 0;
-  uint64_t row_count = 0;
-  uint64_t byte_begin = 0;  // within the row; 0 and row_bytes unless the row is split
+  uint64_t row_count = 1;
+  uint64_t byte_begin = 0;
   uint64_t byte_count = 0;
 };
-// Tasks of about `task_bytes` of payload each, in the plan's order. Small records are not joined here: an executor
-// takes several tasks at a time.
-std::vector<Task> cut_tasks(const CopyPlan& plan, uint64_t task_bytes);
+
+// Cuts a checked plan into tasks of about `task_bytes` of source payload, in the plan's order, one by one, so that
+// cutting needs no memory. Small records are not joined: an executor takes several tasks at a time. `plan` must outlive
+// it. Not thread safe.
+class TaskCutter {
+ public:
+  TaskCutter(const CopyPlan& plan, uint64_t task_bytes) : plan_(plan), task_bytes_(task_bytes) {}
+  std::optional<Task> next();
+
+ private:
+  struct Step {  // the size of a whole task of the current record
+    uint64_t outers = 0, rows = 0, bytes = 0;
+  };
+  void open_record();
+
+  const CopyPlan& plan_;
+  const uint64_t task_bytes_;
+  uint32_t record_ = 0;
+  Step step_;  // zeros: the record is not open yet
+  uint64_t outer_ = 0, row_ = 0, byte_ = 0;
+};
+
+// The interval of its source that a task reads.
+Extent source_extent(const Copy2D& record, const Task& task);
 
 // --- layout ------------------------------------------------------------------------------------------------------
 

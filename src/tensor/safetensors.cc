@@ -103,13 +103,16 @@ class HeaderReader final : public JsonEvents {
   enum class Place : uint8_t { outside, top, tensor, shape, offsets, metadata };
   enum class Field : uint8_t { dtype = 0, shape = 1, data_offsets = 2 };
   static constexpr std::array<std::string_view, 3> kFields{"dtype", "shape", "data_offsets"};
-  static constexpr std::array<std::string_view, 3> kFieldTypes{"a string", "an array of sizes", "an array of 2 numbers"};
+  static constexpr std::array<std::string_view, 3> kFieldTypes{"a string", "an array of sizes",
+                                                               "an array of 2 numbers"};
 
   Status enter(Place place) {
     place_ = place;
     return {};
   }
-  Status refuse(std::string_view what) const { return fail(Code::corrupt, text(path_, ": header has ", what)); }
+  Status refuse(std::string_view what) const {
+    return fail(Code::corrupt, text(path_, ": header has ", what));
+  }
   Status refuse_tensor(std::string_view what) const {
     return fail(Code::corrupt, text(path_, ": tensor ", quoted(name_), ": ", what));
   }
@@ -117,7 +120,8 @@ class HeaderReader final : public JsonEvents {
   // A value of the wrong kind, `what`, at the present place.
   Status unexpected(std::string_view what) const {
     switch (place_) {
-      case Place::outside: return fail(Code::corrupt, text(path_, ": header is ", what, ", not an object"));
+      case Place::outside:
+        return fail(Code::corrupt, text(path_, ": header is ", what, ", not an object"));
       case Place::top:
         if (name_ == kMetadataKey) return refuse(text("a __metadata__ that is ", what, ", not an object"));
         return refuse_tensor(text("is ", what, ", not an object"));
@@ -127,7 +131,8 @@ class HeaderReader final : public JsonEvents {
       }
       case Place::shape:
       case Place::offsets:
-        return refuse_tensor(text(kFields[static_cast<size_t>(field_)], " holds ", what, ", not a natural number"));
+        return refuse_tensor(
+            text(kFields[static_cast<size_t>(field_)], " holds ", what, ", not a natural number"));
       case Place::metadata:
         return refuse(text("a __metadata__ whose ", quoted(metadata_name_), " is ", what, ", not a string"));
     }
@@ -145,7 +150,8 @@ class HeaderReader final : public JsonEvents {
   }
 
   Status add_metadata(std::string value) {
-    if (part_.metadata.size() == kEntryCountMax) return refuse(text("over ", kEntryCountMax, " metadata entries"));
+    if (part_.metadata.size() == kEntryCountMax)
+      return refuse(text("over ", kEntryCountMax, " metadata entries"));
     if (!part_.metadata.emplace(metadata_name_, std::move(value)).second) {
       return refuse(text("a duplicate metadata key ", quoted(metadata_name_)));
     }
@@ -156,13 +162,15 @@ class HeaderReader final : public JsonEvents {
     for (size_t i = 0; i < kFields.size(); ++i) {
       if (!seen_[i]) return refuse_tensor(text(kFields[i], " is missing"));
     }
-    if (offsets_.size() != 2) return refuse_tensor(text("data_offsets has ", offsets_.size(), " of 2 numbers"));
+    if (offsets_.size() != 2)
+      return refuse_tensor(text("data_offsets has ", offsets_.size(), " of 2 numbers"));
     const uint64_t begin = offsets_[0];
     const uint64_t end = offsets_[1];
     const std::string range = text("data_offsets [", begin, ", ", end, "]");
     if (begin > end) return refuse_tensor(text(range, " end before they begin"));
     if (end > data_bytes_) {
-      return refuse_tensor(text(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?"));
+      return refuse_tensor(
+          text(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?"));
     }
     TRY(check_shape(end - begin));
     tensor_.name = name_;
@@ -184,7 +192,8 @@ class HeaderReader final : public JsonEvents {
     const std::string elements = text(*product, " elements of ", tensor_.dtype_text);
     if (*bits % 8 != 0) return refuse_tensor(text(elements, " are not a whole number of bytes"));
     if (*bits / 8 != range_bytes) {
-      return refuse_tensor(text(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes));
+      return refuse_tensor(
+          text(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes));
     }
     return {};
   }
@@ -219,8 +228,8 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
                                       " overlap at byte ", tensor->offset, " of the file"));
     }
     if (tensor->offset > cursor) {
-      return fail(Code::corrupt, text(path, ": the ", tensor->offset - cursor, " bytes at ", cursor, " before tensor ",
-                                      quoted(tensor->name), " belong to no tensor"));
+      return fail(Code::corrupt, text(path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
+                                      " before tensor ", quoted(tensor->name), " belong to no tensor"));
     }
     cursor = tensor->offset + tensor->size_bytes;
     last = tensor;
@@ -277,7 +286,8 @@ class ShardIndexReader final : public JsonEvents {
   Status other(std::string_view what) override {
     if (in_map_) return refuse_file(what);
     if (depth_ == 0) return fail(Code::corrupt, text(path_, " is ", what, ", not an object"));
-    if (depth_ == 1 && name_ == "weight_map") return refuse(text("a weight_map that is ", what, ", not an object"));
+    if (depth_ == 1 && name_ == "weight_map")
+      return refuse(text("a weight_map that is ", what, ", not an object"));
     return {};
   }
 
@@ -317,30 +327,32 @@ class ShardIndexReader final : public JsonEvents {
 
 }  // namespace
 
-Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first, uint64_t file_size_bytes,
-                                     const std::string& path) {
+Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first,
+                                     uint64_t file_size_bytes, const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": its ", file_size_bytes, " bytes are too few for a safetensors file"));
+    return fail(Code::corrupt,
+                text(path, ": its ", file_size_bytes, " bytes are too few for a safetensors file"));
   }
   static_assert(std::endian::native == std::endian::little);
   uint64_t length = 0;
   std::memcpy(&length, first.data(), kHeaderLengthBytes);
   if (length == 0) return fail(Code::corrupt, text(path, ": header length is 0"));
   if (length > kHeaderBytesMax) {
-    return fail(Code::corrupt, text(path, ": header length ", length, " is over the format's limit of ", kHeaderBytesMax,
-                                    "; is it a safetensors file?"));
+    return fail(Code::corrupt, text(path, ": header length ", length, " is over the format's limit of ",
+                                    kHeaderBytesMax, "; is it a safetensors file?"));
   }
   if (length > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", length, " bytes ends past the file's ", file_size_bytes,
-                                    " bytes; is it cut short?"));
+    return fail(Code::corrupt, text(path, ": header of ", length, " bytes ends past the file's ",
+                                    file_size_bytes, " bytes; is it cut short?"));
   }
   return length;
 }
 
-Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes, const std::string& path) {
+Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes,
+                                      const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes || json.size() > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", json.size(), " bytes ends past the file's ", file_size_bytes,
-                                    " bytes; is it cut short?"));
+    return fail(Code::corrupt, text(path, ": header of ", json.size(), " bytes ends past the file's ",
+                                    file_size_bytes, " bytes; is it cut short?"));
   }
   const size_t brace = json.find_first_not_of(" \t\r\n");
   if (brace == std::string_view::npos || json[brace] != '{') {
@@ -363,7 +375,8 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
 
 Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& path) {
   if (json.size() > kHeaderBytesMax) {
-    return fail(Code::corrupt, text(path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax));
+    return fail(Code::corrupt,
+                text(path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax));
   }
   ShardIndexReader reader(path);
   TRY(walk_json(json, path, reader));
@@ -379,8 +392,8 @@ Status check_shard_index(const ShardIndex& shards, const Index& index) {
     }
     const std::string_view path = index.files[tensor->file].path;
     if (path != file && !path.ends_with("/" + file)) {
-      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file), ", but it is in ",
-                                      path));
+      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file),
+                                      ", but it is in ", path));
     }
   }
   return {};

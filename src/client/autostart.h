@@ -1,0 +1,20 @@
+// Starting the per-user daemon from a client.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "base/result.h"
+
+namespace tensord::client {
+
+// Runs `tensord serve` in a session of its own, with its log in the state folder, and waits until it listens in
+// `runtime_folder`. When another client was quicker, its daemon is waited for. The binary: $TENSORD_BINARY, else beside
+// this library, else where wheels put scripts relative to it, else on $PATH. Code::unavailable says what was tried and
+// where the log is.
+base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms);
+
+// $TENSORD_STATE_DIR, else $XDG_STATE_HOME/tensord, else ~/.local/state/tensord.
+std::string state_folder();
+
+}  // namespace tensord::client

@@ -1,0 +1,383 @@
+#include "engine/engine.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/text.h"
+#include "engine/eviction.h"
+#include "storage/file_source.h"
+
+namespace tensord::engine {
+
+using base::Code;
+using base::fail;
+using base::log;
+using base::LogLevel;
+
+Engine::Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& pool, Owner owner)
+    : options_(std::move(options)),
+      catalog_(catalog),
+      pool_(pool),
+      owner_(std::move(owner)),
+      pool_memory_(options_.host_memory_bytes) {}
+
+Engine::~Engine() {
+  for (auto& [number, replica] : replicas_) {
+    for (auto& [lease, held] : replica->leases) owner_.unwatch(held.read_end.get());
+  }
+}
+
+// ---- opening ------------------------------------------------------------------------------------------------------
+
+void Engine::open(OpenOrder order, GrantDone done) {
+  if (draining_) return done(fail(Code::unavailable, "the daemon is stopping; try again when it is back"));
+  if (order.files.empty() || order.files.size() > kFileCountMax) {
+    return done(fail(Code::invalid_argument, base::text("open ", order.path, ": ", order.files.size(),
+                                                        " files; 1 to ", kFileCountMax, " are possible")));
+  }
+  Key key;
+  for (const OpenFile& file : order.files) key.push_back(file.identity);
+  const auto known = by_key_.find(key);
+  if (known != by_key_.end()) {
+    Replica& replica = *replicas_.at(known->second);
+    if (!order.index_only) last_opened_ = replica.number;
+    if (replica.state == ReplicaState::indexing) {
+      replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
+    } else {
+      done(grant(replica, order.index_only, order.holder));
+    }
+    return;
+  }
+  auto made = std::make_unique<Replica>();
+  Replica& replica = *made;
+  replica.number = next_replica_++;
+  replica.path = std::move(order.path);
+  replica.key = key;
+  replica.owner = order.holder.user_id;
+  replica.files = std::move(order.files);
+  replica.last_used_ns = base::monotonic_ns();
+  if (!order.index_only) last_opened_ = replica.number;
+  replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
+  by_key_[std::move(key)] = replica.number;
+  replicas_[replica.number] = std::move(made);
+  index(replica, std::move(order.shard_index));
+}
+
+void Engine::index(Replica& replica, base::Fd shard_index) {
+  struct Job {
+    uint64_t number;
+    const std::vector<OpenFile>* files;  // not touched by the owner while indexing
+    base::Fd shard_index;
+    std::string shard_index_path;
+  };
+  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, std::move(shard_index), replica.path});
+  pool_.post(this, [this, job] {
+    auto content = read_content(*job->files, job->shard_index, job->shard_index_path);
+    Result<IndexFile> encoded = fail(Code::internal, "no index");
+    if (content) encoded = options_.encode_index((*content)->index);
+    struct Outcome {
+      Result<std::shared_ptr<const Content>> content;
+      Result<IndexFile> encoded;
+    };
+    auto outcome = std::make_shared<Outcome>(Outcome{std::move(content), std::move(encoded)});
+    owner_.post([this, number = job->number, outcome] {
+      indexed(number, std::move(outcome->content), std::move(outcome->encoded));
+    });
+  });
+}
+
+void Engine::indexed(uint64_t number, Result<std::shared_ptr<const Content>> content, Result<IndexFile> index_file) {
+  Replica& replica = *replicas_.at(number);
+  if (!content) return fail_waiters(replica, content.error());
+  if (!index_file) return fail_waiters(replica, index_file.error());
+  replica.content = std::move(*content);
+  replica.index_file = std::move(*index_file);
+  const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
+                                  [](const Waiter& waiter) { return !waiter.index_only; });
+  if (wanted) {
+    if (const Status begun = begin_load(replica); !begun) return fail_waiters(replica, begun.error());
+  }
+  // A callback may open and evict: the list is taken out first.
+  for (Waiter& waiter : std::exchange(replica.waiters, {})) {
+    waiter.done(grant(replica, waiter.index_only, waiter.holder));
+  }
+  if (!wanted) return forget(number);
+  if (replica.load) replica.load->start();
+}
+
+void Engine::fail_waiters(Replica& replica, const base::Error& error) {
+  log(LogLevel::warning, "open ", replica.path, ": ", error.message);
+  const auto waiters = std::exchange(replica.waiters, {});
+  forget(replica.number);
+  for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
+}
+
+Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& holder) {
+  Grant granted;
+  granted.replica = replica.number;
+  granted.content = replica.content;
+  granted.index_fd = replica.index_file.fd.get();
+  granted.index_bytes = replica.index_file.size_bytes;
+  if (index_only) return granted;
+  if (holder.user_id != replica.owner) {
+    return fail(Code::denied, base::text(replica.path, " was opened by uid ", replica.owner, ", you are uid ",
+                                         holder.user_id));
+  }
+  if (lease_count_ >= kLeaseCountMax) {
+    return fail(Code::exhausted, base::text(lease_count_, " leases are held, no more are possible"));
+  }
+  TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
+  const uint64_t lease = next_lease_++;
+  TRY(owner_.watch_hangup(pipe.read_end.get(), [this, number = replica.number, lease] { lease_ended(number, lease); }));
+  replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns()};
+  ++lease_count_;
+  granted.lease = std::move(pipe.write_end);
+  granted.fill_map_fd = replica.fill->fd();
+  granted.fill_map_bytes = replica.fill->size_bytes();
+  for (const memory::Segment& segment : replica.memory.segments) {
+    granted.segment_fds.push_back(segment.fd());
+    granted.segment_bytes.push_back(segment.size_bytes());
+  }
+  return granted;
+}
+
+void Engine::lease_ended(uint64_t number, uint64_t lease) {
+  Replica& replica = *replicas_.at(number);
+  const auto ended = replica.leases.find(lease);
+  CHECK(ended != replica.leases.end());
+  owner_.unwatch(ended->second.read_end.get());
+  replica.leases.erase(ended);
+  --lease_count_;
+  replica.last_used_ns = base::monotonic_ns();
+  settle(replica);
+}
+
+// ---- loading ------------------------------------------------------------------------------------------------------
+
+Status Engine::begin_load(Replica& replica) {
+  const int64_t begin_ns = base::monotonic_ns();
+  const Content& content = *replica.content;
+  uint64_t memory_bytes = 0;
+  for (const uint64_t size : memory::segment_sizes(content.layout.size_bytes)) memory_bytes += size;
+  if (const Status room = make_room(memory_bytes); !room) {
+    return fail(room.error().code, base::text("open ", replica.path, ": ", room.error().message));
+  }
+  TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
+  uint64_t total_bytes = 0;
+  for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
+  TRY_ASSIGN(replica.fill, memory::FillMap::create(content.layout.blocks.size(), total_bytes));
+
+  LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path};
+  report.begin_ns = begin_ns - content.index_ns;
+  report.index_ns = content.index_ns;
+  report.thread_count = static_cast<uint32_t>(pool_.thread_count());
+  report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
+  std::vector<std::vector<tensor::Digest>> expected = known_digests(content);
+  report.checked_against_record =
+      std::all_of(expected.begin(), expected.end(), [](const auto& leaves) { return !leaves.empty(); });
+
+  std::vector<storage::SourceFile> files;
+  for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
+  replica.files.clear();
+  LoadOrder order{.content = replica.content,
+                  .source = storage::make_file_source(std::move(files), pool_),
+                  .image = replica.memory.data(),
+                  .fill = &*replica.fill,
+                  .expected = std::move(expected),
+                  .depth = 2 * static_cast<uint32_t>(pool_.thread_count()),
+                  .keep_spans = options_.keep_spans};
+  replica.load = std::make_unique<Load>(std::move(order), [this, number = replica.number](LoadResult result) {
+    auto shared = std::make_shared<LoadResult>(std::move(result));
+    owner_.post([this, number, shared] { loaded(number, std::move(*shared)); });
+  });
+  replica.state = ReplicaState::filling;
+  replica.load_number = report.load;
+  report.memory_ns = base::monotonic_ns() - begin_ns;
+  reports_.push_back(std::move(report));
+  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
+  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path, ", ", base::human_bytes(total_bytes), " in ",
+      content.index.tensors.size(), " tensors");
+  return {};
+}
+
+Status Engine::make_room(uint64_t memory_bytes) {
+  const uint64_t limit_bytes = pool_memory_.limit_bytes();
+  if (memory_bytes > limit_bytes) {
+    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes), ", host_memory is ",
+                                            base::human_bytes(limit_bytes), "; raise host_memory"));
+  }
+  const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
+  if (in_use_bytes + memory_bytes <= limit_bytes) return {};
+  std::vector<EvictionCandidate> candidates;
+  for (const auto& [number, replica] : replicas_) {
+    candidates.push_back({number, replica->memory.size_bytes(), replica->last_used_ns, replica->held()});
+  }
+  const auto victims = choose_victims(std::move(candidates), in_use_bytes + memory_bytes - limit_bytes);
+  if (!victims) {
+    return fail(Code::exhausted,
+                base::text("it needs ", base::human_bytes(memory_bytes), ", but of host_memory ",
+                           base::human_bytes(limit_bytes), " only ", base::human_bytes(limit_bytes - in_use_bytes),
+                           " are free, and the rest cannot be evicted: ", holders_text(),
+                           "; close or unpin some of them, or raise host_memory"));
+  }
+  for (const uint64_t victim : *victims) {
+    log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path, ") to make room");
+    forget(victim);
+  }
+  return {};
+}
+
+std::string Engine::holders_text() const {
+  constexpr size_t kShownMax = 8;
+  std::string out;
+  size_t shown = 0;
+  for (const auto& [number, replica] : replicas_) {
+    if (!replica->held() || replica->memory.segments.empty()) continue;
+    if (shown++ == kShownMax) return out + ", and others";
+    if (!out.empty()) out += ", ";
+    out += base::text("replica ", number, " ", replica->path, " (", base::human_bytes(replica->memory.size_bytes()));
+    if (replica->pinned) out += ", pinned";
+    if (replica->state == ReplicaState::filling) out += ", filling";
+    for (const auto& [lease, held] : replica->leases) {
+      out += base::text(", leased by ", held.holder.process_name, " pid ", held.holder.process_id);
+    }
+    out += ")";
+  }
+  return out;
+}
+
+std::vector<std::vector<tensor::Digest>> Engine::known_digests(const Content& content) {
+  std::vector<std::vector<tensor::Digest>> known(content.identities.size());
+  for (uint32_t file = 0; file < known.size(); ++file) {
+    auto record = catalog_.find_file(content.identities[file]);
+    if (!record) {
+      log(LogLevel::warning, "catalog: ", record.error().message, "; loads are not checked against earlier ones");
+      break;
+    }
+    const auto [first, last] = leaves_of_file(content, file);
+    if (*record && (*record)->layout_digest == content.layout_digests[file] &&
+        (*record)->leaves.size() == last - first) {
+      known[file] = std::move((*record)->leaves);
+    }
+  }
+  return known;
+}
+
+void Engine::loaded(uint64_t number, LoadResult result) {
+  Replica& replica = *replicas_.at(number);
+  replica.load.reset();
+  if (LoadReport* report = report_of(number)) {
+    report->wall_ns = base::monotonic_ns() - report->begin_ns;
+    report->counters = result.counters;
+    report->disk_bytes = disk_bytes_read() - report->disk_bytes;
+    report->spans = std::move(result.spans);
+    report->state = result.status ? LoadState::ready : LoadState::failed;
+    if (result.status) report->artifact = result.artifact_id;
+    if (!result.status) report->error = result.status.error();
+    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",
+        base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9, " s");
+  }
+  replica.last_used_ns = base::monotonic_ns();
+  if (result.status) {
+    replica.state = ReplicaState::ready;
+    replica.artifact = result.artifact_id;
+    replica.leaves = std::move(result.leaves);
+    replica.fill->end_ready(result.artifact_id);
+    remember(replica);
+  } else {
+    replica.state = ReplicaState::failed;
+    replica.error = result.status.error();
+    replica.fill->end_failed(result.status.error());
+    by_key_.erase(replica.key);  // the next open tries again
+  }
+  settle(replica);
+  if (drained_ && running_count() == 0) std::exchange(drained_, nullptr)();
+}
+
+void Engine::remember(const Replica& replica) {
+  const Content& content = *replica.content;
+  catalog::ArtifactRecord artifact{*replica.artifact, replica.path, content.index.payload_bytes(),
+                                   content.index.tensors.size(), content.identities};
+  std::vector<catalog::FileRecord> files;
+  for (uint32_t file = 0; file < content.identities.size(); ++file) {
+    const auto [first, last] = leaves_of_file(content, file);
+    files.push_back({content.identities[file], content.index.files[file].path, content.layout_digests[file],
+                     {replica.leaves.begin() + first, replica.leaves.begin() + last}});
+  }
+  const Status kept = catalog_.remember(artifact, files);
+  if (!kept && !catalog_failed_) {
+    log(LogLevel::warning, "catalog: ", kept.error().message,
+        "; the digests of this load are not kept, the next one cannot be checked against it");
+  }
+  catalog_failed_ = !kept;
+}
+
+// ---- letting go ---------------------------------------------------------------------------------------------------
+
+void Engine::settle(Replica& replica) {
+  if (replica.load || !replica.leases.empty() || replica.verify_count > 0) return;
+  if (replica.state == ReplicaState::failed || replica.doomed) forget(replica.number);
+}
+
+void Engine::forget(uint64_t number) {
+  const auto found = replicas_.find(number);
+  Replica& replica = *found->second;
+  CHECK(!replica.load && replica.leases.empty());
+  const auto key = by_key_.find(replica.key);
+  if (key != by_key_.end() && key->second == number) by_key_.erase(key);
+  pool_memory_.free(std::move(replica.memory));
+  replicas_.erase(found);
+}
+
+Status Engine::evict(uint64_t number) {
+  Replica& replica = *replicas_.at(number);
+  if (replica.pinned) {
+    return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
+  }
+  if (!replica.leases.empty()) {
+    const Holder& holder = replica.leases.begin()->second.holder;
+    return fail(Code::unavailable,
+                base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name, " pid ",
+                           holder.process_id, " and ", replica.leases.size() - 1, " more; close it there first"));
+  }
+  if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
+    return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is busy; try again"));
+  }
+  if (replica.load) {
+    replica.doomed = true;
+    replica.load->cancel({Code::cancelled, base::text("load of ", replica.path, ": evicted while it was filling")});
+    return {};
+  }
+  forget(number);
+  return {};
+}
+
+void Engine::set_pinned(uint64_t number, bool pinned) { replicas_.at(number)->pinned = pinned; }
+
+void Engine::drain(std::function<void()> done) {
+  draining_ = true;
+  if (running_count() == 0) return done();
+  drained_ = std::move(done);
+}
+
+void Engine::cancel_loads() {
+  for (auto& [number, replica] : replicas_) {
+    if (replica->load) {
+      replica->load->cancel({Code::cancelled, base::text("load of ", replica->path, ": the daemon was stopped")});
+    }
+  }
+}
+
+size_t Engine::running_count() const {
+  return static_cast<size_t>(std::count_if(replicas_.begin(), replicas_.end(), [](const auto& entry) {
+    return entry.second->state <= ReplicaState::filling || entry.second->verify_count > 0;
+  }));
+}
+
+}  // namespace tensord::engine

@@ -1,0 +1,150 @@
+// Engine: the only mutable heart. A Load reads a Source through blocks into a Replica; a client holds a Lease on it.
+//
+//   open ──► known? ──► grant
+//              └─► index (pool) ──► room? evict ──► segments ──► load (pool) ──► ready
+//
+// Everything here runs on one thread, the owner's; work for other threads comes back through Owner::post.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "catalog/catalog.h"
+#include "engine/replica.h"
+#include "engine/report.h"
+#include "memory/segment_pool.h"
+#include "storage/read_pool.h"
+
+namespace tensord::engine {
+
+inline constexpr size_t kLoadReportCountMax = 64;
+inline constexpr size_t kLeaseCountMax = 100'000;
+
+// The owner's thread, as the engine needs it.
+struct Owner {
+  std::function<void(std::function<void()>)> post;                     // thread safe
+  std::function<Status(int fd, std::function<void()>)> watch_hangup;   // once, when the other end is gone
+  std::function<void(int fd)> unwatch;
+};
+
+struct EngineOptions {
+  uint64_t host_memory_bytes = 0;
+  bool keep_spans = false;
+  // Encodes an index for clients. Called on pool threads.
+  std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
+};
+
+struct OpenOrder {
+  std::string path;  // what the client opened; for people and selectors
+  std::vector<OpenFile> files;
+  base::Fd shard_index;
+  bool index_only = false;
+  Holder holder;
+};
+
+struct VerifyFault {
+  std::string file;
+  std::string tensor;
+  uint32_t leaf = 0;
+  uint64_t offset = 0;  // in the file
+  uint64_t size_bytes = 0;
+};
+struct VerifyReport {
+  uint64_t replica = 0;
+  std::string path;
+  tensor::Digest artifact;
+  uint64_t leaf_count = 0;
+  uint64_t bytes = 0;
+  int64_t ns = 0;
+  std::vector<VerifyFault> faults;  // the first kFaultCountMax
+};
+inline constexpr size_t kFaultCountMax = 100;
+
+class Engine {
+ public:
+  // All references must outlive the engine; the pool's threads must run.
+  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& pool, Owner owner);
+  // Every load must have ended (stop()).
+  ~Engine();
+
+  // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
+  // one replica and one read. `done` is called on the owner's thread, maybe at once; the replica may still be filling.
+  // Code::exhausted names what holds the memory.
+  void open(OpenOrder order, GrantDone done);
+
+  // A path, an artifact id (or its beginning, 4 digits at least), a replica's number, or "last" (opened last).
+  // Code::not_found; Code::invalid_argument when it is ambiguous.
+  Result<uint64_t> find(const std::string& selector) const;
+
+  // Code::unavailable, naming the holders, when the replica is leased or pinned. A filling one is cancelled.
+  Status evict(uint64_t replica);
+  void set_pinned(uint64_t replica, bool pinned);
+
+  // Hashes every leaf again and compares with what the load recorded. Code::unavailable unless the replica is ready.
+  void verify(uint64_t replica, std::function<void(Result<VerifyReport>)> done);
+
+  // Adds a client's figures to the report of the load that filled `replica`.
+  void note_use(uint64_t replica, Use use);
+
+  // Free, pre-faulted memory for loads to come.
+  void keep_segment(memory::Segment segment) { pool_memory_.keep(std::move(segment)); }
+
+  const Replica& replica(uint64_t number) const;
+  const std::map<uint64_t, std::unique_ptr<Replica>>& replicas() const { return replicas_; }
+  // Of the load that filled a replica (also one that is gone), newest first; nullopt when forgotten.
+  std::optional<LoadReport> load_report(uint64_t replica) const;
+  std::optional<LoadReport> last_load_report() const;
+  const memory::SegmentPool& memory() const { return pool_memory_; }
+  size_t running_count() const;
+
+  // No new loads from now on (Code::unavailable); `done` is called when none runs any more.
+  void drain(std::function<void()> done);
+  // Ends running loads with Code::cancelled.
+  void cancel_loads();
+
+ private:
+  using Key = std::vector<base::FileIdentity>;
+
+  void index(Replica& replica, base::Fd shard_index);
+  void indexed(uint64_t number, Result<std::shared_ptr<const Content>> content, Result<IndexFile> index_file);
+  Status begin_load(Replica& replica);
+  Status make_room(uint64_t memory_bytes);
+  std::vector<std::vector<tensor::Digest>> known_digests(const Content& content);
+  void loaded(uint64_t number, LoadResult result);
+  void remember(const Replica& replica);
+  Result<Grant> grant(Replica& replica, bool index_only, const Holder& holder);
+  void lease_ended(uint64_t number, uint64_t lease);
+  void fail_waiters(Replica& replica, const base::Error& error);
+  void forget(uint64_t number);
+  void settle(Replica& replica);  // frees a replica that nobody can use any more
+  std::string holders_text() const;
+  LoadReport* report_of(uint64_t replica);
+
+  const EngineOptions options_;
+  catalog::Catalog& catalog_;
+  storage::ReadPool& pool_;
+  const Owner owner_;
+  memory::SegmentPool pool_memory_;
+
+  std::map<uint64_t, std::unique_ptr<Replica>> replicas_;
+  std::map<Key, uint64_t> by_key_;
+  std::deque<LoadReport> reports_;  // newest last
+  uint64_t next_replica_ = 1;
+  uint64_t next_load_ = 1;
+  uint64_t next_lease_ = 1;
+  uint64_t last_opened_ = 0;
+  size_t lease_count_ = 0;
+  bool catalog_failed_ = false;  // said once
+  std::function<void()> drained_;
+  bool draining_ = false;
+};
+
+// Bytes that block devices delivered to this process so far; 0 where the kernel does not count them.
+uint64_t disk_bytes_read();
+
+}  // namespace tensord::engine

@@ -1,0 +1,23 @@
+#include "engine/eviction.h"
+
+#include <algorithm>
+
+namespace tensord::engine {
+
+std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates, uint64_t needed_bytes) {
+  std::sort(candidates.begin(), candidates.end(), [](const EvictionCandidate& a, const EvictionCandidate& b) {
+    return a.last_used_ns != b.last_used_ns ? a.last_used_ns < b.last_used_ns : a.replica < b.replica;
+  });
+  std::vector<uint64_t> victims;
+  uint64_t freed_bytes = 0;
+  for (const EvictionCandidate& candidate : candidates) {
+    if (freed_bytes >= needed_bytes) break;
+    if (candidate.held) continue;
+    victims.push_back(candidate.replica);
+    freed_bytes += candidate.memory_bytes;
+  }
+  if (freed_bytes < needed_bytes) return std::nullopt;
+  return victims;
+}
+
+}  // namespace tensord::engine

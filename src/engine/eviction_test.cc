@@ -1,0 +1,31 @@
+#include "engine/eviction.h"
+
+#include <gtest/gtest.h>
+
+namespace tensord::engine {
+
+namespace {
+using Victims = std::vector<uint64_t>;
+
+std::vector<EvictionCandidate> three() {
+  return {{.replica = 1, .memory_bytes = 10, .last_used_ns = 300},
+          {.replica = 2, .memory_bytes = 20, .last_used_ns = 100},
+          {.replica = 3, .memory_bytes = 30, .last_used_ns = 200}};
+}
+}  // namespace
+
+TEST(Eviction, takes_the_least_recently_used_first_and_no_more_than_needed) {
+  EXPECT_EQ(choose_victims(three(), 0), Victims{});
+  EXPECT_EQ(choose_victims(three(), 1), Victims{2});
+  EXPECT_EQ(choose_victims(three(), 21), (Victims{2, 3}));
+  EXPECT_EQ(choose_victims(three(), 60), (Victims{2, 3, 1}));
+}
+
+TEST(Eviction, never_takes_what_somebody_holds) {
+  auto replicas = three();
+  replicas[1].held = true;
+  EXPECT_EQ(choose_victims(replicas, 35), (Victims{3, 1}));
+  EXPECT_EQ(choose_victims(replicas, 41), std::nullopt);
+}
+
+}  // namespace tensord::engine

@@ -1,0 +1,93 @@
+// Replica: one resident copy of an artifact in host memory, possibly still filling. Owned by the engine's thread.
+//
+//   indexing ──► filling ──► ready ──► (evicted)
+//       └───────────┴──────► failed ──► (gone with its last lease)
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/content.h"
+#include "engine/load.h"
+#include "engine/report.h"
+#include "memory/fill_map.h"
+#include "memory/segment_pool.h"
+
+namespace tensord::engine {
+
+// The process that asked; what it says of itself is for people only.
+struct Holder {
+  pid_t process_id = 0;
+  uid_t user_id = 0;
+  std::string process_name;
+};
+
+// A client's hold: the read end of a pipe whose write end the client has. The pipe hangs up when the last process that
+// holds the write end lets go.
+struct Lease {
+  base::Fd read_end;
+  Holder holder;
+  int64_t since_ns = 0;
+};
+
+enum class ReplicaState : uint8_t { indexing, filling, ready, failed };
+
+// What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
+struct Grant {
+  uint64_t replica = 0;
+  std::shared_ptr<const Content> content;
+  int index_fd = -1;
+  uint64_t index_bytes = 0;
+  int fill_map_fd = -1;  // -1, and no segments and no lease, when only the index was asked for
+  uint64_t fill_map_bytes = 0;
+  std::vector<int> segment_fds;
+  std::vector<uint64_t> segment_bytes;
+  base::Fd lease;
+};
+using GrantDone = std::function<void(Result<Grant>)>;
+
+// The index as clients read it, in a sealed memfd.
+struct IndexFile {
+  base::Fd fd;
+  uint64_t size_bytes = 0;
+};
+
+// Somebody who asked for a replica that is still being indexed.
+struct Waiter {
+  bool index_only = false;
+  Holder holder;
+  GrantDone done;
+};
+
+struct Replica {
+  uint64_t number = 0;
+  std::string path;
+  std::vector<base::FileIdentity> key;
+  uid_t owner = 0;
+  ReplicaState state = ReplicaState::indexing;
+  bool pinned = false;
+  bool doomed = false;      // evicted while it was filling: goes when the load has ended
+  uint32_t verify_count = 0;
+  int64_t last_used_ns = 0;
+
+  std::vector<OpenFile> files;  // until the load begins
+  std::vector<Waiter> waiters;  // while indexing
+  std::shared_ptr<const Content> content;
+  IndexFile index_file;
+  memory::SegmentRun memory;
+  std::optional<memory::FillMap> fill;
+  std::map<uint64_t, Lease> leases;
+  std::vector<tensor::Digest> leaves;  // once ready
+  std::optional<tensor::Digest> artifact;
+  std::optional<base::Error> error;
+  uint64_t load_number = 0;
+  std::unique_ptr<Load> load;  // while filling; before memory and fill in destruction
+
+  bool held() const { return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::filling; }
+};
+
+}  // namespace tensord::engine

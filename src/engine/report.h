@@ -1,0 +1,79 @@
+// What a load did and where its time went; what clients did with the result.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "tensor/digest.h"
+
+namespace tensord::engine {
+
+// Spans are kept only when asked for, and no more than this many of a load (256 GiB in blocks of 1 MiB, two each).
+inline constexpr size_t kSpanCountMax = 1 << 19;
+inline constexpr size_t kUseCountMax = 256;  // of one load; the oldest stay
+
+struct LoadSpan {
+  enum class Kind : uint8_t { read, check };
+  Kind kind = Kind::read;
+  uint32_t thread = 0;  // the kernel's thread id
+  uint64_t block = 0;
+  uint64_t size_bytes = 0;
+  int64_t begin_ns = 0;
+  int64_t end_ns = 0;
+};
+
+struct LoadCounters {
+  uint64_t bytes = 0;
+  int64_t read_ns = 0;   // summed over threads
+  int64_t check_ns = 0;  // summed over threads: hashing and comparing
+};
+
+struct UseSpan {
+  int64_t begin_ns = 0;
+  int64_t end_ns = 0;
+  uint32_t thread = 0;
+  uint32_t record = 0;
+  uint64_t size_bytes = 0;
+};
+
+// One load_into of one client.
+struct Use {
+  pid_t process_id = 0;
+  std::string process_name;
+  int64_t map_ns = 0;
+  int64_t plan_ns = 0;
+  int64_t wait_ns = 0;
+  int64_t copy_ns = 0;
+  uint64_t copy_bytes = 0;
+  uint64_t record_count = 0;
+  uint32_t thread_count = 0;
+  std::vector<UseSpan> spans;
+};
+
+enum class LoadState : uint8_t { filling, ready, failed };
+
+struct LoadReport {
+  uint64_t load = 0;
+  uint64_t replica = 0;
+  std::string path;
+  LoadState state = LoadState::filling;
+  std::optional<tensor::Digest> artifact;
+  std::optional<base::Error> error;
+  int64_t begin_ns = 0;
+  int64_t wall_ns = 0;  // from the request to the last checked block; so far, while it fills
+  int64_t index_ns = 0;
+  int64_t memory_ns = 0;  // finding room: eviction and new segments
+  LoadCounters counters;
+  uint64_t disk_bytes = 0;  // what the device delivered meanwhile, to the whole daemon; the rest was in the page cache
+  uint32_t thread_count = 0;
+  bool checked_against_record = false;  // else the digests of this load became the record
+  std::vector<LoadSpan> spans;
+  std::vector<Use> uses;
+};
+
+}  // namespace tensord::engine

@@ -1,0 +1,118 @@
+#include "rpc/index_rows.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "protocol/tensord_generated.h"
+
+namespace tensord::rpc {
+
+using base::Code;
+using base::fail;
+
+namespace {
+
+constexpr uint64_t kIndexBytesMax = 2'000'000'000;  // FlatBuffers' own limit is 2 GiB
+constexpr uint32_t kTableCountMax = 100'000'000;
+
+base::Status write_all(int fd, const uint8_t* data, size_t size_bytes) {
+  while (size_bytes > 0) {
+    const ssize_t written = ::write(fd, data, size_bytes);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return tl::unexpected(base::errno_error("write the index to memory", errno));
+    data += written;
+    size_bytes -= static_cast<size_t>(written);
+  }
+  return {};
+}
+
+tensor::Index to_index(const protocol::IndexRows& rows) {
+  tensor::Index index;
+  for (const auto* file : *rows.files()) index.files.push_back({file->path()->str(), file->size_bytes()});
+  index.tensors.reserve(rows.tensors()->size());
+  for (const auto* row : *rows.tensors()) {
+    tensor::Tensor tensor;
+    tensor.name = row->name()->str();
+    tensor.dtype = static_cast<tensor::Dtype>(row->dtype());
+    tensor.dtype_text = row->dtype_text()->str();
+    if (row->shape() != nullptr) tensor.shape.assign(row->shape()->begin(), row->shape()->end());
+    tensor.file = row->file();
+    tensor.offset = row->offset();
+    tensor.size_bytes = row->size_bytes();
+    index.tensors.push_back(std::move(tensor));
+  }
+  for (const auto* row : *rows.metadata()) index.metadata[row->key()->str()] = row->value()->str();
+  return index;
+}
+
+bool makes_sense(const tensor::Index& index) {
+  const auto by_name = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name < b.name; };
+  if (!std::is_sorted(index.tensors.begin(), index.tensors.end(), by_name)) return false;
+  return std::all_of(index.tensors.begin(), index.tensors.end(), [&](const tensor::Tensor& tensor) {
+    if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount) return false;
+    const uint64_t file_bytes = index.files[tensor.file].size_bytes;
+    return tensor.shape.size() <= tensor::kRankMax && tensor.offset <= file_bytes &&
+           tensor.size_bytes <= file_bytes - tensor.offset;
+  });
+}
+
+}  // namespace
+
+Result<EncodedIndex> encode_index(const tensor::Index& index) {
+  flatbuffers::FlatBufferBuilder builder(1 << 16);
+  std::vector<flatbuffers::Offset<protocol::FileRow>> files;
+  for (const auto& file : index.files) {
+    files.push_back(protocol::CreateFileRow(builder, builder.CreateString(file.path), file.size_bytes));
+  }
+  std::vector<flatbuffers::Offset<protocol::TensorRow>> tensors;
+  tensors.reserve(index.tensors.size());
+  for (const auto& tensor : index.tensors) {
+    const auto name = builder.CreateString(tensor.name);
+    const auto dtype_text = builder.CreateSharedString(tensor.dtype_text);
+    const auto shape = builder.CreateVector(tensor.shape);
+    tensors.push_back(protocol::CreateTensorRow(builder, name, static_cast<uint8_t>(tensor.dtype), dtype_text, shape,
+                                                tensor.file, tensor.offset, tensor.size_bytes));
+    if (builder.GetSize() > kIndexBytesMax) return fail(Code::exhausted, "the index is larger than 2 GB");
+  }
+  std::vector<flatbuffers::Offset<protocol::MetadataRow>> metadata;
+  for (const auto& [key, value] : index.metadata) {
+    metadata.push_back(
+        protocol::CreateMetadataRow(builder, builder.CreateString(key), builder.CreateString(value)));
+  }
+  builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files), builder.CreateVector(tensors),
+                                           builder.CreateVector(metadata)));
+  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)), builder.GetSize()};
+  if (!encoded.fd.valid()) return tl::unexpected(base::errno_error("create memory for the index", errno));
+  TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
+  constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE | F_SEAL_SEAL;
+  if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals) != 0) {
+    return tl::unexpected(base::errno_error("seal the index", errno));
+  }
+  return encoded;
+}
+
+Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes) {
+  struct stat status;
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || ::fstat(fd.get(), &status) != 0 ||
+      static_cast<uint64_t>(status.st_size) != size_bytes || size_bytes == 0) {
+    return fail(Code::corrupt, "the daemon's index is not a sealed memory file of the size it tells");
+  }
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map the index", errno));
+  flatbuffers::Verifier verifier(static_cast<const uint8_t*>(data), size_bytes, 64, kTableCountMax);
+  Result<tensor::Index> index = fail(Code::corrupt, "the daemon's index makes no sense");
+  if (verifier.VerifyBuffer<protocol::IndexRows>(nullptr)) {
+    tensor::Index decoded = to_index(*flatbuffers::GetRoot<protocol::IndexRows>(data));
+    if (makes_sense(decoded)) index = std::move(decoded);
+  }
+  ::munmap(data, size_bytes);
+  return index;
+}
+
+}  // namespace tensord::rpc

@@ -1,0 +1,100 @@
+// Plans out of text, for tests: the inverse of to_text(CopyPlan).
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <sstream>
+#include <string>
+
+#include "tensor/plan.h"
+
+namespace tensord::tensor {
+
+// Reads one record from a stream of words; fails the test where a word is not what it should be.
+class RecordText {
+ public:
+  explicit RecordText(const std::string& line) : words_(line), line_(line) { next(); }
+
+  Copy2D read() {
+    Copy2D record;
+    if (word_ == "fill") {
+      record.kind = Copy2D::Kind::fill;
+      next();
+    } else {
+      read_place(record.source, record.source_offset);
+      read_pitch(record.source_pitch);
+    }
+    expect("->");
+    read_place(record.target, record.target_offset);
+    read_pitch(record.target_pitch);
+    record.row_count = number<uint64_t>();
+    next();  // row, rows
+    expect("x");
+    record.row_bytes = number<uint64_t>();
+    expect("B");
+    while (accept("x")) {
+      Repeat loop;
+      loop.count = number<uint64_t>();
+      expect("pitch");
+      if (record.kind == Copy2D::Kind::copy) loop.source_pitch = number<int64_t>();
+      expect("->");
+      loop.target_pitch = number<int64_t>();
+      record.outer.at(record.outer_count++) = loop;
+    }
+    if (!word_.empty()) {
+      record.source_dtype = parse_dtype(take());
+      expect("as");
+      record.target_dtype = parse_dtype(take());
+    }
+    EXPECT_EQ(word_, "") << line_;
+    return record;
+  }
+
+ private:
+  void next() {
+    word_.clear();
+    words_ >> word_;
+  }
+  std::string take() {
+    std::string taken = word_;
+    next();
+    return taken;
+  }
+  bool accept(const std::string& word) {
+    if (word_ != word) return false;
+    next();
+    return true;
+  }
+  void expect(const std::string& word) { EXPECT_TRUE(accept(word)) << line_ << ": '" << word_ << "'"; }
+  template <typename Number>
+  Number number() {
+    Number value = 0;
+    std::istringstream(take()) >> value;
+    return value;
+  }
+  void read_place(uint32_t& memory, uint64_t& offset) {
+    const std::string place = take();
+    const size_t colon = place.find(':');
+    if (colon != std::string::npos) memory = static_cast<uint32_t>(std::stoul(place.substr(1)));
+    offset = std::stoull(colon == std::string::npos ? place : place.substr(colon + 1));
+  }
+  void read_pitch(int64_t& pitch) {
+    if (accept("pitch")) pitch = number<int64_t>();
+  }
+
+  std::istringstream words_;
+  const std::string line_;
+  std::string word_;
+};
+
+// One record a line.
+inline CopyPlan parse_plan(const std::string& text) {
+  CopyPlan plan;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find_first_not_of(' ') != std::string::npos) plan.records.push_back(RecordText(line).read());
+  }
+  return plan;
+}
+
+}  // namespace tensord::tensor

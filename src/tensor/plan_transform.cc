@@ -1,0 +1,326 @@
+#include <algorithm>
+#include <tuple>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "base/text.h"
+#include "tensor/nest.h"
+#include "tensor/plan.h"
+
+namespace tensord::tensor {
+
+using base::Code;
+using base::fail;
+using base::text;
+
+namespace {
+
+using Kind = Copy2D::Kind;
+
+// --- canonical -----------------------------------------------------------------------------------------------------
+
+bool is_single_row(const Copy2D& record) { return record.row_count == 1 && record.outer_count == 0 && !record.casts(); }
+
+uint64_t distance(const Copy2D& record) {
+  return record.kind == Kind::fill ? 0 : record.target_offset - record.source_offset;
+}
+
+// Joins neighbours in the list that overlap or touch and have equal distance. Sorted by distance, then offset.
+void join_rows(std::vector<Copy2D>& rows) {
+  const auto key = [](const Copy2D& a) {
+    return std::tuple(a.kind, a.source, a.target, distance(a), a.target_offset, a.row_bytes);
+  };
+  std::sort(rows.begin(), rows.end(), [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); });
+  size_t kept = 0;
+  for (size_t at = 1; at < rows.size(); ++at) {
+    Copy2D& row = rows[kept];
+    const Copy2D& next = rows[at];
+    const bool is_sibling = std::tuple(row.kind, row.source, row.target, distance(row)) ==
+                            std::tuple(next.kind, next.source, next.target, distance(next));
+    const auto row_end = base::checked_add(row.target_offset, row.row_bytes);
+    const auto next_end = base::checked_add(next.target_offset, next.row_bytes);
+    if (is_sibling && row_end && next_end && next.target_offset <= *row_end) {
+      row.row_bytes = std::max(*row_end, *next_end) - row.target_offset;
+    } else {
+      rows[++kept] = next;
+    }
+  }
+  if (!rows.empty()) rows.resize(kept + 1);
+}
+
+}  // namespace
+
+CopyPlan canonical(CopyPlan plan) {
+  CopyPlan out;
+  std::vector<Copy2D> rows;
+  for (const Copy2D& record : plan.records) {
+    if (record.outer_count > kOuterMax) {
+      out.records.push_back(record);  // makes no sense: for check_plan to say
+      continue;
+    }
+    if (record.is_empty()) continue;
+    Nest nest(record);
+    nest.simplify();
+    std::vector<Copy2D> one;
+    CHECK(nest.append_to(one) && one.size() == 1);  // it had no more loops before
+    (is_single_row(one[0]) ? rows : out.records).push_back(one[0]);
+  }
+  join_rows(rows);
+  out.records.insert(out.records.end(), rows.begin(), rows.end());
+  // All fields, so that equal records end up side by side.
+  const auto key = [](const Copy2D& a) {
+    return std::tie(a.kind, a.source, a.source_offset, a.target, a.target_offset, a.row_bytes, a.row_count,
+                    a.source_pitch, a.target_pitch, a.source_dtype, a.target_dtype, a.outer_count);
+  };
+  const auto outer_key = [](const Repeat& a) { return std::tie(a.count, a.source_pitch, a.target_pitch); };
+  std::sort(out.records.begin(), out.records.end(), [&](const Copy2D& a, const Copy2D& b) {
+    if (key(a) != key(b)) return key(a) < key(b);
+    return std::lexicographical_compare(
+        a.outer.begin(), a.outer.end(), b.outer.begin(), b.outer.end(),
+        [&](const Repeat& x, const Repeat& y) { return outer_key(x) < outer_key(y); });
+  });
+  out.records.erase(std::unique(out.records.begin(), out.records.end()), out.records.end());
+  return out;
+}
+
+// --- window --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Cuts nests at the borders of one interval of their target.
+class Cut {
+ public:
+  Cut(Extent inside, std::vector<Copy2D>& out) : inside_(inside), out_(out) {}
+
+  Status cut(const Nest& nest) {
+    const Extent extent = *target_reach(nest);
+    if (extent.end <= inside_.begin || extent.begin >= inside_.end) return {};
+    if (extent.begin >= inside_.begin && extent.end <= inside_.end) return emit(nest);
+    if (nest.loop_count == 0) return cut_row(nest);
+    Nest rest = nest;
+    const Repeat loop = rest.take(nest.loop_count - 1);
+    const uint64_t pitch = static_cast<uint64_t>(loop.target_pitch);
+    CHECK(loop.target_pitch > 0);
+    const Extent first = *target_reach(rest);
+    // Iterations [touched, untouched) have bytes inside; of those, [full, partial) have all of them.
+    const uint64_t touched = first.end > inside_.begin ? 0 : (inside_.begin - first.end) / pitch + 1;
+    const uint64_t untouched = std::min(loop.count, (inside_.end - first.begin - 1) / pitch + 1);
+    uint64_t full = first.begin >= inside_.begin ? 0 : (inside_.begin - first.begin - 1) / pitch + 1;
+    uint64_t partial =
+        first.end > inside_.end ? 0 : std::min(loop.count, (inside_.end - first.end) / pitch + 1);
+    if (full >= partial) full = partial = untouched;
+    for (uint64_t index = touched; index < full; ++index) TRY(cut_iteration(rest, loop, index));
+    if (full < partial) {
+      Nest middle = rest;
+      middle.advance(loop, full);
+      middle.add({partial - full, loop.source_pitch, loop.target_pitch});
+      TRY(emit(middle));
+    }
+    for (uint64_t index = partial; index < untouched; ++index) TRY(cut_iteration(rest, loop, index));
+    return {};
+  }
+
+ private:
+  Status cut_iteration(Nest rest, const Repeat& loop, uint64_t index) {
+    rest.advance(loop, index);
+    return cut(rest);
+  }
+
+  Status cut_row(Nest row) {
+    Copy2D& head = row.head;
+    const uint64_t begin = std::max(head.target_offset, inside_.begin);
+    const uint64_t end = std::min(head.target_offset + head.row_bytes, inside_.end);
+    if (head.kind == Kind::copy) head.source_offset += begin - head.target_offset;
+    head.target_offset = begin;
+    head.row_bytes = end - begin;
+    return emit(row);
+  }
+
+  Status emit(Nest nest) {
+    nest.head.target_offset -= inside_.begin;
+    nest.head.target = 0;
+    nest.simplify();
+    return nest.append_to(out_);
+  }
+
+  const Extent inside_;
+  std::vector<Copy2D>& out_;
+};
+
+}  // namespace
+
+CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes) {
+  CopyPlan out;
+  const Extent inside{offset, base::checked_add(offset, size_bytes).value_or(~uint64_t{0})};
+  if (size_bytes == 0) return out;
+  for (const Copy2D& record : plan.records) {
+    if (record.target != target || record.is_empty()) continue;
+    CHECK(!record.casts());
+    Nest nest(record);
+    nest.simplify();
+    CHECK(Cut(inside, out.records).cut(nest));
+  }
+  sort_records(out.records);
+  return out;
+}
+
+// --- compose -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// What writes a memory, to be looked up by what is read from it.
+class Written {
+ public:
+  static Result<Written> build(const CopyPlan& plan) {
+    Written written;
+    for (const Copy2D& record : plan.records) {
+      if (record.is_empty()) continue;
+      if (record.casts()) return fail(Code::unsupported, "compose plans: the inner plan casts");
+      if (record.target != 0) {
+        return fail(Code::invalid_argument, text("compose plans: the inner plan writes target ", record.target,
+                                                 "; it may write target 0 only"));
+      }
+      Nest nest(record);
+      nest.simplify();
+      written.entries_.push_back({target_reach(nest).value_or(Extent{}), 0, nest});
+    }
+    std::sort(written.entries_.begin(), written.entries_.end(),
+              [](const Entry& a, const Entry& b) { return a.extent.begin < b.extent.begin; });
+    uint64_t end = 0;
+    for (Entry& entry : written.entries_) entry.end_max = end = std::max(end, entry.extent.end);
+    return written;
+  }
+
+  // Calls visit(nest) for each that may write into `extent`, until it returns false.
+  template <typename Visit>
+  void each(Extent extent, const Visit& visit) const {
+    auto entry = std::lower_bound(entries_.begin(), entries_.end(), extent.end,
+                                  [](const Entry& a, uint64_t end) { return a.extent.begin < end; });
+    while (entry != entries_.begin()) {
+      --entry;
+      if (entry->end_max <= extent.begin) return;
+      if (entry->extent.end > extent.begin && !visit(entry->nest)) return;
+    }
+  }
+
+ private:
+  struct Entry {
+    Extent extent;
+    uint64_t end_max;  // of this and all entries before it
+    Nest nest;
+  };
+  std::vector<Entry> entries_;
+};
+
+bool holds(Extent around, Extent inside) { return inside.begin >= around.begin && inside.end <= around.end; }
+
+// `reads` straight from the source of `writes`; nullopt unless every read falls into written rows in the same manner.
+std::optional<Nest> follow(const Nest& reads, const Nest& writes) {
+  const Extent wanted = *source_reach(reads);
+  if (!holds(*target_reach(writes), wanted)) return std::nullopt;
+  if (writes.loop_count == 0) {
+    Nest direct = reads;
+    direct.head.kind = writes.head.kind;
+    direct.head.source = writes.head.source;
+    direct.head.source_offset = writes.head.source_offset + (reads.head.source_offset - writes.head.target_offset);
+    return direct;
+  }
+  Nest rest = writes;
+  const Repeat loop = rest.take(writes.loop_count - 1);
+  const Extent first = *target_reach(rest);
+  const uint64_t pitch = static_cast<uint64_t>(loop.target_pitch);
+  const auto iteration_of = [&](Extent extent) { return std::min((extent.begin - first.begin) / pitch, loop.count - 1); };
+  const auto is_in_iteration = [&](Extent extent, uint64_t index) {
+    return extent.end <= first.end + index * pitch;
+  };
+  if (const uint64_t index = iteration_of(wanted); is_in_iteration(wanted, index)) {
+    rest.advance(loop, index);
+    return follow(reads, rest);
+  }
+  for (size_t at = 0; at < reads.loop_count; ++at) {
+    const Repeat& step = reads.loops[at];
+    if (step.source_pitch == 0 || step.source_pitch % loop.target_pitch != 0) continue;
+    Nest part = reads;
+    part.take(at);
+    const Extent extent = *source_reach(part);
+    const uint64_t index = iteration_of(extent);
+    if (!is_in_iteration(extent, index)) continue;
+    const __int128 stride = step.source_pitch / loop.target_pitch;
+    const __int128 last = index + stride * (step.count - 1);
+    int64_t source_pitch;
+    if (last < 0 || last >= loop.count ||
+        __builtin_mul_overflow(static_cast<int64_t>(stride), loop.source_pitch, &source_pitch)) {
+      continue;
+    }
+    Nest iteration = rest;
+    iteration.advance(loop, index);
+    if (auto direct = follow(part, iteration)) {
+      direct->add({step.count, source_pitch, step.target_pitch});
+      return direct;
+    }
+  }
+  return std::nullopt;
+}
+
+Status compose_nest(const Nest& reads, const Written& written, std::vector<Copy2D>& out) {
+  const Extent extent = *source_reach(reads);
+  std::optional<Nest> direct;
+  written.each(extent, [&](const Nest& writes) { return !(direct = follow(reads, writes)); });
+  if (direct) {
+    direct->simplify();
+    return direct->append_to(out);
+  }
+  if (reads.loop_count > 0) {
+    Nest rest = reads;
+    const Repeat loop = rest.take(reads.loop_count - 1);
+    for (uint64_t index = 0; index < loop.count; ++index) {
+      TRY(compose_nest(rest, written, out));
+      rest.advance(loop, 1);
+    }
+    return {};
+  }
+  std::vector<Copy2D> parts;
+  Status status;
+  written.each(extent, [&](const Nest& writes) { return (status = Cut(extent, parts).cut(writes)).has_value(); });
+  TRY(status);
+  uint64_t found = 0;
+  for (Copy2D& part : parts) {
+    found += part.target_bytes();
+    part.target = reads.head.target;
+    part.target_offset += reads.head.target_offset;
+  }
+  if (found != reads.head.row_bytes) {
+    return fail(Code::invalid_argument, text("compose plans: the outer plan reads ", reads.head.row_bytes, " bytes at ",
+                                             extent.begin, ", of which the inner plan writes ", found));
+  }
+  if (out.size() + parts.size() > kRecordsMax) {
+    return fail(Code::unsupported, text("compose plans: more than ", kRecordsMax, " records are needed"));
+  }
+  out.insert(out.end(), parts.begin(), parts.end());
+  return {};
+}
+
+}  // namespace
+
+Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner) {
+  TRY_ASSIGN(const Written written, Written::build(inner));
+  CopyPlan out;
+  for (const Copy2D& record : outer.records) {
+    if (record.is_empty()) continue;
+    if (record.casts()) return fail(Code::unsupported, "compose plans: the outer plan casts");
+    if (record.kind == Kind::fill) {
+      out.records.push_back(record);
+      continue;
+    }
+    if (record.source != 0) {
+      return fail(Code::invalid_argument, text("compose plans: the outer plan reads source ", record.source,
+                                               "; it may read source 0 only"));
+    }
+    Nest nest(record);
+    nest.simplify();
+    TRY(compose_nest(nest, written, out.records));
+  }
+  return canonical(std::move(out));
+}
+
+}  // namespace tensord::tensor
