@@ -3,9 +3,9 @@
 
     tools/make_checkpoint.py FOLDER --bytes 2GiB --shards 2 --seed 1
 
-The folder gets model-0000I-of-0000N.safetensors, model.safetensors.index.json and config.json. Equal arguments
-give equal bytes. A run that was stopped goes on with the shards that are missing; a complete one is left alone.
-Weights are finite BF16 numbers below 2, so that they can be compared as numbers too.
+The folder gets model-0000I-of-0000N.safetensors, model.safetensors.index.json and config.json. Equal
+arguments give equal bytes. A run that was stopped goes on with the shards that are missing; a complete one is
+left alone. Weights are finite BF16 numbers below 2, so that they can be compared as numbers too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Shape:
     vocabulary: int
 
 
-# Hidden, intermediate, heads, key-value heads, head dim, layers, vocabulary. From the vocabulary of 151,936 on
-# they are those of Qwen3, from 0.6B to 32B, all with an lm_head of their own; the smaller ones are for tests.
+# Hidden, intermediate, heads, key-value heads, head dim, layers, vocabulary: those of Qwen3 from 0.6B to 32B,
+# all with an lm_head of their own, and before them smaller ones for tests.
 FAMILIES = (
     Shape(32, 96, 2, 1, 16, 2, 64),
     Shape(128, 384, 4, 2, 32, 4, 1024),
@@ -87,7 +87,7 @@ def payload_bytes(shape: Shape) -> int:
 
 
 def choose_shape(size_bytes: int) -> Shape:
-    """The family nearest in size, with as many layers, and then as many rows of vocabulary, as come closest."""
+    """The family nearest in size, with the layers, and then the rows of vocabulary, that come closest."""
     chosen = min(FAMILIES, key=lambda family: abs(math.log(payload_bytes(family) / size_bytes)))
     one = payload_bytes(resized(chosen, 1, chosen.vocabulary))
     layer = payload_bytes(resized(chosen, 2, chosen.vocabulary)) - one

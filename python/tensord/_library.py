@@ -1,6 +1,7 @@
 """libtensord.so through ctypes: where it is, its structs and prototypes, and its codes as exceptions.
 
-The contract of every function is in include/tensord/tensord.h; the layouts below repeat its structs field by field.
+The contract of every function is in include/tensord/tensord.h; the layouts below repeat its structs field
+by field.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
@@ -92,9 +92,7 @@ class CopyReport(ctypes.Structure):
 
 
 # Arrays of these two are built by the thousand, so they are numpy's: one conversion for all rows.
-INDEX_ITEM = np.dtype(
-    [("kind", "u4"), ("given", "u4"), ("start", "i8"), ("stop", "i8"), ("step", "i8")]
-)
+INDEX_ITEM = np.dtype([("kind", "u4"), ("given", "u4"), ("start", "i8"), ("stop", "i8"), ("step", "i8")])
 COPY = np.dtype(
     [
         ("name", "u8"),
@@ -118,7 +116,10 @@ _PROTOTYPES = {
     "tensord_error_message": (_S, ()),
     "tensord_error_target_dirty": (_INT, ()),
     "tensord_free": (None, (_P,)),
-    "tensord_open": (_INT, (ctypes.POINTER(_S), _Z, ctypes.POINTER(OpenOptions), ctypes.POINTER(_P))),
+    "tensord_open": (
+        _INT,
+        (ctypes.POINTER(_S), _Z, ctypes.POINTER(OpenOptions), ctypes.POINTER(_P)),
+    ),
     "tensord_close": (None, (_P,)),
     "tensord_retain_mapping": (_P, (_P,)),
     "tensord_release_mapping": (None, (_P,)),
@@ -149,7 +150,7 @@ def _candidates() -> list[Path]:
     return [here / "libtensord.so", here.parents[1] / "build" / "release" / "libtensord.so"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library: $TENSORD_LIBRARY, else the package's own, else the source tree's build.
 
@@ -205,7 +206,7 @@ def take_text(pointer: ctypes.c_void_p) -> str:
         library().tensord_free(pointer)
 
 
-def call(verb: str, selector: Optional[str] = None, *, autostart: bool = False) -> str:
+def call(verb: str, selector: str | None = None, *, autostart: bool = False) -> str:
     """A management verb of the daemon; the reply is JSON."""
     reply = ctypes.c_void_p()
     chosen = None if selector is None else selector.encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Optional
+from typing import Any
 
 try:
     from safetensors import SafetensorError
@@ -36,29 +36,31 @@ class Error(Exception):
 
     code: str = "internal"
     target_dirty: bool = False
-    _errno: Optional[int] = None  # of the classes that are OSErrors too
+    _errno: int | None = None  # of the classes that are OSErrors too
 
-    def __init__(
-        self, message: str, *, target_dirty: bool = False, filename: Optional[str] = None
-    ) -> None:
+    def __init__(self, message: str, *, target_dirty: bool = False, filename: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.target_dirty = target_dirty
-        if isinstance(self, OSError):
-            self.errno = self._errno
-            self.strerror = os.strerror(self._errno) if self._errno else message
-            self.filename = filename
+        itself: BaseException = self
+        if isinstance(itself, OSError):
+            itself.errno = self._errno
+            itself.strerror = os.strerror(self._errno) if self._errno else message
+            itself.filename = filename
 
     def __str__(self) -> str:
         return self.message
 
     def __reduce__(self) -> Any:
         return _restore, (
-            type(self), self.message, self.target_dirty, getattr(self, "filename", None)
+            type(self),
+            self.message,
+            self.target_dirty,
+            getattr(self, "filename", None),
         )
 
 
-def _restore(kind: type[Error], message: str, dirty: bool, filename: Optional[str]) -> Error:
+def _restore(kind: type[Error], message: str, dirty: bool, filename: str | None) -> Error:
     return kind(message, target_dirty=dirty, filename=filename)
 
 

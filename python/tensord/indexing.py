@@ -1,4 +1,5 @@
-"""numpy's basic indexing as tensord_index_item rows. Pure: knows no tensor; ranges are checked by the library."""
+"""numpy's basic indexing as tensord_index_item rows. Pure: knows no tensor; ranges are checked by the
+library."""
 
 from __future__ import annotations
 

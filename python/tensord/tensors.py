@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     AnyTensor = Union[np.ndarray, torch.Tensor]
 
 OPAQUE = 0
+U8 = 5
 
 
 class Dtype(NamedTuple):
@@ -37,8 +38,8 @@ class Dtype(NamedTuple):
     number: int  # tensord_dtype
     name: str  # as safetensors writes it
     bits: int
-    numpy_name: Optional[str]  # a name of ml_dtypes' where numpy itself has none
-    torch_name: Optional[str]
+    numpy_name: str | None  # a name of ml_dtypes' where numpy itself has none
+    torch_name: str | None
 
     @property
     def is_packed(self) -> bool:
@@ -77,7 +78,7 @@ _CARRIERS = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8"}
 
 
 class Mapping:
-    """One reference to a model's pages, given back when it is no longer needed (also after fork, by the child)."""
+    """One reference to a model's pages, given back with the object (after fork, by each process)."""
 
     __slots__ = ("_pointer", "_release")
 
@@ -99,13 +100,53 @@ class _Memory:
         self.owner = owner
 
 
+class Entry(NamedTuple):
+    """What the index says of one tensor."""
+
+    name: str
+    encoded: bytes  # name, for the library
+    number: int  # tensord_dtype
+    dtype_text: str
+    shape: tuple[int, ...]  # elements, as the file says
+    file: int
+    file_offset: int
+    size_bytes: int
+    address: int
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the library sees bytes rather than elements: packed and unknown types."""
+        return self.number == OPAQUE or DTYPES[self.number].is_packed
+
+    @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """`shape` as frameworks count: packed types in bytes along the last dimension, unknown ones flat.
+
+        Raises
+        ------
+        UnsupportedDtypeError
+            The rows of a packed type end within a byte.
+        """
+        if self.number == OPAQUE:
+            return (self.size_bytes,)
+        dtype = DTYPES[self.number]
+        if not dtype.is_packed:
+            return self.shape
+        if not self.shape or self.shape[-1] * dtype.bits % 8:
+            raise UnsupportedDtypeError(
+                f"tensor {self.name!r}: rows of {self.dtype_text} and shape {list(self.shape)} "
+                "do not end on whole bytes"
+            )
+        return (*self.shape[:-1], self.shape[-1] * dtype.bits // 8)
+
+
 class Place(NamedTuple):
     """Where a (slice of a) tensor lies in memory."""
 
     owner: object  # keeps the memory
     address: int  # of element (0, 0, ..)
     shape: tuple[int, ...]  # elements; of packed types, bytes in the last dimension
-    strides: Optional[tuple[int, ...]]  # bytes; None: row-major
+    strides: tuple[int, ...] | None  # bytes; None: row-major
 
     @property
     def is_empty(self) -> bool:
@@ -131,11 +172,11 @@ def _array(place: Place, typestr: str, *, writable: bool) -> np.ndarray:
     return np.asarray(_Memory(interface, place.owner))
 
 
-# ---- numpy --------------------------------------------------------------------------------------------------------
+# ---- numpy ---------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
-def _numpy_type(number: int) -> Optional[np.dtype]:
+@functools.cache
+def _numpy_type(number: int) -> np.dtype | None:
     """numpy's type, from ml_dtypes where that package is installed; None where there is none."""
     name = DTYPES[number].numpy_name
     if name is None:
@@ -145,7 +186,8 @@ def _numpy_type(number: int) -> Optional[np.dtype]:
     except TypeError:
         pass
     try:
-        return np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+        found: np.dtype = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+        return found
     except (ImportError, AttributeError):
         return None
 
@@ -159,7 +201,8 @@ def numpy_array(
     ----------
     place : Place
     number : int
-        tensord_dtype. A type safetensors does not know (0) gives the tensor's bytes, as uint8 of shape [size_bytes].
+        tensord_dtype. A type safetensors does not know (0) gives the tensor's bytes, as uint8 of shape
+        [size_bytes].
     name, dtype_text : str
         Of the tensor, for messages.
     writable : bool
@@ -178,15 +221,15 @@ def numpy_array(
         raise UnsupportedDtypeError(
             f"tensor {name!r}: numpy has no type for {dtype_text}; {more}use framework='pt'"
         )
-    if dtype.kind == "V" or not dtype.isbuiltin:
+    if dtype.isbuiltin != 1:  # ml_dtypes
         return _array(place, _CARRIERS[dtype.itemsize], writable=writable).view(dtype)
     return _array(place, dtype.str, writable=writable)
 
 
-# ---- torch --------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def torch_module() -> Any:
     """The package torch, imported at the first need.
 
@@ -204,12 +247,12 @@ def torch_module() -> Any:
         ) from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _torch_type(number: int) -> Any:
     name = DTYPES[number].torch_name
     return None if name is None else getattr(torch_module(), name, None)
@@ -239,7 +282,7 @@ def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> to
     return tensor if tensor.dtype is dtype else tensor.view(dtype)
 
 
-# ---- targets ------------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 class Target(NamedTuple):
@@ -251,13 +294,13 @@ class Target(NamedTuple):
     strides: tuple[int, ...]  # bytes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _numbers_of_numpy() -> dict[np.dtype, int]:
     types = ((_numpy_type(dtype.number), dtype.number) for dtype in DTYPES)
     return {known: number for known, number in types if known is not None}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _numbers_of_torch() -> dict[Any, int]:
     types = ((_torch_type(dtype.number), dtype.number) for dtype in DTYPES)
     return {known: number for known, number in types if known is not None}
@@ -301,23 +344,25 @@ def _torch_target(name: str, tensor: torch.Tensor) -> Target:
             f"target of {name!r}: it is on device {tensor.device}; load_into writes CPU memory"
         )
     if tensor.layout is not torch.strided:
-        raise InvalidArgumentError(f"target of {name!r}: its layout is {tensor.layout}; a dense one is needed")
+        raise InvalidArgumentError(
+            f"target of {name!r}: its layout is {tensor.layout}; a dense one is needed"
+        )
     if tensor.is_conj() or tensor.is_neg():
         raise InvalidArgumentError(
-            f"target of {name!r}: it is a lazy conjugate or negative; call resolve_conj() or resolve_neg() first"
+            f"target of {name!r}: it is a lazy conjugate or negative; call resolve_conj() or resolve_neg()"
         )
     size = tensor.element_size()
     strides = tuple([stride * size for stride in tensor.stride()])
     return Target(tensor.data_ptr(), number, tuple(tensor.shape), strides)
 
 
-# ---- frameworks ---------------------------------------------------------------------------------------------------
+# ---- frameworks ----------------------------------------------------------------------------------
 
 _FRAMEWORKS = {"pt": "pt", "torch": "pt", "pytorch": "pt", "np": "np", "numpy": "np"}
 _OTHER_FRAMEWORKS = ("tf", "tensorflow", "jax", "flax", "mlx", "paddle")
 
 
-def framework_of(name: Optional[str]) -> str:
+def framework_of(name: str | None) -> str:
     """``"pt"`` or ``"np"``, from any of safetensors' names; None: torch where it is installed, else numpy.
 
     Raises

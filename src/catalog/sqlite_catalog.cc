@@ -26,8 +26,8 @@ using base::text;
 namespace {
 
 constexpr int64_t kSchemaVersion = 1;
-constexpr int64_t kApplicationId =
-    0x5453'4e44;  // "TSND": whose file it is (sqlite.org/fileformat2.html, offset 68)
+// "TSND": whose file it is (sqlite.org/fileformat2.html, offset 68).
+constexpr uint64_t kApplicationId = 0x5453'4e44;
 
 constexpr const char* kSchema = R"(
   CREATE TABLE files(
@@ -47,12 +47,10 @@ constexpr const char* kSchema = R"(
     payload_bytes INTEGER NOT NULL,
     tensor_count INTEGER NOT NULL,
     files BLOB NOT NULL) STRICT;
-  PRAGMA application_id = 0x54534e44;
-  PRAGMA user_version = 1;
 )";
 
 // In the order of kSql.
-enum Sql {
+enum Sql : uint8_t {
   kFindFile,
   kFindArtifact,
   kListArtifacts,
@@ -69,8 +67,8 @@ constexpr const char* kSql[kSqlCount] = {
     "SELECT id, path, payload_bytes, tensor_count, files FROM artifacts ORDER BY number DESC",
     "INSERT OR REPLACE INTO files(device, inode, size_bytes, mtime_ns, path, layout_digest, leaves)"
     " VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-    "INSERT OR REPLACE INTO artifacts(id, path, payload_bytes, tensor_count, files) VALUES(?1, ?2, ?3, ?4, "
-    "?5)",
+    "INSERT OR REPLACE INTO artifacts(id, path, payload_bytes, tensor_count, files)"
+    " VALUES(?1, ?2, ?3, ?4, ?5)",
     "DELETE FROM files WHERE number IN (SELECT number FROM files ORDER BY number"
     " LIMIT max(0, (SELECT count(*) FROM files) - ?1))",
     "DELETE FROM artifacts WHERE number IN (SELECT number FROM artifacts ORDER BY number"
@@ -130,14 +128,15 @@ struct Connection {
   Database database;
 
   tl::unexpected<Error> failed(std::string_view what, Code code, std::string_view why) const {
-    return fail(code, text(what, " in the catalog ", path, ": ", why, hint_of(code)));
+    return fail(code, text("catalog ", path, ": ", what, ": ", why, hint_of(code)));
   }
   tl::unexpected<Error> failed(std::string_view what) const {
     sqlite3* db = database.get();
     return failed(what, code_of(sqlite3_extended_errcode(db), sqlite3_system_errno(db)), sqlite3_errmsg(db));
   }
-  Status execute(std::string_view what, const char* sql) const {
-    if (sqlite3_exec(database.get(), sql, nullptr, nullptr, nullptr) != SQLITE_OK) return failed(what);
+  Status execute(std::string_view what, const std::string& sql) const {
+    const int code = sqlite3_exec(database.get(), sql.c_str(), nullptr, nullptr, nullptr);
+    if (code != SQLITE_OK) return failed(what);
     return {};
   }
   Result<Statement> prepare(std::string_view what, const char* sql) const {
@@ -216,7 +215,7 @@ class Query {
     if (digests.size() != 1) sound_ = false;
     return digests.empty() ? tensor::Digest{} : digests.front();
   }
-  // After the last column. A failed conversion is out of memory.
+  // After the last column.
   Status sound() {
     column_ = 0;
     if (!sound_) return connection_.failed(what_, Code::corrupt, "the record is damaged");
@@ -361,32 +360,30 @@ Result<uint64_t> read_number(const Connection& connection, const char* sql) {
   return number;
 }
 
-// Writes the schema into an empty database; refuses one that is not ours. Within a transaction, because
-// another process may be at the same.
+// Writes the schema into an empty database and refuses one that is not ours, in a transaction because another
+// process may be at the same.
 Status adopt(const Connection& connection) {
-  constexpr std::string_view kWhat = "read the schema";
+  constexpr std::string_view kWhat = "open";
   Transaction transaction(connection);
-  TRY(connection.execute(kWhat, "BEGIN"));
-  TRY_ASSIGN(uint64_t table_count, read_number(connection, "SELECT count(*) FROM sqlite_schema"));
+  TRY(transaction.begin(kWhat));
+  TRY_ASSIGN(const uint64_t table_count, read_number(connection, "SELECT count(*) FROM sqlite_schema"));
   if (table_count == 0) {
-    TRY(connection.execute(kWhat, "ROLLBACK"));
-    TRY(transaction.begin("write the schema"));
-    TRY_ASSIGN(table_count, read_number(connection, "SELECT count(*) FROM sqlite_schema"));
-    if (table_count == 0) TRY(connection.execute("write the schema", kSchema));
+    TRY(connection.execute("write the schema", text(kSchema, "PRAGMA application_id = ", kApplicationId,
+                                                    "; PRAGMA user_version = ", kSchemaVersion)));
   }
   TRY_ASSIGN(const uint64_t application, read_number(connection, "PRAGMA application_id"));
-  TRY_ASSIGN(const uint64_t version, read_number(connection, "PRAGMA user_version"));
+  TRY_ASSIGN(const uint64_t unsigned_version, read_number(connection, "PRAGMA user_version"));
+  const auto version = static_cast<int64_t>(unsigned_version);
   if (application != kApplicationId) {
     return connection.failed(kWhat, Code::corrupt, "it is a database of another program");
   }
-  if (static_cast<int64_t>(version) > kSchemaVersion) {
+  if (version > kSchemaVersion) {
     return connection.failed(kWhat, Code::unsupported,
-                             text("version ", version, " was written by a newer tensord, this one knows ",
-                                  kSchemaVersion, "; use that one or another state folder"));
+                             text("version ", version, " is of a newer tensord, this one knows ",
+                                  kSchemaVersion, "; use that tensord or another state folder"));
   }
-  if (static_cast<int64_t>(version) != kSchemaVersion) {
-    return connection.failed(kWhat, Code::corrupt,
-                             text("there is no version ", static_cast<int64_t>(version)));
+  if (version < kSchemaVersion) {
+    return connection.failed(kWhat, Code::corrupt, text("there never was a version ", version));
   }
   return transaction.commit(kWhat);
 }
@@ -394,25 +391,32 @@ Status adopt(const Connection& connection) {
 // A database may come with triggers and views of anyone's: none of them is run.
 Status distrust(const Connection& connection) {
   sqlite3* db = connection.database.get();
-  for (const auto [option, value] : {std::pair{SQLITE_DBCONFIG_DEFENSIVE, 1},
-                                     {SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0},
-                                     {SQLITE_DBCONFIG_ENABLE_TRIGGER, 0},
-                                     {SQLITE_DBCONFIG_ENABLE_VIEW, 0}}) {
+  for (const auto& [option, value] : {std::pair{SQLITE_DBCONFIG_DEFENSIVE, 1},
+                                      {SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0},
+                                      {SQLITE_DBCONFIG_ENABLE_TRIGGER, 0},
+                                      {SQLITE_DBCONFIG_ENABLE_VIEW, 0}}) {
     CHECK(sqlite3_db_config(db, option, value, nullptr) == SQLITE_OK);
   }
   return connection.execute("set up", "PRAGMA cell_size_check = ON");
 }
 
-Status use_wal(const Connection& connection) {
-  TRY_ASSIGN(const Statement statement, connection.prepare("set up", "PRAGMA journal_mode = WAL"));
+// While another process opens a fresh file this fails at once instead of waiting (SQLite cannot wait for a
+// stronger lock while it holds a weaker one), so the waiting is done here.
+Status use_wal(const Connection& connection, int busy_timeout_ms) {
+  for (int waited_ms = 0;; ++waited_ms) {
+    const Status set = connection.execute("set up", "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL");
+    if (set) break;
+    if (set.error().code != Code::unavailable || waited_ms >= busy_timeout_ms) return set;
+    sqlite3_sleep(1);
+  }
+  TRY_ASSIGN(const Statement statement, connection.prepare("set up", "PRAGMA journal_mode"));
   Query query(connection, statement.get(), "set up");
   TRY(query.step());
-  const std::string mode = query.next_words();
-  if (mode != "wal") {
+  if (const std::string mode = query.next_words(); mode != "wal") {
     base::log(base::LogLevel::warning, "the catalog ", connection.path, " stays in journal mode ", mode,
               ": its file system has no shared memory");
   }
-  return connection.execute("set up", "PRAGMA synchronous = NORMAL");
+  return query.sound();
 }
 
 }  // namespace
@@ -427,16 +431,15 @@ Result<std::unique_ptr<Catalog>> open_sqlite_catalog(const std::string& path, co
   sqlite3* opened = nullptr;
   const int code = sqlite3_open_v2(path.c_str(), &opened, kFlags, nullptr);
   Connection connection{path, Database(opened)};
-  if (opened == nullptr)
-    return fail(Code::exhausted, text("open the catalog ", path, ": ", sqlite3_errstr(code)));
-  if (code != SQLITE_OK) return connection.failed("open it");
+  if (opened == nullptr) return fail(Code::exhausted, text("catalog ", path, ": ", sqlite3_errstr(code)));
+  if (code != SQLITE_OK) return connection.failed("open");
   if (sqlite3_db_readonly(opened, "main") == 1) {
-    return connection.failed("open it", Code::denied, "it can only be read");
+    return connection.failed("open", Code::denied, "it can only be read");
   }
   sqlite3_busy_timeout(opened, options.busy_timeout_ms);
   TRY(distrust(connection));
   TRY(adopt(connection));
-  TRY(use_wal(connection));
+  TRY(use_wal(connection, options.busy_timeout_ms));
   auto catalog = std::make_unique<SqliteCatalog>(std::move(connection), options.limits);
   TRY(catalog->prepare());
   return catalog;

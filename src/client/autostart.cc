@@ -3,9 +3,7 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <pwd.h>
 #include <spawn.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,6 +13,7 @@
 
 #include "base/clock.h"
 #include "base/fd.h"
+#include "base/folders.h"
 #include "base/text.h"
 #include "rpc/unix_socket.h"
 
@@ -64,13 +63,6 @@ base::Result<std::string> find_binary() {
                                      " or on $PATH to start one; set $TENSORD_BINARY");
 }
 
-void make_folders(const std::string& path) {
-  for (size_t at = path.find('/', 1); at != std::string::npos; at = path.find('/', at + 1)) {
-    ::mkdir(path.substr(0, at).c_str(), 0700);
-  }
-  ::mkdir(path.c_str(), 0700);
-}
-
 // The daemon detaches from this process by itself (--detach), so that no child is left to be waited for later.
 base::Status spawn(const std::string& binary, const std::string& log_path) {
   posix_spawn_file_actions_t actions;
@@ -92,26 +84,12 @@ base::Status spawn(const std::string& binary, const std::string& log_path) {
 
 }  // namespace
 
-std::string state_folder() {
-  if (const char* folder = std::getenv("TENSORD_STATE_DIR"); folder != nullptr && *folder != '\0') return folder;
-  if (const char* home = std::getenv("XDG_STATE_HOME"); home != nullptr && *home != '\0') {
-    return std::string(home) + "/tensord";
-  }
-  const char* home = std::getenv("HOME");
-  if (home == nullptr || *home == '\0') {
-    const passwd* user = ::getpwuid(::getuid());
-    home = user != nullptr ? user->pw_dir : "/tmp";
-  }
-  return std::string(home) + "/.local/state/tensord";
-}
-
 base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms) {
   TRY(rpc::prepare_runtime_folder(runtime_folder));
   TRY_ASSIGN(const std::string binary, find_binary());
-  const std::string folder = state_folder();
-  make_folders(folder);
-  std::string log_path = folder + "/daemon.log";
-  if (::access(folder.c_str(), W_OK) != 0) log_path = runtime_folder + "/daemon.log";  // read-only home, full disk
+  const std::string folder = base::state_folder();
+  const bool writable = base::make_folders(folder) && ::access(folder.c_str(), W_OK) == 0;  // else a read-only home
+  const std::string log_path = (writable ? folder : runtime_folder) + "/daemon.log";
   const int64_t deadline_ns = base::monotonic_ns() + timeout_ms * 1'000'000;
   TRY(spawn(binary, log_path));
   for (;;) {

@@ -14,7 +14,4 @@ namespace tensord::client {
 // where the log is.
 base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms);
 
-// $TENSORD_STATE_DIR, else $XDG_STATE_HOME/tensord, else ~/.local/state/tensord.
-std::string state_folder();
-
 }  // namespace tensord::client

@@ -15,6 +15,7 @@
 #include "memory/fill_map.h"
 #include "tensor/blocks.h"
 #include "tensor/index.h"
+#include "tensor/plan.h"
 #include "tensor/view.h"
 
 namespace tensord::client {
@@ -52,13 +53,12 @@ struct OpenOptions {
   bool index_only = false;  // headers only
 };
 
-// One slice of a tensor and where it goes. `to.offset` counts from `target`; the region must lie in
-// [target, target + target_bytes).
+// One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
+// offset is not used).
 struct CopyOrder {
   std::string_view name;
   tensor::IndexItems items;
   std::byte* target = nullptr;
-  uint64_t target_bytes = 0;
   tensor::Strided to;
   tensor::Dtype target_dtype = tensor::Dtype::u8;
 };
@@ -110,6 +110,11 @@ class Model {
 
  private:
   Model() = default;
+  struct Prepared {
+    tensor::CopyPlan plan;
+    memory::CopyTarget target;  // the stretch of addresses that holds all orders' targets
+  };
+  Result<Prepared> prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   Status wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms) const;
   const tensor::ImageLayout& layout() const;  // computed at first need
   void report_use(const LoadReport& report);

@@ -16,10 +16,14 @@ namespace tensord::memory {
 using base::Result;
 using base::Status;
 
-// Payload of one task: big enough to hide its bookkeeping, small enough to balance two cores on 64 MiB.
+// Payload of one task at most: big enough to hide its bookkeeping. Smaller copies get smaller tasks, eight a thread, so
+// that threads end at about the same time; below kTaskBytesMin a task is not worth its bookkeeping.
 inline constexpr uint64_t kTaskBytes = 4 << 20;
+inline constexpr uint64_t kTaskBytesMin = 256 << 10;
 // Below this much payload the calling thread copies alone: starting a thread costs about 50 us.
 inline constexpr uint64_t kInlineBytes = 4 << 20;
+// Threads of one call at most, whatever is asked for.
+inline constexpr int kCopyThreadsMax = 256;
 
 struct CopySource {
   const std::byte* data = nullptr;
@@ -54,6 +58,7 @@ struct CopyOptions {
   std::function<Status(uint32_t source, uint64_t offset, uint64_t size_bytes)> ready;
   const std::atomic<bool>* cancel = nullptr;  // checked between tasks: Code::cancelled
   bool keep_spans = false;
+  uint64_t task_bytes_max = kTaskBytes;
 };
 
 // `plan` must have passed check_plan with the sizes of these sources and targets (CHECK on numbers only). Threads are
@@ -62,10 +67,5 @@ struct CopyOptions {
 // of elements run in cache-sized tiles; no allocation grows with the payload. Source and target must not overlap.
 Result<CopyReport> execute(const tensor::CopyPlan& plan, std::span<const CopySource> sources,
                            std::span<const CopyTarget> targets, const CopyOptions& options);
-
-// Converts `count` elements. Round to nearest even; overflow becomes infinity; NaN stays NaN. Only pairs of
-// tensor::can_cast (CHECK). Any alignment.
-void cast_elements(tensor::Dtype source_dtype, const std::byte* source, tensor::Dtype target_dtype, std::byte* target,
-                   uint64_t count);
 
 }  // namespace tensord::memory

@@ -148,10 +148,19 @@ bool FillView::has_blocks(uint64_t first, uint64_t last) const {
 
 Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<bool()>& alive) const {
   CHECK(first <= last && last <= block_count());
+  return wait_until([&] { return has_blocks(first, last); }, timeout_ms, alive);
+}
+
+Status FillView::wait_ready(int64_t timeout_ms, const std::function<bool()>& alive) const {
+  return wait_until([&] { return state() == FillState::ready; }, timeout_ms, alive);
+}
+
+Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeout_ms,
+                            const std::function<bool()>& alive) const {
   const int64_t begin_ns = base::monotonic_ns();
   for (;;) {
     const uint32_t sequence = header().sequence.load(std::memory_order_acquire);
-    if (has_blocks(first, last)) return {};
+    if (reached()) return {};
     if (state() == FillState::failed) return tl::unexpected(error());
     int64_t nap_ms = kAliveCheckMs;
     if (timeout_ms >= 0) {
@@ -164,7 +173,7 @@ Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms, const s
       nap_ms = std::min(nap_ms, left_ms);
     }
     futex_wait(header().sequence, sequence, nap_ms);
-    if (!has_blocks(first, last) && state() == FillState::filling && !alive()) {
+    if (!reached() && state() == FillState::filling && !alive()) {
       return fail(Code::unavailable, "the daemon went away while it was reading; open the model again");
     }
   }

@@ -102,8 +102,12 @@ class FillView {
   // when `timeout_ms` (-1: none) passes or `alive` (asked ten times a second) says that the daemon is gone.
   Status wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<bool()>& alive) const;
 
+  // Waits until the whole replica is ready: also the files were found unchanged, and the artifact id is known.
+  Status wait_ready(int64_t timeout_ms, const std::function<bool()>& alive) const;
+
  private:
   FillView() = default;
+  Status wait_until(const std::function<bool()>& reached, int64_t timeout_ms, const std::function<bool()>& alive) const;
   FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
   Mapped mapped_;
 };

@@ -1,9 +1,8 @@
 // Blocks: how the image of an artifact's files is cut for reading, checking and waiting.
 //
-//   image    [file 0 ........................][pad][file 1 ................]     files begin at multiples of
-//   4 KiB leaves     hdr| a0 | a1 |a2|b|c| d0 | d1                                     a tensor's bytes in
-//   pieces of 1 MiB blocks   [      ][    ][       ][    ][    ]                                 whole
-//   leaves, about 1 MiB
+//   image   [file 0 ........................][pad][file 1 ...............] files begin at multiples of 4 KiB
+//   leaves    hdr| a0 | a1 |a2|b|c| d0 | d1                              a tensor's bytes, 1 MiB each
+//   blocks  [      ][    ][       ][    ][    ]                          whole leaves, about 1 MiB
 //
 // Every leaf lies in exactly one block, so that a block can be read, hashed while it is hot in the
 // second-level cache, compared, and marked ready, without knowing any other block. Pure: daemon and client
@@ -46,8 +45,8 @@ struct ImageLayout {
   std::vector<Block> blocks;           // in image order; together they cover every byte of every file
 
   uint64_t tensor_offset(const Tensor& tensor) const { return file_offsets[tensor.file] + tensor.offset; }
-  // Blocks that hold bytes [offset, offset + size_bytes) of the image: [first, last). O(log n). Empty for
-  // size 0.
+  // Blocks that hold bytes [offset, offset + size_bytes) of the image: [first, last). O(log n).
+  // Empty for size 0.
   struct Range {
     uint32_t first = 0;
     uint32_t last = 0;
@@ -55,9 +54,9 @@ struct ImageLayout {
   Range blocks_of(uint64_t image_offset, uint64_t size_bytes) const;
 };
 
-// The tensors of a file must lie inside it and must not overlap (CHECK; the parsers see to it). Bytes that no
-// tensor owns (headers, alignment gaps) are in blocks too, cut anywhere. Takes about 70 bytes of memory a MiB
-// of image.
+// The tensors of a file must lie inside it and must not overlap (CHECK; the parsers see to it). Bytes that
+// no tensor owns (headers, alignment gaps) are in blocks too, cut anywhere. Takes about 70 bytes of memory a
+// MiB of image.
 ImageLayout lay_out(const Index& index);
 
 }  // namespace tensord::tensor

@@ -3,9 +3,9 @@
 //   leaf digest     XXH3-128 of up to 1 MiB of a tensor's bytes
 //   tensor digest   XXH3-128 of its leaf digests in order (of nothing for an empty tensor)
 //   artifact id     XXH3-128 over the tensors sorted by name: name, dtype (its text), shape, tensor digest,
-//   each behind
-//                   its length; lengths and extents are 8 bytes little-endian, a shape's length counts
-//                   dimensions. Independent of files, order in files, metadata, block sizes, thread counts.
+//                   each behind its length; lengths and extents are 8 bytes little-endian, a shape's length
+//                   counts dimensions. Independent of files, order in files, metadata, block sizes, thread
+//                   counts.
 #pragma once
 
 #include <array>

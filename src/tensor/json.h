@@ -1,5 +1,4 @@
-// JSON from outside as a stream of events, so that its library stays in one .cc and no document tree is
-// built.
+// JSON from outside as a stream of events: its library stays in one .cc, no document tree is built.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,7 @@ class JsonEvents {
  public:
   virtual ~JsonEvents() = default;
   virtual base::Status object_begin() = 0;
-  virtual base::Status key(
-      std::string name) = 0;  // of the value that follows; duplicates are not looked for here
+  virtual base::Status key(std::string name) = 0;  // of the value that follows; may be a duplicate
   virtual base::Status object_end() = 0;
   virtual base::Status array_begin() = 0;
   virtual base::Status array_end() = 0;

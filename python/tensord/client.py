@@ -1,0 +1,608 @@
+"""Model: a checkpoint held by the daemon, as this process sees it. View: chosen slices of it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping as AbstractMapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Union
+
+from . import _library
+from ._library import check, last_error, library
+from .copies import Batch, LoadReport, bytes_target
+from .errors import (
+    CorruptError,
+    DeniedError,
+    Error,
+    InvalidArgumentError,
+    InvalidIndexError,
+    MissingFileError,
+    UnavailableError,
+    UnknownTensorError,
+    WaitTimeoutError,
+)
+from .indexing import Item, item_rows, parse
+from .progress import REDRAW_SECONDS, Meter, ProgressOption, stderr_bar
+from .tensors import (
+    Entry,
+    Mapping,
+    Place,
+    framework_of,
+    numpy_array,
+    target_of,
+    torch_tensor,
+)
+
+if TYPE_CHECKING:
+    from .tensors import AnyTensor
+
+PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+LoadTargets = Union[AbstractMapping[str, "AnyTensor"], Iterable[tuple[str, Any, "AnyTensor"]]]
+
+# A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
+WAIT_PIECE_SECONDS = 0.1
+
+
+class _Handle:
+    """A tensord_model, closed when the last call that uses it is over and its Model is closed."""
+
+    __slots__ = ("_close", "pointer")
+
+    def __init__(self, pointer: ctypes.c_void_p) -> None:
+        self.pointer = pointer
+        self._close = library().tensord_close
+
+    def __del__(self) -> None:
+        self._close(self.pointer)
+
+
+class Model:
+    """An open checkpoint. Made by `tensord.open`.
+
+    Tensors are zero-copy: they lie in memory that the daemon filled once and that this process maps
+    privately. They stay valid as long as they are referenced: after `close`, without the Model, and in
+    forked children. Methods may be called from several threads at once.
+    """
+
+    def __init__(self, handle: _Handle, paths: Sequence[str], framework: str) -> None:
+        self._handle: _Handle | None = handle
+        self._mapping: Mapping | None = None
+        self._paths = tuple(paths)
+        self._framework = framework
+        self._names: list[str] | None = None
+        self._entries: dict[str, Entry] = {}
+        self._is_ready = False
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Lets go of the checkpoint. Tensors taken from it stay valid. May be called again."""
+        self._handle = None
+        self._mapping = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._handle is None else f"{len(self)} tensors"
+        return f"<tensord.Model {', '.join(self._paths)}: {state}>"
+
+    def _open_handle(self) -> _Handle:
+        handle = self._handle
+        if handle is None:
+            raise InvalidArgumentError(f"model {', '.join(self._paths)} is closed")
+        return handle
+
+    # ---- what is in it ---------------------------------------------------------------------------
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, sorted. The list is the caller's own."""
+        return list(self._all_names())
+
+    def _all_names(self) -> list[str]:
+        names = self._names
+        if names is None:
+            handle = self._open_handle()
+            tensor = _library.Tensor()
+            names = []
+            for position in range(library().tensord_tensor_count(handle.pointer)):
+                check(library().tensord_tensor_at(handle.pointer, position, ctypes.byref(tensor)))
+                names.append(tensor.name.decode())
+            self._names = names
+        return names
+
+    def __len__(self) -> int:
+        if self._names is not None:
+            return len(self._names)
+        return int(library().tensord_tensor_count(self._open_handle().pointer))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all_names())
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self.entry(name)  # type: ignore[arg-type]
+        except UnknownTensorError:
+            return False
+        return True
+
+    def items(self) -> Iterator[tuple[str, AnyTensor]]:
+        """Each name with its tensor, in the order of `keys`. Waits for one tensor at a time."""
+        return ((name, self[name]) for name in self)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The checkpoint's free-form ``__metadata__``."""
+        handle = self._open_handle()
+        key, value = ctypes.c_char_p(), ctypes.c_char_p()
+        metadata = {}
+        for position in range(library().tensord_metadata_count(handle.pointer)):
+            check(
+                library().tensord_metadata_at(
+                    handle.pointer, position, ctypes.byref(key), ctypes.byref(value)
+                )
+            )
+            metadata[(key.value or b"").decode()] = (value.value or b"").decode()
+        return metadata
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of the files the tensors lie in."""
+        handle = self._open_handle()
+        count = library().tensord_file_count(handle.pointer)
+        return [os.fsdecode(library().tensord_file_path(handle.pointer, at)) for at in range(count)]
+
+    def entry(self, name: str) -> Entry:
+        """What the index says of a tensor; needs no bytes of it.
+
+        Raises
+        ------
+        UnknownTensorError
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._find(name)
+            self._entries[name] = entry
+        return entry
+
+    def _find(self, name: str) -> Entry:
+        handle = self._open_handle()
+        try:
+            encoded = name.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise UnknownTensorError(f"find tensor {name!r}: names are text in UTF-8") from None
+        if b"\0" in encoded:
+            raise UnknownTensorError(f"find tensor {name!r}: names hold no NUL")
+        tensor = _library.Tensor()
+        code = library().tensord_find_tensor(handle.pointer, encoded, ctypes.byref(tensor))
+        if code == _library.NOT_FOUND:
+            raise UnknownTensorError(last_error(code).message)
+        check(code)
+        return Entry(
+            name,
+            encoded,
+            tensor.dtype,
+            tensor.dtype_text.decode("utf-8", "replace"),
+            tuple(tensor.shape[: tensor.rank]),
+            tensor.file,
+            tensor.file_offset,
+            tensor.size_bytes,
+            tensor.data or 0,
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What is known of the model: path, files, state, artifact, replica, payload_bytes, image_bytes,
+        tensor_count, ready_bytes, total_bytes."""
+        handle = self._open_handle()
+        text = ctypes.c_void_p()
+        check(library().tensord_info(handle.pointer, ctypes.byref(text)))
+        return dict(json.loads(_library.take_text(text)))
+
+    # ---- waiting ---------------------------------------------------------------------------------
+
+    def wait(self, progress: ProgressOption = False, timeout: float | None = None) -> None:
+        """Waits until all bytes are there and checked.
+
+        Parameters
+        ----------
+        progress : bool or callable
+            True: a bar on standard error where that is a terminal ($TENSORD_PROGRESS=1: everywhere, 0:
+            nowhere). A callable is called with a `tensord.Progress` about ten times a second and once at
+            the end.
+        timeout : float, optional
+            Seconds. None: no limit.
+
+        Raises
+        ------
+        WaitTimeoutError
+            The time passed.
+        Error
+            The load failed; the error has the code of the failure.
+        """
+        with ExitStack() as stack:
+            show = progress if callable(progress) else None
+            bar = stderr_bar() if progress is True else None
+            if bar is not None:
+                stack.callback(bar.close)
+                show = bar
+            meter = Meter()
+            deadline = None if timeout is None else time.monotonic() + timeout
+            if show is not None:
+                show(meter.read(*self._ready_and_total()))
+            while not self._wait_piece(None, deadline, REDRAW_SECONDS):
+                if show is not None:
+                    show(meter.read(*self._ready_and_total()))
+            self._is_ready = True
+            if show is not None:
+                show(meter.read(*self._ready_and_total()))
+
+    def _ready_and_total(self) -> tuple[int, int]:
+        progress = self._progress()
+        return progress.ready_bytes, progress.total_bytes
+
+    def _progress(self) -> _library.Progress:
+        progress = _library.Progress()
+        check(library().tensord_get_progress(self._open_handle().pointer, ctypes.byref(progress)))
+        return progress
+
+    def _wait_piece(self, name: bytes | None, deadline: float | None, piece_seconds: float) -> bool:
+        """Waits a moment; True when the bytes are there. Raises when the load failed or time is up."""
+        begin = time.monotonic()
+        piece = piece_seconds if deadline is None else max(min(piece_seconds, deadline - begin), 0.0)
+        code = library().tensord_wait(self._open_handle().pointer, name, round(piece * 1000))
+        if code == _library.OK:
+            return True
+        error = last_error(code)
+        now = time.monotonic()
+        if not isinstance(error, UnavailableError) or now - begin < piece * 0.9:
+            raise error
+        if self._progress().state not in (_library.FILLING, _library.READY):
+            raise error
+        if deadline is not None and now >= deadline:
+            raise WaitTimeoutError(error.message)
+        return False
+
+    def _wait_for(self, entry: Entry) -> None:
+        if self._is_ready or entry.size_bytes == 0:
+            return
+        while not self._wait_piece(entry.encoded, None, WAIT_PIECE_SECONDS):
+            pass
+        if self._progress().state == _library.READY:
+            self._is_ready = True
+
+    def verify(self) -> dict[str, Any]:
+        """Has the daemon hash every byte it holds again and compare with the recorded digests.
+
+        Returns
+        -------
+        dict
+            ``replica``, ``path``, ``artifact``, ``leaf_count``, ``bytes``, ``ns`` and empty ``faults``.
+
+        Raises
+        ------
+        CorruptError
+            Names the first bytes that differ: file, tensor and offset.
+        """
+        self.wait()
+        report: dict[str, Any] = json.loads(_library.call("verify", str(self.info()["replica"])))
+        faults = report["faults"]
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            raise CorruptError(
+                f"verify {report['path']}: tensor {faults[0]['tensor']!r} in {faults[0]['file']} differs from its "
+                f"digest in {faults[0]['size_bytes']} bytes at {faults[0]['offset']}{more}"
+            )
+        return report
+
+    # ---- tensors ---------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> AnyTensor:
+        """A zero-copy tensor; blocks until its bytes are there.
+
+        A numpy array is read-only. A torch tensor may be written to: this process's copy changes, no
+        other's. Types that safetensors does not know come as uint8 [size_bytes] in numpy. F4 comes in torch
+        as float4_e2m1fn_x2, two elements a byte, so that the last dimension is half of the file's.
+
+        Raises
+        ------
+        UnknownTensorError
+        UnsupportedDtypeError
+            The framework has no such type.
+        Error
+            The load failed.
+        """
+        return self.tensor(self.entry(name))
+
+    def tensor(self, entry: Entry, *, framework: str | None = None, writable: bool = False) -> AnyTensor:
+        """`__getitem__` with a choice. ``writable``: so may a numpy array be, as a torch tensor always is."""
+        place = Place(self._keeper(entry), entry.address, entry.memory_shape, None)
+        return self._at(entry, place, framework or self._framework, writable)
+
+    def _at(self, entry: Entry, place: Place, framework: str, writable: bool) -> AnyTensor:
+        self._wait_for(entry)
+        if framework == "np":
+            return numpy_array(
+                place, entry.number, name=entry.name, dtype_text=entry.dtype_text, writable=writable
+            )
+        return torch_tensor(place, entry.number, name=entry.name, dtype_text=entry.dtype_text)
+
+    def _keeper(self, entry: Entry) -> Mapping | None:
+        """What keeps a tensor's memory mapped; None when it has none."""
+        handle = self._open_handle()
+        mapping = self._mapping
+        if mapping is None and entry.size_bytes > 0:
+            pointer = library().tensord_retain_mapping(handle.pointer)
+            if not pointer:
+                raise InvalidArgumentError(f"model {', '.join(self._paths)} holds no bytes")
+            mapping = Mapping(pointer)
+            self._mapping = mapping
+        return mapping
+
+    # ---- slices ----------------------------------------------------------------------------------
+
+    def view(self, wanted: AbstractMapping[str, Any]) -> View:
+        """Chosen slices of chosen tensors.
+
+        Parameters
+        ----------
+        wanted : mapping
+            Tensor name to index: anything numpy's basic indexing takes. ``...`` is the whole tensor.
+
+        Raises
+        ------
+        UnknownTensorError
+        InvalidIndexError
+            Also for indices out of range.
+        """
+        return View(self, {name: parse(index) for name, index in wanted.items()})
+
+    def place_of(self, entry: Entry, items: tuple[Item, ...]) -> Place:
+        """Where a slice lies.
+
+        Raises
+        ------
+        InvalidIndexError
+        """
+        region = self._resolve(entry, items)
+        shape = tuple(region.shape[: region.rank])
+        strides = tuple(region.strides[: region.rank])
+        return Place(self._keeper(entry), entry.address + region.offset, shape, strides)
+
+    def _resolve(self, entry: Entry, items: tuple[Item, ...]) -> _library.Region:
+        region = _library.Region()
+        rows = item_rows(items)
+        code = library().tensord_resolve(
+            self._open_handle().pointer,
+            entry.encoded,
+            rows.ctypes.data,
+            len(rows),
+            ctypes.byref(region),
+        )
+        if code == _library.INVALID_ARGUMENT:
+            raise InvalidIndexError(last_error(code).message)
+        check(code)
+        return region
+
+    def load_into(self, targets: LoadTargets, *, cast: bool = False, threads: int = 0) -> LoadReport:
+        """Copies tensors, or slices of them, into the caller's CPU memory as one plan.
+
+        Parameters
+        ----------
+        targets : mapping or iterable
+            ``{name: tensor}`` for whole tensors, or ``[(name, index, tensor), ...]``. A target is a numpy
+            array or a torch tensor on the CPU: strided, padded, transposed, negative strides. Its shape is
+            that of the indexed tensor. F4 targets must be dense.
+        cast : bool
+            Whether F16, BF16, F32, F64 (and F8 as a source) are converted where types differ. Else types
+            must match.
+        threads : int
+            0: one per core. They end before the call returns.
+
+        Returns
+        -------
+        LoadReport
+
+        Raises
+        ------
+        UnknownTensorError, InvalidIndexError, InvalidArgumentError, UnsupportedError
+            Nothing was written: all targets are checked first.
+        Error
+            ``error.target_dirty`` tells whether targets were written to.
+
+        Notes
+        -----
+        Waits for the bytes it needs; it cannot be interrupted meanwhile, `wait` can.
+        """
+        if isinstance(targets, AbstractMapping):
+            wanted: Iterable[tuple[str, Any, Any]] = ((name, ..., target) for name, target in targets.items())
+        else:
+            wanted = targets
+        return self._load(
+            [(self.entry(name), parse(index), target) for name, index, target in _triples(wanted)],
+            cast=cast,
+            threads=threads,
+        )
+
+    def _load(
+        self, orders: list[tuple[Entry, tuple[Item, ...], Any]], *, cast: bool, threads: int
+    ) -> LoadReport:
+        handle = self._open_handle()
+        batch = Batch()
+        for entry, items, target in orders:
+            described = target_of(entry.name, target)
+            if entry.is_bytes:
+                region = self._resolve(entry, items)
+                shape = tuple(region.shape[: region.rank])
+                described = bytes_target(entry, shape, described, is_whole=not items)
+            batch.add(entry, items, described)
+        rows = batch.rows()
+        options = _library.CopyOptions(ctypes.sizeof(_library.CopyOptions), int(cast), threads, 0)
+        report = _library.CopyReport()
+        code = library().tensord_load_into(
+            handle.pointer, rows.ctypes.data, len(rows), ctypes.byref(options), ctypes.byref(report)
+        )
+        if code != _library.OK:
+            self._raise_load_error(last_error(code), orders)
+        return LoadReport(
+            report.bytes,
+            report.record_count,
+            report.thread_count,
+            report.plan_ns / 1e9,
+            report.wait_ns / 1e9,
+            report.copy_ns / 1e9,
+        )
+
+    def _raise_load_error(self, error: Error, orders: list[tuple[Entry, tuple[Item, ...], Any]]) -> NoReturn:
+        """Raises `error`, as an InvalidIndexError where an index is to blame."""
+        if type(error) is InvalidArgumentError:
+            for entry, items, _ in orders:
+                if items:
+                    self._resolve(entry, items)
+        raise error
+
+
+def _triples(targets: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
+    for order in targets:
+        if not isinstance(order, (tuple, list)) or len(order) != 3:
+            raise InvalidArgumentError(
+                "load_into takes {name: tensor} or [(name, index, tensor), ...]; "
+                f"an element of the list is {type(order).__name__}"
+            )
+        yield order[0], order[1], order[2]
+
+
+class View:
+    """Chosen slices of a Model's tensors. Made by `Model.view`. Valid while the Model is open; its tensors
+    longer."""
+
+    def __init__(self, model: Model, wanted: dict[str, tuple[Item, ...]]) -> None:
+        self._model = model
+        self._slices = {}
+        for name, items in wanted.items():
+            entry = model.entry(name)
+            self._slices[name] = (entry, items, model.place_of(entry, items))
+
+    def keys(self) -> list[str]:
+        """The names, in the order they were asked for."""
+        return list(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slices
+
+    def items(self) -> Iterator[tuple[str, AnyTensor]]:
+        """Each name with its slice, in the order of `keys`."""
+        return ((name, self[name]) for name in self)
+
+    def _slice(self, name: str) -> tuple[Entry, tuple[Item, ...], Place]:
+        try:
+            return self._slices[name]
+        except KeyError:
+            raise UnknownTensorError(f"find tensor {name!r}: the view does not hold it") from None
+
+    def __getitem__(self, name: str) -> AnyTensor:
+        """The slice, strided and zero-copy as the tensors of `Model.__getitem__`.
+
+        torch knows no negative strides: there, a slice with a negative step is a copy.
+        """
+        entry, _, place = self._slice(name)
+        model = self._model
+        model._open_handle()
+        if entry.is_bytes and place.shape == (entry.size_bytes,):
+            place = place._replace(shape=entry.memory_shape, strides=None)
+        return model._at(entry, place, model._framework, False)
+
+    def load_into(
+        self, targets: AbstractMapping[str, AnyTensor], *, cast: bool = False, threads: int = 0
+    ) -> LoadReport:
+        """Copies slices into the caller's CPU memory as one plan: `Model.load_into` with this view's indices.
+
+        Parameters
+        ----------
+        targets : mapping
+            ``{name: tensor}``; names are this view's, not necessarily all of them.
+        """
+        orders = [(*self._slice(name)[:2], target) for name, target in targets.items()]
+        return self._model._load(orders, cast=cast, threads=threads)
+
+    def __repr__(self) -> str:
+        return f"<tensord.View of {len(self)} slices of {self._model!r}>"
+
+
+def open(
+    path: PathLike | Sequence[PathLike],
+    framework: str | None = None,
+    *,
+    autostart: bool | None = None,
+) -> Model:
+    """Opens a checkpoint. Returns at once while the daemon still reads it.
+
+    Parameters
+    ----------
+    path : path, or list of paths
+        A file, a folder with ``model.safetensors.index.json`` (or one ``.safetensors`` file), or several
+        files.
+    framework : {"pt", "np"}, optional
+        What the tensors are. None: torch where it is installed, else numpy.
+    autostart : bool, optional
+        Whether a daemon is started when none runs. None: as ``$TENSORD_AUTOSTART`` says (default yes).
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    MissingFileError
+        A file is not there (also a FileNotFoundError).
+    CorruptError
+        A file is no valid safetensors file (also a safetensors.SafetensorError where that package is
+        installed).
+    ExhaustedError
+        The daemon's memory limit is too small.
+    UnavailableError
+        No daemon answers.
+    """
+    chosen = framework_of(framework)
+    given = [path] if isinstance(path, (str, bytes, os.PathLike)) else path
+    paths = [os.fsencode(one) for one in given]
+    for one in paths:
+        if b"\0" in one:
+            raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
+    options = _library.OpenOptions(
+        ctypes.sizeof(_library.OpenOptions), -1 if autostart is None else int(autostart), 0
+    )
+    pointer = ctypes.c_void_p()
+    code = library().tensord_open(
+        (ctypes.c_char_p * len(paths))(*paths),
+        len(paths),
+        ctypes.byref(options),
+        ctypes.byref(pointer),
+    )
+    names = [os.fsdecode(one) for one in paths]
+    if code != _library.OK:
+        raise _open_error(code, last_error(code), names)
+    return Model(_Handle(pointer), names, chosen)
+
+
+def _open_error(code: int, error: Error, names: list[str]) -> Error:
+    """The built-in OSErrors tell which file it was."""
+    missing = next((name for name in names if not Path(name).exists()), names[0] if names else "")
+    if code == _library.NOT_FOUND:
+        return MissingFileError(error.message, filename=missing)
+    if code == _library.DENIED:
+        return DeniedError(error.message, filename=missing)
+    return error

@@ -1,0 +1,271 @@
+"""safetensors' reading interface over tensord: code written for ``safetensors.safe_open`` runs unchanged.
+
+What differs: tensors lie in the daemon's memory (mapped privately) rather than in a mapping of the file;
+numpy arrays are zero-copy and share their memory within one open file, where safetensors hands out a copy
+each time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Union
+
+import numpy as np
+
+from .client import Entry, Model
+from .client import open as open_model
+from .errors import (
+    InvalidOptionError,
+    MissingFileError,
+    UnknownTensorError,
+)
+from .tensors import framework_of
+
+if TYPE_CHECKING:
+    from .tensors import AnyTensor
+
+Device = Union[str, int, None]
+
+_BACKENDS = ("mmap", "pread")
+_INDEXED_DEVICES = ("cuda", "musa", "mps", "npu", "xpu", "xla", "mlu", "hpu")
+
+
+def _device_of(device: Device, framework: str) -> str | int:
+    """Checks a device as safetensors does; "cpu" for None."""
+    if device is None or device == "cpu":
+        return "cpu"
+    if isinstance(device, bool) or not isinstance(device, (str, int)) or device == -1:
+        raise InvalidOptionError(f"device {device!r} is invalid")
+    if isinstance(device, str):
+        kind, colon, number = device.partition(":")
+        if kind not in _INDEXED_DEVICES or (colon and not number.isdigit()):
+            raise InvalidOptionError(f"device {device} is invalid")
+        if kind == "mps" and number not in ("", "0"):
+            raise InvalidOptionError(f"device {device} is invalid: only mps or mps:0 is supported")
+        if kind in ("cuda", "musa", "npu", "xpu", "xla", "mlu", "hpu") and not colon:
+            device = f"{kind}:0"
+    if framework != "pt":
+        raise InvalidOptionError(f"Device {device} is not supported for framework numpy")
+    return device
+
+
+class safe_open:
+    """Opens a safetensors file, or a folder of them, and hands out tensors as asked.
+
+    Parameters
+    ----------
+    filename : str or os.PathLike
+    framework : {"pt", "torch", "pytorch", "np", "numpy"}
+    device : str or int
+        Where torch tensors end up. Devices other than "cpu" get a copy, made by torch.
+    backend : {"mmap", "pread"}
+        Accepted and without effect: the daemon has its own ways to read.
+
+    Raises
+    ------
+    MissingFileError
+        Also a FileNotFoundError.
+    CorruptError, InvalidOptionError
+        Also a SafetensorError.
+    UnsupportedError
+        The framework is one of safetensors' others.
+    """
+
+    def __init__(
+        self,
+        filename: str | os.PathLike[str],
+        framework: str,
+        device: Device = "cpu",
+        *,
+        backend: str = "mmap",
+    ) -> None:
+        self._model: Model | None = None
+        if backend not in _BACKENDS:
+            raise InvalidOptionError(f'backend "{backend}" is invalid (expected one of: "mmap", "pread")')
+        if not isinstance(framework, str):
+            raise TypeError(f"framework: expected str, not {type(framework).__name__}")
+        path = Path(filename)
+        chosen = framework_of(framework)
+        self._device = _device_of(device, chosen)
+        self._framework = chosen
+        try:
+            self._model = open_model(path, chosen)
+        except MissingFileError as error:
+            if path.exists():
+                raise
+            raise MissingFileError(f"No such file or directory: {path}", filename=error.filename) from error
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            raise InvalidOptionError("File is closed")
+        return self._model
+
+    def __enter__(self) -> safe_open:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._model = None
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, sorted."""
+        return self._opened().keys()
+
+    def offset_keys(self) -> list[str]:
+        """The names of the tensors, in the order in which they lie in the file."""
+        model = self._opened()
+
+        def position(name: str) -> tuple[int, int, int]:
+            entry = model.entry(name)
+            return entry.file, entry.file_offset, entry.size_bytes
+
+        return sorted(model, key=position)
+
+    def metadata(self) -> dict[str, str] | None:
+        """The free-form metadata; None when the file has none."""
+        return self._opened().metadata or None
+
+    def _entry(self, name: str) -> tuple[Model, Entry]:
+        model = self._opened()
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected str, not {type(name).__name__}")
+        try:
+            return model, model.entry(name)
+        except UnknownTensorError as error:
+            raise UnknownTensorError(f"File does not contain tensor {name}") from error
+
+    def get_tensor(self, name: str) -> AnyTensor:
+        """A whole tensor; waits until its bytes are there.
+
+        A numpy array may be written to: like a torch tensor's, the writes stay in this process.
+
+        Raises
+        ------
+        UnknownTensorError
+            Also a SafetensorError.
+        """
+        model, entry = self._entry(name)
+        return self._moved(model.tensor(entry, writable=True))
+
+    def get_tensors(self) -> dict[str, AnyTensor]:
+        """All tensors, in the order of `offset_keys`."""
+        return {name: self.get_tensor(name) for name in self.offset_keys()}
+
+    def get_slice(self, name: str) -> SafeSlice:
+        """A tensor to take slices of. It stays valid when the file is closed."""
+        model, entry = self._entry(name)
+        return SafeSlice(self, model, entry)
+
+    def _moved(self, tensor: Any) -> Any:
+        return tensor if self._device == "cpu" else tensor.to(self._device)
+
+
+class SafeSlice:
+    """What `safe_open.get_slice` returns: index it to get a tensor."""
+
+    def __init__(self, opened: safe_open, model: Model, entry: Entry) -> None:
+        self._opened = opened
+        self._model = model
+        self._entry = entry
+
+    def get_shape(self) -> list[int]:
+        """The shape of the whole tensor, as the file says."""
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        """The type of the elements, as the file says: ``"F32"``, ``"BF16"``, ..."""
+        return self._entry.dtype_text
+
+    def __getitem__(self, index: Any) -> AnyTensor:
+        """A part of the tensor.
+
+        torch: whatever torch's own indexing takes. numpy: integers, slices with a positive step and one
+        ``...``, with safetensors' strict ends: a slice that ends outside the tensor is refused.
+
+        Raises
+        ------
+        InvalidOptionError
+            An index that safetensors refuses, for numpy. Also a SafetensorError.
+        """
+        whole: Any = self._model.tensor(self._entry, writable=True)
+        if self._opened._framework == "pt":
+            return self._opened._moved(whole[index])
+        part = whole[_strict_index(index, whole.shape)]
+        # Writers take an array's bytes as they lie in memory, so a part is as dense as safetensors makes it.
+        return part if part.flags.c_contiguous else part.copy()
+
+
+def _strict_index(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The index for numpy, once safetensors' own checks hold. It has a ``...``: no part is a bare scalar."""
+    if isinstance(index, list):
+        if index:
+            raise InvalidOptionError("Non empty lists are not implemented")
+        index = slice(0, 0)
+    parts = index if isinstance(index, tuple) else (index,)
+    if sum(part is Ellipsis for part in parts) > 1:
+        raise InvalidOptionError("Only one ellipsis (...) is allowed in slice index")
+    named = sum(part is not Ellipsis for part in parts)
+    if named > len(shape):
+        _refuse(parts, shape, "more slicing indexes than dimensions in tensor")
+    dimension = 0
+    for part in parts:
+        if part is Ellipsis:
+            dimension += len(shape) - named
+            continue
+        _check_part(part, dimension, parts, shape)
+        dimension += 1
+    return parts if named < len(parts) else (*parts, ...)
+
+
+def _check_part(part: Any, dimension: int, parts: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    extent = shape[dimension]
+    if isinstance(part, slice):
+        start, stop, step = (
+            None if end is None else _integer(end, dimension) for end in (part.start, part.stop, part.step)
+        )
+        if step is not None and step < 1:
+            raise InvalidOptionError(f"Slice step must be a positive integer, got {step}")
+        begin, end = start or 0, extent if stop is None else stop
+        asked = begin if begin >= extent else end - 1
+        if max(begin, asked) >= extent and not (begin == 0 and end == extent):
+            _refuse(parts, shape, _outside(asked, dimension, extent))
+        return
+    number = _integer(part, dimension)
+    if number < -extent:
+        raise InvalidOptionError(f"Invalid index {number} for dimension {dimension} of size {extent}")
+    if number >= extent:
+        _refuse(parts, shape, _outside(number, dimension, extent))
+
+
+def _integer(value: Any, dimension: int) -> int:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    raise InvalidOptionError(
+        f"Unsupported slice index at position {dimension}: expected slice, int, or ellipsis"
+    )
+
+
+def _outside(asked: int, dimension: int, extent: int) -> str:
+    return f"index {asked} out of bounds for tensor dimension #{dimension} of size {extent}"
+
+
+def _refuse(parts: tuple[Any, ...], shape: tuple[int, ...], why: str) -> NoReturn:
+    text = ", ".join(_part_text(part) for part in parts)
+    raise InvalidOptionError(f"Error during slicing [{text}] with shape {list(shape)}: {why}")
+
+
+def _part_text(part: Any) -> str:
+    if part is Ellipsis:
+        return "..."
+    if not isinstance(part, slice):
+        return str(part)
+    ends = [part.start, part.stop] if part.step in (None, 1) else [part.start, part.stop, part.step]
+    return ":".join("" if end is None else str(end) for end in ends)
+
+
+class _safe_open_handle(safe_open):
+    """`safe_open` for an open file object that has a name."""
+
+    def __init__(self, f: IO[Any], framework: str, device: Device = "cpu", *, backend: str = "mmap") -> None:
+        f.fileno()
+        super().__init__(f.name, framework, device, backend=backend)

@@ -1,0 +1,16 @@
+// Folders of this user.
+#pragma once
+
+#include <string>
+
+#include "base/result.h"
+
+namespace tensord::base {
+
+// $TENSORD_STATE_DIR, else $XDG_STATE_HOME/tensord, else ~/.local/state/tensord.
+std::string state_folder();
+
+// Makes `path` and what is missing above it, with mode 0700.
+Status make_folders(const std::string& path);
+
+}  // namespace tensord::base

@@ -1,0 +1,108 @@
+#include "cli/progress.h"
+
+#include <sys/ioctl.h>
+#include <unistd.h>
+#include <csignal>
+#include <cstdio>
+
+#include <algorithm>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/text.h"
+#include "cli/table.h"
+
+namespace tensord::cli {
+
+using base::human_bytes;
+using base::text;
+
+namespace {
+
+// Ten lines a second: smooth for the eye, nothing for the machine.
+constexpr int64_t kRedrawMs = 100;
+constexpr int kBarWidthMax = 40;
+constexpr int kBarWidthMin = 8;
+
+volatile std::sig_atomic_t interrupted = 0;
+void note_interrupt(int) { interrupted = 1; }
+
+// While it lives, SIGINT sets `interrupted` instead of ending the process.
+class InterruptGuard {
+ public:
+  InterruptGuard() {
+    interrupted = 0;
+    struct sigaction action = {};
+    action.sa_handler = note_interrupt;
+    sigaction(SIGINT, &action, &before_);
+  }
+  InterruptGuard(const InterruptGuard&) = delete;
+  InterruptGuard& operator=(const InterruptGuard&) = delete;
+  ~InterruptGuard() { sigaction(SIGINT, &before_, nullptr); }
+
+ private:
+  struct sigaction before_ = {};
+};
+
+int terminal_width() {
+  winsize size = {};
+  if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col < 20) return 80;
+  return size.ws_col - 1;  // a full last column would wrap
+}
+
+void draw(const FillProgress& progress) {
+  static constexpr char kClearToEnd[] = "\x1b[K";
+  const bool terminal = isatty(STDERR_FILENO) != 0;
+  std::fprintf(stderr, "\r%s%s", progress_line(progress, terminal_width()).c_str(),
+               terminal ? kClearToEnd : "");
+  std::fflush(stderr);
+}
+
+}  // namespace
+
+std::string progress_line(const FillProgress& progress, int width) {
+  const double share = progress.total_bytes == 0 ? 1.0
+                                                 : static_cast<double>(progress.ready_bytes) /
+                                                       static_cast<double>(progress.total_bytes);
+  const uint64_t done = progress.ready_bytes - std::min(progress.begin_bytes, progress.ready_bytes);
+  const uint64_t left = progress.total_bytes - std::min(progress.ready_bytes, progress.total_bytes);
+  std::string numbers = text("  ", static_cast<int>(share * 100), " %  ", human_bytes(progress.ready_bytes),
+                             " of ", human_bytes(progress.total_bytes));
+  if (done > 0 && progress.elapsed_ns > 0) {
+    const double bytes_per_ns = static_cast<double>(done) / static_cast<double>(progress.elapsed_ns);
+    numbers += text("  ", decimals(bytes_per_ns, 2), " GB/s");
+    numbers +=
+        left == 0
+            ? text("  in ", human_ns(progress.elapsed_ns))
+            : text("  ", human_ns(static_cast<int64_t>(static_cast<double>(left) / bytes_per_ns)), " left");
+  }
+  const int room = width - static_cast<int>(numbers.size()) - 2;
+  if (room < kBarWidthMin) return numbers.substr(2, static_cast<size_t>(width));
+  return text("[", bar(share, std::min(room, kBarWidthMax)), "]", numbers);
+}
+
+base::Status watch_fill(const client::Model& model, const std::string& mode) {
+  const bool shown = mode == "always" || (mode == "auto" && isatty(STDERR_FILENO) != 0);
+  const InterruptGuard guard;
+  const int64_t begin_ns = base::monotonic_ns();
+  const uint64_t begin_bytes = model.ready_bytes();
+  base::Status waited;
+  do {
+    waited = model.wait(nullptr, kRedrawMs);
+    if (shown) {
+      draw({.ready_bytes = model.ready_bytes(),
+            .total_bytes = model.total_bytes(),
+            .begin_bytes = begin_bytes,
+            .elapsed_ns = base::monotonic_ns() - begin_ns});
+    }
+  } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->daemon_lives() &&
+           interrupted == 0);
+  if (shown) std::fputc('\n', stderr);
+  if (!waited && interrupted != 0) {
+    return base::fail(base::Code::cancelled,
+                      text("interrupted while ", model.path(), " fills; the daemon goes on filling it"));
+  }
+  return waited;
+}
+
+}  // namespace tensord::cli

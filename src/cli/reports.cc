@@ -1,0 +1,276 @@
+#include "cli/reports.h"
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "base/bytes.h"
+#include "base/text.h"
+#include "cli/table.h"
+
+namespace tensord::cli {
+
+using base::Code;
+using base::fail;
+using base::human_bytes;
+using base::text;
+using nlohmann::json;
+
+namespace {
+
+// Parses `report` and hands it to `read`. The library's exceptions (no JSON, a field missing or of another
+// type) end here.
+template <typename Read>
+auto read_report(std::string_view report, Read read) -> Result<decltype(read(json()))> {
+  try {
+    return read(json::parse(report));
+  } catch (const json::exception& exception) {
+    return fail(Code::internal, text("the daemon's answer cannot be read: ", exception.what()));
+  }
+}
+
+std::string dump(const json& document) {
+  return document.dump(-1, ' ', false, json::error_handler_t::replace);
+}
+
+std::string string_or(const json& value, const std::string& otherwise) {
+  return value.is_string() ? value.get<std::string>() : otherwise;
+}
+
+std::string count_of(uint64_t count, std::string_view noun) {
+  return text(count, " ", noun, count == 1 ? "" : "s");
+}
+
+std::string seconds(double value) { return human_ns(static_cast<int64_t>(value * 1e9)); }
+
+std::string rate(uint64_t bytes, int64_t ns) {
+  return bytes == 0 || ns <= 0 ? "" : decimals(static_cast<double>(bytes) / static_cast<double>(ns), 2);
+}
+
+std::string holders_of(const json& replica) {
+  std::map<std::string, int> leases;  // one process may hold several
+  for (const json& lease : replica.at("leases")) {
+    ++leases[text(string_or(lease.at("name"), "?"), " ", lease.at("pid").get<int64_t>())];
+  }
+  std::string out;
+  for (const auto& [process, count] : leases) {
+    out += (out.empty() ? "" : ", ") + process + (count > 1 ? text(" (", count, ")") : "");
+  }
+  if (replica.at("pinned").get<bool>()) out = out.empty() ? "pinned" : "pinned, " + out;
+  return out.empty() ? text("- (idle ", seconds(replica.at("idle_s").get<double>()), ")") : out;
+}
+
+std::string state_of(const json& replica) {
+  const std::string state = replica.at("state").get<std::string>();
+  const auto total = replica.at("total_bytes").get<uint64_t>();
+  if (state != "filling" || total == 0) return state;
+  return text(state, " ", replica.at("ready_bytes").get<uint64_t>() * 100 / total, " %");
+}
+
+std::string phases_table(const json& phases) {
+  Table table({{"phase"},
+               {"time", Align::right},
+               {"threads' time", Align::right},
+               {"bytes", Align::right},
+               {"GB/s", Align::right},
+               {"share", Align::right},
+               {""}});
+  for (const json& phase : phases) {
+    const auto bytes = phase.at("bytes").get<uint64_t>();
+    const double share = phase.at("share").get<double>();
+    std::string name = phase.at("name").get<std::string>();
+    std::replace(name.begin(), name.end(), '_', ' ');
+    table.add({name, human_ns(phase.at("ns").get<int64_t>()), human_ns(phase.at("thread_ns").get<int64_t>()),
+               bytes == 0 ? "" : human_bytes(bytes),
+               bytes == 0 ? "" : decimals(phase.at("gb_per_s").get<double>(), 2),
+               decimals(share * 100, 1) + " %", bar(share, 20)});
+  }
+  return table.text();
+}
+
+std::string uses_table(const json& uses) {
+  Table table({{"process"},
+               {"map", Align::right},
+               {"plan", Align::right},
+               {"wait", Align::right},
+               {"copy", Align::right},
+               {"copied", Align::right},
+               {"GB/s", Align::right},
+               {"records", Align::right},
+               {"threads", Align::right}});
+  for (const json& use : uses) {
+    const auto ns = [&](const char* field) { return human_ns(use.at(field).get<int64_t>()); };
+    const auto bytes = use.at("copy_bytes").get<uint64_t>();
+    table.add({text(string_or(use.at("name"), "?"), " ", use.at("pid").get<int64_t>()), ns("map_ns"),
+               ns("plan_ns"), ns("wait_ns"), ns("copy_ns"), human_bytes(bytes),
+               rate(bytes, use.at("copy_ns").get<int64_t>()), text(use.at("record_count").get<uint64_t>()),
+               text(use.at("thread_count").get<uint64_t>())});
+  }
+  return table.text();
+}
+
+std::string explained(const json& report) {
+  const std::string checked = report.at("checked_against").get<std::string>();
+  const auto disk = report.at("disk_bytes").get<uint64_t>();
+  const auto bytes = report.at("bytes").get<uint64_t>();
+  std::string out = text(
+      "load ", report.at("load").get<uint64_t>(), " of ", report.at("path").get<std::string>(), ": ",
+      report.at("state").get<std::string>(), "\n", human_bytes(bytes), " in ",
+      human_ns(report.at("wall_ns").get<int64_t>()), ", ", decimals(report.at("gb_per_s").get<double>(), 2),
+      " GB/s, by ", count_of(report.at("read_threads").get<uint64_t>(), "thread"), "; ",
+      disk == 0 ? std::string("all of it from the page cache") : human_bytes(disk) + " of it from disk", "\n",
+      checked == "recorded" ? "every byte is what it was at the first load\n"
+                            : "the first load of these files: their digests were recorded\n");
+  if (const std::string error = string_or(report.at("error"), ""); !error.empty())
+    out += "error: " + error + "\n";
+  out += "\n" + phases_table(report.at("phases"));
+  const std::string limit = string_or(report.at("limited_by"), "");
+  if (!limit.empty()) out += text("\nlimited by ", limit, ": ", string_or(report.at("advice"), ""), "\n");
+  if (!report.at("uses").empty()) out += "\n" + uses_table(report.at("uses"));
+  return out;
+}
+
+Result<std::string> traced(const json& report) {
+  if (!report.contains("trace") || report.at("trace").empty()) {
+    return fail(
+        Code::not_found,
+        "the daemon kept no trace of this load: it does so at log level debug; stop it, start it with "
+        "`tensord serve --log-level debug`, and load again");
+  }
+  json events = json::array();
+  std::map<std::string, int> tracks;
+  for (const json& span : report.at("trace")) {
+    const std::string thread = span.at("thread").get<std::string>();
+    const auto [track, added] = tracks.try_emplace(thread, static_cast<int>(tracks.size()) + 1);
+    if (added) {
+      events.push_back({{"name", "thread_name"},
+                        {"ph", "M"},
+                        {"pid", 1},
+                        {"tid", track->second},
+                        {"args", {{"name", thread}}}});
+    }
+    const auto begin_ns = span.at("begin_ns").get<int64_t>();
+    json details = span;
+    for (const char* told : {"name", "thread", "begin_ns", "end_ns"}) details.erase(told);
+    // "X" is a complete event; its times are microseconds.
+    events.push_back({{"name", span.at("name")},
+                      {"ph", "X"},
+                      {"pid", 1},
+                      {"tid", track->second},
+                      {"ts", static_cast<double>(begin_ns) / 1e3},
+                      {"dur", static_cast<double>(span.at("end_ns").get<int64_t>() - begin_ns) / 1e3},
+                      {"args", std::move(details)}});
+  }
+  return dump({{"displayTimeUnit", "ms"}, {"traceEvents", std::move(events)}});
+}
+
+}  // namespace
+
+Result<std::string> status_text(std::string_view report) {
+  return read_report(report, [](const json& status) {
+    const json& limits = status.at("limits");
+    const json& memory = status.at("memory");
+    const auto loads = status.at("loads_running").get<uint64_t>();
+    return text("daemon    pid ", status.at("pid").get<int64_t>(), ", tensord ",
+                status.at("version").get<std::string>(), ", up ",
+                seconds(status.at("uptime_s").get<double>()), "\n",                           //
+                "socket    ", status.at("socket").get<std::string>(), "\n",                   //
+                "state     ", status.at("state_dir").get<std::string>(), "\n",                //
+                "memory    ", human_bytes(memory.at("in_use").get<uint64_t>()), " of ",       //
+                human_bytes(limits.at("host_memory").get<uint64_t>()), " in use, ",           //
+                human_bytes(memory.at("kept").get<uint64_t>()), " kept for the next load\n",  //
+                "replicas  ", status.at("replicas").get<uint64_t>(), ", ", loads,
+                loads == 1 ? " load" : " loads",
+                " running\n",                                                                       //
+                "reading   ", count_of(limits.at("read_threads").get<uint64_t>(), "thread"), "\n",  //
+                "clients   ", count_of(status.at("connections").get<uint64_t>(), "connection"), "\n");
+  });
+}
+
+Result<std::string> list_text(std::string_view report) {
+  return read_report(report, [](const json& list) {
+    if (list.at("replicas").empty())
+      return std::string("nothing is resident; `tensord load PATH` loads a checkpoint\n");
+    Table table({{"replica", Align::right},
+                 {"state"},
+                 {"size", Align::right},
+                 {"tensors", Align::right},
+                 {"artifact"},
+                 {"path"},
+                 {"held by"}});
+    for (const json& replica : list.at("replicas")) {
+      table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
+                 human_bytes(replica.at("payload_bytes").get<uint64_t>()),
+                 text(replica.at("tensor_count").get<uint64_t>()),
+                 string_or(replica.at("artifact"), "-").substr(0, 12), replica.at("path").get<std::string>(),
+                 holders_of(replica)});
+    }
+    return table.text();
+  });
+}
+
+Result<std::string> explain_text(std::string_view report) { return read_report(report, explained); }
+
+Result<std::string> replica_text(std::string_view done, std::string_view report) {
+  return read_report(report, [&](const json& replica) {
+    return text(done, " replica ", replica.at("replica").get<uint64_t>(), " (",
+                replica.at("path").get<std::string>(), ", ",
+                human_bytes(replica.at("memory_bytes").get<uint64_t>()), ")\n");
+  });
+}
+
+Result<std::string> load_text(std::string_view info) {
+  return read_report(info, [](const json& model) {
+    const bool ready = model.at("state").get<std::string>() == "ready";
+    std::string out = text(model.at("path").get<std::string>(), ": ",
+                           human_bytes(model.at("payload_bytes").get<uint64_t>()), " in ",
+                           count_of(model.at("tensor_count").get<uint64_t>(), "tensor"), ", replica ",
+                           model.at("replica").get<uint64_t>());
+    out += ready ? ", artifact " + string_or(model.at("artifact"), "-") + "\n"
+                 : std::string(" (filling; `tensord load --wait` watches it)\n");
+    return out;
+  });
+}
+
+Result<Verified> verify_text(std::string_view report) {
+  return read_report(report, [](const json& verify) {
+    const json& faults = verify.at("faults");
+    const auto bytes = verify.at("bytes").get<uint64_t>();
+    const auto ns = verify.at("ns").get<int64_t>();
+    std::string out;
+    for (const json& fault : faults) {
+      out += text(fault.at("file").get<std::string>(), ": tensor ",
+                  base::quoted(fault.at("tensor").get<std::string>()), ", block ",
+                  fault.at("leaf").get<uint64_t>(), " (", fault.at("size_bytes").get<uint64_t>(), " B at ",
+                  fault.at("offset").get<uint64_t>(), "): not what was loaded first\n");
+    }
+    out += text(verify.at("path").get<std::string>(), ": ",
+                faults.empty() ? "sound" : count_of(faults.size(), "corrupt block"), "; ",
+                verify.at("leaf_count").get<uint64_t>(), " blocks, ", human_bytes(bytes), " checked in ",
+                human_ns(ns), bytes == 0 ? "" : text(", ", rate(bytes, ns), " GB/s"), "\n");
+    return Verified{.text = std::move(out), .sound = faults.empty()};
+  });
+}
+
+Result<int> pid_in(std::string_view report) {
+  return read_report(report, [](const json& document) { return document.at("pid").get<int>(); });
+}
+
+Result<std::string> chrome_trace(std::string_view report) {
+  TRY_ASSIGN(auto trace, read_report(report, traced));
+  return trace;
+}
+
+Result<std::string> without_trace(std::string_view report, const std::string& trace_path) {
+  return read_report(report, [&](json document) {
+    document.erase("trace");
+    document["trace_file"] = trace_path;
+    return dump(document);
+  });
+}
+
+std::string error_json(const base::Error& error) {
+  return dump({{"error", {{"code", base::code_name(error.code)}, {"message", error.message}}}});
+}
+
+}  // namespace tensord::cli

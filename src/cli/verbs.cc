@@ -1,0 +1,359 @@
+#include "cli/verbs.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "base/fd.h"
+#include "base/text.h"
+#include "cli/completion.h"
+#include "cli/progress.h"
+#include "cli/reports.h"
+#include "cli/show.h"
+#include "client/connection.h"
+#include "client/model.h"
+#include "client/version.h"
+#include "tensor/view.h"
+
+namespace tensord::cli {
+
+using base::Code;
+using base::fail;
+using base::text;
+using client::Autostart;
+using client::Model;
+using nlohmann::json;
+using protocol::Verb::evict;
+using protocol::Verb::pin;
+using protocol::Verb::unpin;
+
+namespace {
+
+// How long `stop` waits for the daemon to end: it lets running loads and answers come to an end first.
+constexpr int kStopTimeoutMs = 30'000;
+
+// ---- words
+// ------------------------------------------------------------------------------------------------------
+
+bool is_made_of(std::string_view word, std::string_view letters) {
+  return !word.empty() && word.find_first_not_of(letters) == std::string_view::npos;
+}
+
+// Replica numbers, artifact ids (4 digits or more) and `last` are themselves; everything else is a path. A
+// file with such a name is written ./1234.
+bool is_path(const std::string& word) {
+  return word != "last" && !is_made_of(word, "0123456789") &&
+         !(word.size() >= 4 && word.size() <= 32 && is_made_of(word, "0123456789abcdef"));
+}
+
+// As clients name what they open, so that one checkpoint has one name: symbolic links stay, unless `..` must
+// be followed.
+std::string absolute(const std::string& word) {
+  std::error_code ignored;
+  const std::filesystem::path path = std::filesystem::absolute(word, ignored);
+  const bool climbs = std::find(path.begin(), path.end(), "..") != path.end();
+  std::string whole = climbs ? std::filesystem::weakly_canonical(path, ignored) : path.lexically_normal();
+  while (whole.size() > 1 && whole.back() == '/') whole.pop_back();
+  return whole;
+}
+
+std::string selector_of(const std::string& word) { return is_path(word) ? absolute(word) : word; }
+
+Result<std::string> ask(protocol::Verb verb, const std::string& selector) {
+  return client::call(verb, selector, Autostart::no);
+}
+
+// ---- verbs
+// ------------------------------------------------------------------------------------------------------
+
+Result<Output> run_status(const Words&) {
+  TRY_ASSIGN(std::string report, ask(protocol::Verb::status, ""));
+  TRY_ASSIGN(std::string for_people, status_text(report));
+  return Output{.json = std::move(report), .text = std::move(for_people)};
+}
+
+Result<Output> run_ls(const Words&) {
+  TRY_ASSIGN(std::string report, ask(protocol::Verb::list, ""));
+  TRY_ASSIGN(std::string for_people, list_text(report));
+  return Output{.json = std::move(report), .text = std::move(for_people)};
+}
+
+Result<Output> run_stop(const Words&) {
+  TRY_ASSIGN(const std::string report, ask(protocol::Verb::status, ""));
+  TRY_ASSIGN(const int pid, pid_in(report));
+  // Taken before the daemon is told, so that its pid cannot have become another process's.
+  const base::Fd process(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+  TRY(ask(protocol::Verb::stop, ""));
+  if (process.valid()) {
+    pollfd ended = {.fd = process.get(), .events = POLLIN, .revents = 0};
+    if (poll(&ended, 1, kStopTimeoutMs) == 0) {
+      return fail(Code::internal, text("daemon ", pid, " was told to stop and still runs after ",
+                                       kStopTimeoutMs / 1000, " s; its log says what it waits for"));
+    }
+  }
+  return Output{.json = json{{"pid", pid}}.dump(), .text = text("stopped daemon ", pid, "\n")};
+}
+
+Result<Output> run_load(const Words& words) {
+  TRY_ASSIGN(const std::shared_ptr<Model> model, Model::open({absolute(words.operand)}, {}));
+  if (words.pin) TRY(ask(pin, text(model->replica())));
+  if (words.wait) TRY(watch_fill(*model, words.progress));
+  std::string info = model->info_json();
+  TRY_ASSIGN(std::string for_people, load_text(info));
+  return Output{.json = std::move(info), .text = std::move(for_people)};
+}
+
+Result<Output> run_show(const Words& words) {
+  TRY_ASSIGN(const std::shared_ptr<Model> model,
+             Model::open({absolute(words.operand)}, {.index_only = true}));
+  if (words.views.empty()) return show_index(model->index(), model->path());
+  return show_views(model->index(), model->path(), words.views);
+}
+
+// A path is opened first: that makes it resident, and notices when its files have changed since. What cannot
+// be opened any more may still be resident.
+Result<std::string> verified(const Words& words) {
+  if (!is_path(words.operand)) return ask(protocol::Verb::verify, words.operand);
+  const auto model = Model::open({absolute(words.operand)}, {});
+  if (!model) {
+    if (model.error().code != Code::not_found) return base::pass_on(model);
+    Result<std::string> report = ask(protocol::Verb::verify, absolute(words.operand));
+    return report ? std::move(report) : base::pass_on(model);
+  }
+  TRY(watch_fill(**model, words.progress));
+  return ask(protocol::Verb::verify, text((*model)->replica()));
+}
+
+Result<Output> run_verify(const Words& words) {
+  TRY_ASSIGN(std::string report, verified(words));
+  TRY_ASSIGN(Verified result, verify_text(report));
+  return Output{
+      .json = std::move(report), .text = std::move(result.text), .status = result.sound ? kDone : kCorrupt};
+}
+
+Status write_file(const std::string& path, const std::string& content) {
+  const base::Fd fd(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+  if (!fd.valid()) return tl::unexpected(base::errno_error(text("write ", path), errno));
+  for (std::string_view left = content; !left.empty();) {
+    const ssize_t written = write(fd.get(), left.data(), left.size());
+    if (written < 0 && errno != EINTR) return tl::unexpected(base::errno_error(text("write ", path), errno));
+    if (written > 0) left.remove_prefix(static_cast<size_t>(written));
+  }
+  return {};
+}
+
+Result<Output> run_explain(const Words& words) {
+  TRY_ASSIGN(std::string report,
+             ask(protocol::Verb::explain, selector_of(words.operand.empty() ? "last" : words.operand)));
+  TRY_ASSIGN(std::string for_people, explain_text(report));
+  if (!words.trace.empty()) {
+    TRY_ASSIGN(const std::string trace, chrome_trace(report));
+    TRY(write_file(words.trace, trace));
+    TRY_ASSIGN(report, without_trace(report, absolute(words.trace)));
+    for_people += text("\ntrace in ", words.trace, "; ui.perfetto.dev and chrome://tracing show it\n");
+  }
+  return Output{.json = std::move(report), .text = std::move(for_people)};
+}
+
+template <protocol::Verb kVerb>
+Result<Output> run_on_replica(const Words& words) {
+  TRY_ASSIGN(std::string report, ask(kVerb, selector_of(words.operand)));
+  TRY_ASSIGN(std::string for_people, replica_text(kVerb == evict ? "evicted"
+                                                  : kVerb == pin ? "pinned"
+                                                                 : "unpinned",
+                                                  report));
+  return Output{.json = std::move(report), .text = std::move(for_people)};
+}
+
+Result<Output> run_version(const Words&) {
+  return Output{.json = json{{"version", client::kVersion}}.dump(),
+                .text = text("tensord ", client::kVersion, "\n")};
+}
+
+Result<Output> run_completion(const Words& words) {
+  TRY_ASSIGN(std::string script, completion_script(words.operand));
+  return Output{.json = json{{"shell", words.operand}, {"script", script}}.dump(), .text = std::move(script)};
+}
+
+Result<Output> run_help(const Words& words) {
+  json described = json::array();
+  for (const Verb& verb : verbs()) {
+    if (!words.operand.empty() && words.operand != verb.name) continue;
+    described.push_back({{"name", verb.name}, {"summary", verb.summary}, {"example", verb.example}});
+  }
+  const Verb* verb = find_verb(words.operand);
+  if (verb == nullptr && !words.operand.empty()) {
+    return fail(Code::invalid_argument,
+                text("there is no verb ", base::quoted(words.operand), "; `tensord help` lists all"));
+  }
+  return Output{.json = json{{"verbs", std::move(described)}}.dump(),
+                .text = verb ? help_text(*verb) : help_text()};
+}
+
+// ---- the table
+// ---------------------------------------------------------------------------------------------------
+
+constexpr std::string_view kShells[] = {"bash", "zsh", "fish"};
+constexpr std::string_view kProgressModes[] = {"auto", "always", "never"};
+
+Status check_view(const std::string& view) {
+  TRY(tensor::parse_view_item(view));
+  return {};
+}
+
+constexpr Flag kCommonFlags[] = {
+    {.name = "--json", .summary = "print one JSON document instead of text", .field = &Words::json},
+    {.name = "--help", .summary = "print this", .field = &Words::help},
+};
+constexpr Flag kProgress = {.name = "--progress",
+                            .summary = "show how far it is: auto (on a terminal), always, never",
+                            .field = &Words::progress,
+                            .value = "WHEN",
+                            .completes = Completes::choices,
+                            .choices = kProgressModes};
+constexpr Flag kLoadFlags[] = {
+    {.name = "--wait", .summary = "return when every byte is there and checked", .field = &Words::wait},
+    {.name = "--pin", .summary = "keep it until it is unpinned", .field = &Words::pin},
+    kProgress,
+};
+constexpr Flag kVerifyFlags[] = {kProgress};
+constexpr Flag kShowFlags[] = {
+    {.name = "--view",
+     .summary = "print the plan that packs such slices; may be given many times",
+     .field = &Words::views,
+     .value = "VIEW",
+     .check = check_view},
+};
+constexpr Flag kExplainFlags[] = {
+    {.name = "--trace",
+     .summary = "write every read, check and copy to FILE, for chrome://tracing",
+     .field = &Words::trace,
+     .value = "FILE",
+     .completes = Completes::files},
+};
+
+constexpr Operand kPath = {.name = "PATH", .summary = "a .safetensors file, or a folder with a checkpoint"};
+constexpr Operand kReplica = {.name = "REPLICA",
+                              .summary = "a path, an artifact id (4 digits or more), a replica's number"};
+constexpr Operand kLoad = {.name = "LOAD",
+                           .summary = "a path, an artifact id, a replica's number, or last (the default)",
+                           .presence = Presence::optional};
+constexpr Operand kShell = {
+    .name = "SHELL", .summary = "bash, zsh or fish", .completes = Completes::choices, .choices = kShells};
+constexpr Operand kHelpVerb = {
+    .name = "VERB", .summary = "", .presence = Presence::optional, .completes = Completes::nothing};
+
+constexpr Verb kVerbs[] = {
+    {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", {}, {}, nullptr},
+    {"stop", "stop the daemon and wait until it is gone", "tensord stop", {}, {}, run_stop},
+    {"status", "say which daemon runs, and its limits", "tensord status --json", {}, {}, run_status},
+    {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", kPath,
+     kLoadFlags, run_load},
+    {"ls", "list what is in memory and who holds it", "tensord ls", {}, {}, run_ls},
+    {"show", "list the tensors of a checkpoint, or plan a view",
+     "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", kPath, kShowFlags, run_show},
+    {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", kReplica,
+     kVerifyFlags, run_verify},
+    {"explain", "say where the time of a load went", "tensord explain last --trace load.json", kLoad,
+     kExplainFlags, run_explain},
+    {"evict",
+     "give back the memory of a replica that nobody holds",
+     "tensord evict /models/Qwen3-14B",
+     kReplica,
+     {},
+     run_on_replica<evict>},
+    {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", kReplica, {}, run_on_replica<pin>},
+    {"unpin",
+     "let a replica be evicted again",
+     "tensord unpin /models/Qwen3-14B",
+     kReplica,
+     {},
+     run_on_replica<unpin>},
+    {"version", "print the version", "tensord version", {}, {}, run_version},
+    {"completion",
+     "print a script that completes words in a shell",
+     "source <(tensord completion bash)",
+     kShell,
+     {},
+     run_completion},
+    {"help", "print help on a verb", "tensord help load", kHelpVerb, {}, run_help},
+};
+
+// "  load PATH   summary" lines, aligned.
+std::string described(const std::vector<std::pair<std::string, std::string>>& lines) {
+  size_t width = 0;
+  for (const auto& [left, right] : lines) width = std::max(width, left.size());
+  std::string out;
+  for (const auto& [left, right] : lines)
+    out += text("  ", left, std::string(width - left.size() + 2, ' '), right, "\n");
+  return out;
+}
+
+constexpr std::string_view kExitHelp =
+    "Exit status: 0 done; 1 it failed; 2 the command line makes no sense; 3 no daemon runs, or it does not\n"
+    "answer; 4 the bytes are corrupt or changed; 130 interrupted. Errors are on standard error.\n";
+
+std::string shown_operand(const Operand& operand) {
+  if (operand.name.empty()) return "";
+  return operand.presence == Presence::optional ? text(" [", operand.name, "]") : text(" ", operand.name);
+}
+
+}  // namespace
+
+std::span<const Verb> verbs() { return kVerbs; }
+std::span<const Flag> common_flags() { return kCommonFlags; }
+
+const Verb* find_verb(std::string_view name) {
+  const auto* found =
+      std::find_if(std::begin(kVerbs), std::end(kVerbs), [&](const Verb& verb) { return verb.name == name; });
+  return found == std::end(kVerbs) ? nullptr : found;
+}
+
+ExitStatus exit_status(Code code) {
+  switch (code) {
+    case Code::unavailable:
+      return kNoDaemon;
+    case Code::corrupt:
+    case Code::changed:
+      return kCorrupt;
+    case Code::cancelled:
+      return kInterrupted;
+    default:
+      return kFailed;
+  }
+}
+
+std::string help_text() {
+  std::vector<std::pair<std::string, std::string>> lines;
+  for (const Verb& verb : verbs())
+    lines.emplace_back(text(verb.name, shown_operand(verb.operand)), verb.summary);
+  return text("tensord: the shared tensor layer of a machine\n\nUsage: tensord VERB [words]\n\n",
+              described(lines),
+              "\n`tensord VERB --help` tells more, with an example. Every verb has --json.\n\n", kExitHelp);
+}
+
+std::string help_text(const Verb& verb) {
+  std::vector<std::pair<std::string, std::string>> lines;
+  if (!verb.operand.summary.empty()) lines.emplace_back(verb.operand.name, verb.operand.summary);
+  const auto add = [&](const Flag& flag) {
+    lines.emplace_back(flag.takes_value() ? text(flag.name, " ", flag.value) : std::string(flag.name),
+                       flag.summary);
+  };
+  if (verb.run != nullptr) {
+    for (const Flag& flag : verb.flags) add(flag);
+    for (const Flag& flag : common_flags()) add(flag);
+  }
+  return text("tensord ", verb.name, ": ", verb.summary, "\n\nUsage: tensord ", verb.name, " [flags]",
+              shown_operand(verb.operand), "\n\n", described(lines),
+              verb.run == nullptr ? "`tensord serve --help` lists its flags.\n" : "",
+              "\nExample: ", verb.example, "\n\n", kExitHelp);
+}
+
+}  // namespace tensord::cli

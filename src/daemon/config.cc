@@ -1,0 +1,244 @@
+#include "daemon/config.h"
+
+#include <sched.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <string_view>
+#include <toml++/toml.h>
+
+#include "base/bytes.h"
+#include "base/folders.h"
+#include "base/text.h"
+#include "rpc/unix_socket.h"
+
+namespace tensord::daemon {
+
+using base::Code;
+using base::fail;
+using base::Status;
+
+namespace {
+
+Status set_bytes(uint64_t& target, const std::string& value) {
+  TRY_ASSIGN(target, base::parse_bytes(value));
+  return {};
+}
+
+template <typename Number>
+Status set_number(Number& target, const std::string& value, Number least, Number most) {
+  Number number = 0;
+  const auto [rest, problem] = std::from_chars(value.data(), value.data() + value.size(), number);
+  if (problem != std::errc() || rest != value.data() + value.size() || number < least || number > most) {
+    return fail(Code::invalid_argument,
+                base::text(base::quoted(value), " is no whole number from ", least, " to ", most));
+  }
+  target = number;
+  return {};
+}
+
+constexpr int kReadThreadsMax = 256;
+constexpr int64_t kDrainSecondsMax = 3600;
+
+constexpr Setting kSettings[] = {
+    {"runtime_dir", "FOLDER", "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
+     [](Config& config, const std::string& value) -> Status { return config.runtime_dir = value, Status(); }},
+    {"state_dir", "FOLDER", "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
+     [](Config& config, const std::string& value) -> Status { return config.state_dir = value, Status(); }},
+    {"host_memory", "SIZE", "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's)",
+     [](Config& config, const std::string& value) { return set_bytes(config.host_memory, value); }},
+    {"prefault", "SIZE", "memory to touch in the background at start, so that loads find it warm (default: 0)",
+     [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
+    {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
+     [](Config& config, const std::string& value) {
+       return set_number(config.read_threads, value, 1, kReadThreadsMax);
+     }},
+    {"log_level", "LEVEL", "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
+     [](Config& config, const std::string& value) -> Status {
+       TRY_ASSIGN(config.log_level, base::parse_log_level(value));
+       return {};
+     }},
+    {"log_file", "FILE", "where log lines go, rotated at 10 MiB (default: standard error)",
+     [](Config& config, const std::string& value) -> Status { return config.log_file = value, Status(); }},
+    {"drain_seconds", "COUNT", "how long SIGTERM lets running loads finish (default: 10)",
+     [](Config& config, const std::string& value) {
+       return set_number(config.drain_seconds, value, int64_t{0}, kDrainSecondsMax);
+     }},
+};
+
+const Setting* find_setting(std::string_view name) {
+  const auto* found = std::find_if(std::begin(kSettings), std::end(kSettings),
+                                   [&](const Setting& setting) { return name == setting.name; });
+  return found == std::end(kSettings) ? nullptr : found;
+}
+
+std::string flag_of(const Setting& setting) {
+  std::string flag = "--" + std::string(setting.name);
+  std::replace(flag.begin(), flag.end(), '_', '-');
+  return flag;
+}
+
+std::string variable_of(const Setting& setting) {
+  std::string variable = "TENSORD_" + std::string(setting.name);
+  std::transform(variable.begin(), variable.end(), variable.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+  return variable;
+}
+
+Status apply(Config& config, const Setting& setting, const std::string& value, const std::string& where) {
+  const Status set = setting.set(config, value);
+  if (!set) return fail(set.error().code, where + ": " + set.error().message);
+  return {};
+}
+
+std::string value_text(const toml::node& node) {
+  if (const auto* text = node.as_string()) return text->get();
+  if (const auto* number = node.as_integer()) return std::to_string(number->get());
+  return "";
+}
+
+Status apply_file(Config& config, const std::string& path) try {
+  const toml::table table = toml::parse_file(path);
+  for (const auto& [key, node] : table) {
+    const std::string where = base::text(path, ":", node.source().begin.line, ": ", std::string(key.str()));
+    const Setting* setting = find_setting(key.str());
+    if (setting == nullptr) return fail(Code::invalid_argument, where + ": no such setting; see `tensord serve --help`");
+    const std::string value = value_text(node);
+    if (value.empty()) return fail(Code::invalid_argument, where + ": write a string or a whole number");
+    TRY(apply(config, *setting, value, where));
+  }
+  return {};
+} catch (const toml::parse_error& problem) {
+  return fail(Code::invalid_argument,
+              base::text(path, ":", problem.source().begin.line, ": ", std::string(problem.description())));
+}
+
+std::string default_config_path() {
+  if (const char* named = std::getenv("TENSORD_CONFIG"); named != nullptr && *named != '\0') return named;
+  if (const char* home = std::getenv("XDG_CONFIG_HOME"); home != nullptr && *home != '\0') {
+    return std::string(home) + "/tensord/tensord.toml";
+  }
+  const char* home = std::getenv("HOME");
+  return home == nullptr ? "" : std::string(home) + "/.config/tensord/tensord.toml";
+}
+
+int default_read_threads() {
+  constexpr int kEnough = 16;  // page cache reads of a 16-core server no longer gain from more
+  cpu_set_t cores;
+  const int count = ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+  return std::clamp(count, 1, kEnough);
+}
+
+// The lowest memory.max from this process's cgroup up to the root; UINT64_MAX where there is none.
+uint64_t cgroup_memory_max() {
+  std::ifstream own("/proc/self/cgroup");
+  std::string line;
+  std::string path;
+  while (std::getline(own, line)) {
+    if (line.starts_with("0::")) path = line.substr(3);
+  }
+  uint64_t lowest = UINT64_MAX;
+  while (true) {
+    std::ifstream file("/sys/fs/cgroup" + path + "/memory.max");
+    uint64_t limit = 0;
+    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos || path.empty()) return lowest;
+    path.resize(slash);
+  }
+}
+
+}  // namespace
+
+std::span<const Setting> settings() { return kSettings; }
+
+uint64_t default_host_memory() {
+  struct sysinfo machine;
+  uint64_t bytes = UINT64_MAX;
+  if (::sysinfo(&machine) == 0) bytes = static_cast<uint64_t>(machine.totalram) * machine.mem_unit;
+  return std::min(bytes, cgroup_memory_max()) / 2;
+}
+
+Result<CommandLine> parse_command_line(std::span<char*> arguments) {
+  CommandLine line;
+  for (size_t at = 0; at < arguments.size(); ++at) {
+    std::string argument = arguments[at];
+    if (argument == "--help" || argument == "-h") {
+      line.help = true;
+      continue;
+    }
+    if (argument == "--detach") {
+      line.detach = true;
+      continue;
+    }
+    std::string value;
+    const size_t equals = argument.find('=');
+    if (equals != std::string::npos) {
+      value = argument.substr(equals + 1);
+      argument.resize(equals);
+    }
+    const auto* setting = std::find_if(std::begin(kSettings), std::end(kSettings),
+                                       [&](const Setting& one) { return flag_of(one) == argument; });
+    const bool known = setting != std::end(kSettings) || argument == "--config";
+    if (!known) return fail(Code::invalid_argument, base::text("no flag ", base::quoted(argument), "; see `tensord serve --help`"));
+    if (equals == std::string::npos) {
+      if (++at == arguments.size()) return fail(Code::invalid_argument, argument + " needs a value");
+      value = arguments[at];
+    }
+    if (argument == "--config") {
+      line.config_path = value;
+    } else {
+      line.flags.emplace_back(setting, value);
+    }
+  }
+  return line;
+}
+
+Result<Config> make_config(const CommandLine& command_line) {
+  Config config;
+  config.runtime_dir = rpc::runtime_folder();
+  config.state_dir = base::state_folder();
+  config.host_memory = default_host_memory();
+  config.read_threads = default_read_threads();
+  const std::string path = command_line.config_path.empty() ? default_config_path() : command_line.config_path;
+  if (!path.empty() && ::access(path.c_str(), R_OK) == 0) {
+    TRY(apply_file(config, path));
+  } else if (!command_line.config_path.empty()) {
+    return fail(Code::not_found, "--config " + path + ": cannot be read");
+  }
+  for (const Setting& setting : kSettings) {
+    const std::string variable = variable_of(setting);
+    const char* value = std::getenv(variable.c_str());
+    if (value != nullptr && *value != '\0') TRY(apply(config, setting, value, "$" + variable));
+  }
+  for (const auto& [setting, value] : command_line.flags) TRY(apply(config, *setting, value, flag_of(*setting)));
+  return config;
+}
+
+std::string serve_help() {
+  std::string help =
+      "tensord serve: run the daemon of this user in the foreground\n\n"
+      "usage: tensord serve [flags]\n\n"
+      "  --config FILE          settings in TOML (default: $TENSORD_CONFIG, else ~/.config/tensord/tensord.toml)\n"
+      "  --detach               go to the background once started\n";
+  for (const Setting& setting : kSettings) {
+    std::string flag = "  " + flag_of(setting) + " " + setting.value;
+    flag.resize(std::max<size_t>(flag.size() + 1, 25), ' ');
+    help += flag + setting.meaning + "\n";
+  }
+  help +=
+      "\nEvery flag is also a name in the file (host_memory = \"64GiB\") and in the environment (TENSORD_HOST_MEMORY=64GiB).\n"
+      "SIGTERM and SIGINT end it: running loads may finish first; a second one ends it at once.\n\n"
+      "example: tensord serve --host-memory 64GiB --prefault 32GiB\n"
+      "exit status: 0 stopped, 1 could not start or run, 2 wrong flags or settings\n";
+  return help;
+}
+
+}  // namespace tensord::daemon

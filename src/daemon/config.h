@@ -1,0 +1,56 @@
+// Configuration of the daemon: one table of names for flags, file and environment.
+//
+//   later wins:   default < tensord.toml < environment < flag
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/log.h"
+#include "base/result.h"
+
+namespace tensord::daemon {
+
+using base::Result;
+
+struct Config {
+  std::string runtime_dir;
+  std::string state_dir;
+  uint64_t host_memory = 0;
+  uint64_t prefault = 0;
+  int read_threads = 0;
+  base::LogLevel log_level = base::LogLevel::info;
+  std::string log_file;
+  int64_t drain_seconds = 10;
+};
+
+// One setting: --host-memory, host_memory in the file, $TENSORD_HOST_MEMORY.
+struct Setting {
+  const char* name;     // as in the file; flags and environment derive from it
+  const char* value;    // what kind of value, for help
+  const char* meaning;  // with the default
+  base::Status (*set)(Config& config, const std::string& value);
+};
+std::span<const Setting> settings();
+
+struct CommandLine {
+  bool help = false;
+  bool detach = false;
+  std::string config_path;  // --config; else $TENSORD_CONFIG, else ~/.config/tensord/tensord.toml when it exists
+  std::vector<std::pair<const Setting*, std::string>> flags;
+};
+// Code::invalid_argument names the argument.
+Result<CommandLine> parse_command_line(std::span<char*> arguments);
+
+// Defaults, file, environment and flags together. A file that was named but cannot be read, a name that is not known,
+// a value that makes no sense: Code::not_found or Code::invalid_argument, naming where it stands.
+Result<Config> make_config(const CommandLine& command_line);
+
+std::string serve_help();
+
+// Half of what the cgroup (v2, the lowest limit up to the root) or the machine allows.
+uint64_t default_host_memory();
+
+}  // namespace tensord::daemon

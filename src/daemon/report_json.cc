@@ -1,0 +1,239 @@
+#include "daemon/report_json.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "base/clock.h"
+
+namespace tensord::daemon {
+
+using nlohmann::json;
+
+namespace {
+
+// Paths and names may hold any bytes: what is not UTF-8 is replaced.
+std::string dump(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
+
+double gb_per_s(uint64_t bytes, int64_t ns) {
+  return ns <= 0 ? 0 : static_cast<double>(bytes) / static_cast<double>(ns);
+}
+
+const char* state_name(engine::ReplicaState state) {
+  static constexpr const char* kNames[] = {"indexing", "filling", "ready", "failed"};
+  return kNames[static_cast<size_t>(state)];
+}
+
+json error_json(const std::optional<base::Error>& error) {
+  if (!error) return nullptr;
+  return {{"code", base::code_name(error->code)}, {"message", error->message}};
+}
+
+json replica_value(const engine::Replica& replica) {
+  const int64_t now_ns = base::monotonic_ns();
+  json leases = json::array();
+  for (const auto& [number, lease] : replica.leases) {
+    leases.push_back({{"pid", lease.holder.process_id},
+                      {"name", lease.holder.process_name},
+                      {"held_s", static_cast<double>(now_ns - lease.since_ns) / 1e9}});
+  }
+  json value = {{"replica", replica.number},
+                {"path", replica.path},
+                {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
+                {"state", state_name(replica.state)},
+                {"error", error_json(replica.error)},
+                {"memory_bytes", replica.memory.size_bytes()},
+                {"pinned", replica.pinned},
+                {"leases", leases},
+                {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
+  if (replica.content != nullptr) {
+    uint64_t total_bytes = 0;
+    for (const tensor::Block& block : replica.content->layout.blocks) total_bytes += block.size_bytes;
+    value["payload_bytes"] = replica.content->index.payload_bytes();
+    value["total_bytes"] = total_bytes;
+    value["ready_bytes"] = replica.fill ? replica.fill->ready_bytes() : 0;
+    value["tensor_count"] = replica.content->index.tensors.size();
+    value["files"] = json::array();
+    for (const auto& file : replica.content->index.files) value["files"].push_back(file.path);
+  }
+  return value;
+}
+
+struct Phase {
+  const char* name;
+  int64_t ns;         // wall clock
+  int64_t thread_ns;  // summed over threads
+  uint64_t bytes;
+};
+
+std::vector<Phase> phases_of(const engine::LoadReport& report) {
+  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
+  const engine::LoadCounters& counters = report.counters;
+  std::vector<Phase> phases = {
+      {"index", report.index_ns, report.index_ns, 0},
+      {"wait_for_memory", report.memory_ns, report.memory_ns, 0},
+      {"read", counters.read_ns / threads, counters.read_ns, counters.bytes},
+      {"check", counters.check_ns / threads, counters.check_ns, counters.bytes},
+  };
+  Phase map{"map", 0, 0, 0}, plan{"plan", 0, 0, 0}, wait{"wait", 0, 0, 0}, copy{"copy", 0, 0, 0};
+  for (const engine::Use& use : report.uses) {
+    const int64_t use_threads = std::max<int64_t>(use.thread_count, 1);
+    const int64_t copying_ns = std::max<int64_t>(use.copy_ns * use_threads - use.wait_ns, 0);
+    map.ns = std::max(map.ns, use.map_ns);  // told again with every use of one mapping
+    plan.ns += use.plan_ns;
+    wait.thread_ns += use.wait_ns;
+    wait.ns += use.wait_ns / use_threads;
+    copy.thread_ns += copying_ns;
+    copy.ns += copying_ns / use_threads;
+    copy.bytes += use.copy_bytes;
+  }
+  map.thread_ns = map.ns;
+  plan.thread_ns = plan.ns;
+  for (const Phase& phase : {map, plan, wait, copy}) phases.push_back(phase);
+  return phases;
+}
+
+// What the load itself waited for most, and what may help.
+std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
+  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
+  const int64_t read_ns = report.counters.read_ns / threads;
+  const int64_t check_ns = report.counters.check_ns / threads;
+  const int64_t most = std::max({report.index_ns, report.memory_ns, read_ns, check_ns});
+  if (most == report.index_ns && report.index_ns > 0) {
+    return {"index", "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
+  }
+  if (most == report.memory_ns) return {"memory", "Most of the time went into finding room: raise host_memory."};
+  if (most == check_ns) return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
+  if (report.disk_bytes > report.counters.bytes / 2) {
+    return {"disk", "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
+  }
+  return {"page cache",
+          "The bytes came from the page cache into memory that was touched for the first time or recycled: `prefault` "
+          "and more read_threads would help."};
+}
+
+json trace_value(const engine::LoadReport& report) {
+  json trace = json::array();
+  for (const engine::LoadSpan& span : report.spans) {
+    trace.push_back({{"name", span.kind == engine::LoadSpan::Kind::read ? "read" : "check"},
+                     {"thread", "daemon read " + std::to_string(span.thread)},
+                     {"begin_ns", span.begin_ns},
+                     {"end_ns", span.end_ns},
+                     {"bytes", span.size_bytes},
+                     {"block", span.block}});
+  }
+  for (const engine::Use& use : report.uses) {
+    for (const engine::UseSpan& span : use.spans) {
+      trace.push_back({{"name", "copy"},
+                       {"thread", use.process_name + " " + std::to_string(use.process_id) + " copy " +
+                                      std::to_string(span.thread)},
+                       {"begin_ns", span.begin_ns},
+                       {"end_ns", span.end_ns},
+                       {"bytes", span.size_bytes},
+                       {"record", span.record}});
+    }
+  }
+  return trace;
+}
+
+}  // namespace
+
+std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
+  return dump({{"pid", ::getpid()},
+               {"version", facts.version},
+               {"protocol", facts.protocol},
+               {"socket", facts.socket},
+               {"runtime_dir", facts.runtime_dir},
+               {"state_dir", facts.state_dir},
+               {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
+               {"limits",
+                {{"host_memory", engine.memory().limit_bytes()},
+                 {"read_threads", facts.read_threads},
+                 {"connections", facts.connection_count_max}}},
+               {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
+               {"replicas", engine.replicas().size()},
+               {"loads_running", engine.running_count()},
+               {"connections", connection_count}});
+}
+
+std::string list_json(const engine::Engine& engine) {
+  json replicas = json::array();
+  for (const auto& [number, replica] : engine.replicas()) {
+    if (replica->state != engine::ReplicaState::indexing) replicas.push_back(replica_value(*replica));
+  }
+  return dump({{"replicas", replicas}});
+}
+
+std::string replica_json(const engine::Replica& replica) { return dump(replica_value(replica)); }
+
+std::string stop_json() { return dump({{"pid", ::getpid()}}); }
+
+std::string verify_json(const engine::VerifyReport& report) {
+  json faults = json::array();
+  for (const engine::VerifyFault& fault : report.faults) {
+    faults.push_back({{"file", fault.file},
+                      {"tensor", fault.tensor},
+                      {"leaf", fault.leaf},
+                      {"offset", fault.offset},
+                      {"size_bytes", fault.size_bytes}});
+  }
+  return dump({{"replica", report.replica},
+               {"path", report.path},
+               {"artifact", report.artifact.to_text()},
+               {"leaf_count", report.leaf_count},
+               {"bytes", report.bytes},
+               {"ns", report.ns},
+               {"faults", faults}});
+}
+
+std::string explain_json(const engine::LoadReport& report) {
+  static constexpr const char* kStates[] = {"filling", "ready", "failed"};
+  const std::vector<Phase> phases = phases_of(report);
+  int64_t all_ns = 0;
+  for (const Phase& phase : phases) all_ns += phase.thread_ns;
+  json phase_values = json::array();
+  for (const Phase& phase : phases) {
+    phase_values.push_back(
+        {{"name", phase.name},
+         {"ns", phase.ns},
+         {"thread_ns", phase.thread_ns},
+         {"bytes", phase.bytes},
+         {"gb_per_s", gb_per_s(phase.bytes, phase.ns)},
+         {"share", all_ns == 0 ? 0.0 : static_cast<double>(phase.thread_ns) / static_cast<double>(all_ns)}});
+  }
+  json uses = json::array();
+  for (const engine::Use& use : report.uses) {
+    uses.push_back({{"pid", use.process_id},
+                    {"name", use.process_name},
+                    {"map_ns", use.map_ns},
+                    {"plan_ns", use.plan_ns},
+                    {"wait_ns", use.wait_ns},
+                    {"copy_ns", use.copy_ns},
+                    {"copy_bytes", use.copy_bytes},
+                    {"record_count", use.record_count},
+                    {"thread_count", use.thread_count}});
+  }
+  const auto [limited_by, advice] = verdict(report);
+  json value = {{"load", report.load},
+                {"replica", report.replica},
+                {"path", report.path},
+                {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
+                {"state", kStates[static_cast<size_t>(report.state)]},
+                {"error", error_json(report.error)},
+                {"wall_ns", report.wall_ns},
+                {"bytes", report.counters.bytes},
+                {"gb_per_s", gb_per_s(report.counters.bytes, report.wall_ns)},
+                {"read_threads", report.thread_count},
+                {"disk_bytes", report.disk_bytes},
+                {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
+                {"phases", phase_values},
+                {"limited_by", limited_by},
+                {"advice", advice},
+                {"uses", uses}};
+  json trace = trace_value(report);
+  if (!trace.empty()) value["trace"] = std::move(trace);
+  return dump(value);
+}
+
+}  // namespace tensord::daemon

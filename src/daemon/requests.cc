@@ -1,0 +1,154 @@
+#include "daemon/requests.h"
+
+#include <fcntl.h>
+
+#include "base/log.h"
+#include "base/text.h"
+
+namespace tensord::daemon {
+
+using base::Code;
+using base::fail;
+using base::Result;
+using protocol::Verb;
+
+namespace {
+
+// A descriptor handed over by a client: it must be a regular file, and open for reading only counts.
+Result<engine::OpenFile> accept_file(base::Fd fd, std::string path) {
+  const int mode = ::fcntl(fd.get(), F_GETFL);
+  if (mode < 0 || (mode & O_ACCMODE) == O_WRONLY || (mode & O_PATH) != 0) {
+    return fail(Code::invalid_argument, path + ": the descriptor is not open for reading");
+  }
+  TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(fd.get(), path));
+  return engine::OpenFile{std::move(fd), std::move(path), identity};
+}
+
+Result<engine::OpenOrder> to_order(rpc::Request& request) {
+  const protocol::Open& open = *request.frame().request_as_Open();
+  const size_t file_count = open.paths()->size();
+  if (request.fds.size() != file_count + (open.has_shard_index() ? 1 : 0)) {
+    return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count, " paths came with ",
+                                                   request.fds.size(), " descriptors"));
+  }
+  engine::OpenOrder order{.path = open.path()->str(), .index_only = open.index_only()};
+  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
+  for (size_t at = 0; at < file_count; ++at) {
+    TRY_ASSIGN(engine::OpenFile file,
+               accept_file(std::move(request.fds[at]), open.paths()->Get(static_cast<uint32_t>(at))->str()));
+    order.files.push_back(std::move(file));
+  }
+  if (open.has_shard_index()) {
+    TRY_ASSIGN(engine::OpenFile shard_index, accept_file(std::move(request.fds.back()), order.path));
+    order.shard_index = std::move(shard_index.fd);
+  }
+  return order;
+}
+
+rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
+  protocol::OpenedT opened;
+  opened.replica = grant.replica;
+  opened.index_bytes = grant.index_bytes;
+  opened.fill_map_bytes = grant.fill_map_bytes;
+  opened.image_bytes = grant.content->layout.size_bytes;
+  opened.segment_bytes = grant.segment_bytes;
+  std::vector<int> fds;
+  if (grant.lease.valid()) fds = {grant.lease.get(), grant.fill_map_fd};
+  fds.push_back(grant.index_fd);
+  fds.insert(fds.end(), grant.segment_fds.begin(), grant.segment_fds.end());
+  return rpc::reply_opened(id, opened, fds);
+}
+
+}  // namespace
+
+void Requests::handle(rpc::Request request) {
+  switch (request.frame().request_type()) {
+    case protocol::Request::Open: return open(std::move(request));
+    case protocol::Request::Call: return call(request);
+    case protocol::Request::Used: return used(request);
+    default: break;
+  }
+  server_->reply(request.client.connection,
+                 rpc::reply_failure(request.frame().id(), {Code::unsupported, "this daemon does not know such a request"}));
+}
+
+void Requests::open(rpc::Request request) {
+  const rpc::ConnectionId connection = request.client.connection;
+  const uint64_t id = request.frame().id();
+  auto order = to_order(request);
+  if (!order) return server_->reply(connection, rpc::reply_failure(id, order.error()));
+  engine_.open(std::move(*order), [this, connection, id](Result<engine::Grant> grant) {
+    server_->reply(connection, grant ? opened_frame(id, *grant) : rpc::reply_failure(id, grant.error()));
+  });
+}
+
+void Requests::reply_json(rpc::ConnectionId connection, uint64_t id, const Result<std::string>& json) {
+  server_->reply(connection, json ? rpc::reply_report(id, *json) : rpc::reply_failure(id, json.error()));
+}
+
+void Requests::call(const rpc::Request& request) {
+  const protocol::Call& body = *request.frame().request_as_Call();
+  const rpc::ConnectionId connection = request.client.connection;
+  const uint64_t id = request.frame().id();
+  if (body.verb() == Verb::verify) {
+    const auto replica = engine_.find(body.selector() == nullptr ? "" : body.selector()->str());
+    if (!replica) return reply_json(connection, id, base::pass_on(replica));
+    return engine_.verify(*replica, [this, connection, id](Result<engine::VerifyReport> report) {
+      reply_json(connection, id, report.map(verify_json));
+    });
+  }
+  reply_json(connection, id, answer(body));
+  if (body.verb() == Verb::stop) stop_();
+}
+
+Result<std::string> Requests::answer(const protocol::Call& call) {
+  const std::string selector = call.selector() == nullptr ? "" : call.selector()->str();
+  switch (call.verb()) {
+    case Verb::status: return status_json(facts_, engine_, server_->connection_count());
+    case Verb::list: return list_json(engine_);
+    case Verb::stop: return stop_json();
+    case Verb::explain: {
+      const auto replica = engine_.find(selector);
+      const auto report = replica           ? engine_.load_report(*replica)
+                          : selector == "last" ? engine_.last_load_report()
+                                               : std::nullopt;
+      if (!report && !replica) return base::pass_on(replica);
+      if (!report) return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
+      return explain_json(*report);
+    }
+    case Verb::evict: {
+      TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
+      const std::string json = replica_json(engine_.replica(replica));
+      TRY(engine_.evict(replica));
+      return json;
+    }
+    case Verb::pin:
+    case Verb::unpin: {
+      TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
+      engine_.set_pinned(replica, call.verb() == Verb::pin);
+      return replica_json(engine_.replica(replica));
+    }
+    default: return fail(Code::unsupported, "this daemon does not know such a verb");
+  }
+}
+
+void Requests::used(const rpc::Request& request) {
+  const protocol::Used& used = *request.frame().request_as_Used();
+  engine::Use use{.process_id = request.client.process_id, .process_name = request.client.process_name};
+  use.map_ns = used.map_ns();
+  use.plan_ns = used.plan_ns();
+  use.wait_ns = used.wait_ns();
+  use.copy_ns = used.copy_ns();
+  use.copy_bytes = used.copy_bytes();
+  use.record_count = used.record_count();
+  use.thread_count = used.thread_count();
+  if (used.spans() != nullptr && facts_.keep_spans) {
+    for (const protocol::Span* span : *used.spans()) {
+      if (use.spans.size() == engine::kSpanCountMax) break;
+      use.spans.push_back({span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});
+    }
+  }
+  engine_.note_use(used.replica(), std::move(use));
+}
+
+}  // namespace tensord::daemon

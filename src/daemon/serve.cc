@@ -1,0 +1,222 @@
+#include "daemon/serve.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <thread>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/folders.h"
+#include "base/log.h"
+#include "base/text.h"
+#include "catalog/memory_catalog.h"
+#include "catalog/sqlite_catalog.h"
+#include "daemon/config.h"
+#include "daemon/requests.h"
+#include "rpc/index_rows.h"
+#include "rpc/loop.h"
+#include "rpc/server.h"
+#include "storage/read_pool.h"
+
+namespace tensord::daemon {
+
+using base::log;
+using base::LogLevel;
+using base::Status;
+
+namespace {
+
+constexpr const char* kVersion = TENSORD_VERSION;
+
+// A replica of 700 GB in segments is 1400 descriptors, and so is every client's request for it in flight.
+void raise_descriptor_limit() {
+  rlimit limit;
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+// The parent ends once the child runs in a session of its own; the caller's terminal can go.
+Status detach() {
+  const pid_t child = ::fork();
+  if (child < 0) return tl::unexpected(base::errno_error("go to the background", errno));
+  if (child > 0) ::_exit(0);
+  ::setsid();
+  if (::chdir("/") != 0) return tl::unexpected(base::errno_error("leave the working folder", errno));
+  return {};
+}
+
+// Without a usable state folder the daemon still serves: loads are then not checked against earlier ones.
+std::unique_ptr<catalog::Catalog> open_catalog(const std::string& state_dir) {
+  Status folder = base::make_folders(state_dir);
+  if (folder) {
+    auto opened = catalog::open_sqlite_catalog(state_dir + "/catalog.sqlite");
+    if (opened) return std::move(*opened);
+    folder = base::pass_on(opened);
+  }
+  log(LogLevel::warning, "catalog: ", folder.error().message, "; digests are kept in memory only, until the daemon ends");
+  return catalog::make_memory_catalog();
+}
+
+// Signals as a descriptor; blocked before any thread starts, so that all inherit it.
+base::Result<base::Fd> catch_signals() {
+  ::signal(SIGPIPE, SIG_IGN);
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  ::sigaddset(&signals, SIGTERM);
+  ::sigaddset(&signals, SIGINT);
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  base::Fd fd(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
+  if (!fd.valid()) return tl::unexpected(base::errno_error("catch signals", errno));
+  return fd;
+}
+
+// Touches memory for loads to come on a thread of its own and hands it to the engine piece by piece.
+class Prefaulter {
+ public:
+  Prefaulter(rpc::Loop& loop, engine::Engine& engine) : loop_(loop), engine_(engine) {}
+  ~Prefaulter() {
+    stop_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+
+  void start(uint64_t bytes) {
+    thread_ = std::thread([this, bytes] {
+      for (const uint64_t size : memory::segment_sizes(bytes)) {
+        if (stop_) return;
+        auto segment = memory::make_segment(size, ::getuid());
+        if (!segment || ::madvise(segment->data(), size, MADV_POPULATE_WRITE) != 0) {
+          log(LogLevel::warning, "prefault: ", base::human_bytes(size), " could not be had; the rest is left out");
+          return;
+        }
+        auto shared = std::make_shared<memory::Segment>(std::move(*segment));
+        loop_.post([this, shared] { engine_.keep_segment(std::move(*shared)); });
+      }
+    });
+  }
+
+ private:
+  rpc::Loop& loop_;
+  engine::Engine& engine_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+engine::Owner owner_over(rpc::Loop& loop) {
+  return {.post = [&loop](std::function<void()> work) { loop.post(std::move(work)); },
+          .watch_hangup =
+              [&loop](int fd, std::function<void()> gone) {
+                return loop.watch(fd, 0, [gone = std::move(gone)](uint32_t) { gone(); });
+              },
+          .unwatch = [&loop](int fd) { loop.unwatch(fd); }};
+}
+
+base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
+  TRY_ASSIGN(rpc::EncodedIndex encoded, rpc::encode_index(index));
+  return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
+}
+
+// First call: no new loads, those that run may finish for a while. Second call: they are cancelled now.
+class Shutdown {
+ public:
+  Shutdown(rpc::Loop& loop, engine::Engine& engine, int64_t drain_seconds)
+      : loop_(loop), engine_(engine), drain_seconds_(drain_seconds) {}
+
+  void watch(rpc::Server& server) { server_ = &server; }
+
+  void begin() {
+    if (begun_) return engine_.cancel_loads();
+    begun_ = true;
+    log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_, " s");
+    server_->stop_accepting();
+    loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_loads(); });
+    // Through the loop once more, so that the reply to `stop` is on its way first.
+    engine_.drain([this] { loop_.post([this] { loop_.stop(); }); });
+  }
+
+ private:
+  rpc::Loop& loop_;
+  engine::Engine& engine_;
+  const int64_t drain_seconds_;
+  rpc::Server* server_ = nullptr;
+  bool begun_ = false;
+};
+
+Status run(const Config& config) {
+  TRY(rpc::prepare_runtime_folder(config.runtime_dir));
+  TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
+  TRY_ASSIGN(const base::Fd signals, catch_signals());
+  raise_descriptor_limit();
+  const bool keep_spans = base::log_enabled(LogLevel::debug);
+  const std::string socket = listener.path();
+  const std::unique_ptr<catalog::Catalog> catalog = open_catalog(config.state_dir);
+  TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
+  TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> pool, storage::start_read_pool(config.read_threads));
+  engine::Engine engine({config.host_memory, keep_spans, encode_index}, *catalog, *pool, owner_over(*loop));
+  Shutdown shutdown(*loop, engine, config.drain_seconds);
+  DaemonFacts facts{.version = kVersion,
+                    .protocol = rpc::kProtocolVersion,
+                    .socket = socket,
+                    .runtime_dir = config.runtime_dir,
+                    .state_dir = config.state_dir,
+                    .started_ns = base::monotonic_ns(),
+                    .read_threads = config.read_threads,
+                    .connection_count_max = rpc::kConnectionCountMax,
+                    .keep_spans = keep_spans};
+  Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
+  TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
+             rpc::Server::start(*loop, std::move(listener),
+                                {.product_version = kVersion, .keep_spans = keep_spans, .user_id = ::getuid()},
+                                [&](rpc::Request request) { requests.handle(std::move(request)); }));
+  requests.reply_through(*server);
+  shutdown.watch(*server);
+  TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {
+    signalfd_siginfo info;
+    while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
+  }));
+  Prefaulter prefaulter(*loop, engine);
+  if (config.prefault > 0) prefaulter.start(config.prefault);
+  log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
+      base::human_bytes(config.host_memory), ", ", config.read_threads, " read threads");
+  loop->run();
+  loop->drain();
+  loop->unwatch(signals.get());
+  log(LogLevel::info, "stopped");
+  return {};
+}
+
+int complain(const base::Error& error, int status) {
+  std::fprintf(stderr, "tensord: serve: %s\n", error.message.c_str());
+  return status;
+}
+
+}  // namespace
+
+int serve_main(int argc, char** argv) {
+  const auto command_line = parse_command_line({argv + 1, static_cast<size_t>(argc - 1)});
+  if (!command_line) return complain(command_line.error(), 2);
+  if (command_line->help) {
+    std::fputs(serve_help().c_str(), stdout);
+    return 0;
+  }
+  const auto config = make_config(*command_line);
+  if (!config) return complain(config.error(), 2);
+  if (const Status started = base::start_log(config->log_level, config->log_file); !started) {
+    return complain(started.error(), 1);
+  }
+  if (command_line->detach) {
+    if (const Status detached = detach(); !detached) return complain(detached.error(), 1);
+  }
+  const Status done = run(*config);
+  return done ? 0 : complain(done.error(), 1);
+}
+
+}  // namespace tensord::daemon

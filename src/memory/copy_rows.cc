@@ -1,0 +1,200 @@
+#include "memory/copy_rows.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "memory/cast.h"
+
+namespace tensord::memory {
+
+namespace {
+
+// Source bytes that are gathered, cast and scattered at a time; the widest cast makes them eight times as many.
+constexpr uint64_t kStageBytes = 4096;
+constexpr uint64_t kCastWidening = 8;
+
+struct Rows {
+  const std::byte* source;
+  std::byte* target;
+  uint64_t row_bytes;
+  uint64_t row_count;
+  int64_t source_pitch;
+  int64_t target_pitch;
+};
+
+template <size_t kBytes>
+void copy_fixed(Rows rows) {
+  for (uint64_t at = 0; at < rows.row_count; ++at) {
+    std::memcpy(rows.target, rows.source, kBytes);
+    rows.source += rows.source_pitch;
+    rows.target += rows.target_pitch;
+  }
+}
+
+// Rows of kHalf to 2 x kHalf bytes: two copies that may overlap in the middle, instead of a call.
+template <size_t kHalf>
+void copy_between(Rows rows) {
+  const uint64_t second = rows.row_bytes - kHalf;
+  for (uint64_t at = 0; at < rows.row_count; ++at) {
+    std::array<std::byte, kHalf> low, high;
+    std::memcpy(low.data(), rows.source, kHalf);
+    std::memcpy(high.data(), rows.source + second, kHalf);
+    std::memcpy(rows.target, low.data(), kHalf);
+    std::memcpy(rows.target + second, high.data(), kHalf);
+    rows.source += rows.source_pitch;
+    rows.target += rows.target_pitch;
+  }
+}
+
+void copy_rows(const Rows& rows) {
+  if (rows.row_count > 1 && static_cast<uint64_t>(rows.source_pitch) == rows.row_bytes &&
+      static_cast<uint64_t>(rows.target_pitch) == rows.row_bytes) {
+    std::memcpy(rows.target, rows.source, rows.row_bytes * rows.row_count);
+    return;
+  }
+  switch (rows.row_bytes) {
+    case 1: return copy_fixed<1>(rows);
+    case 2: return copy_fixed<2>(rows);
+    case 3: return copy_fixed<3>(rows);
+    case 4: return copy_fixed<4>(rows);
+    case 8: return copy_fixed<8>(rows);
+    case 16: return copy_fixed<16>(rows);
+    case 32: return copy_fixed<32>(rows);
+    case 64: return copy_fixed<64>(rows);
+    default: break;
+  }
+  if (rows.row_bytes < 8) return copy_between<4>(rows);
+  if (rows.row_bytes < 16) return copy_between<8>(rows);
+  if (rows.row_bytes < 32) return copy_between<16>(rows);
+  if (rows.row_bytes < 64) return copy_between<32>(rows);
+  const std::byte* source = rows.source;
+  std::byte* target = rows.target;
+  for (uint64_t at = 0; at < rows.row_count; ++at) {
+    std::memcpy(target, source, rows.row_bytes);
+    source += rows.source_pitch;
+    target += rows.target_pitch;
+  }
+}
+
+// The largest power of two whose square of rows fits the stage.
+uint64_t tile_side(uint64_t row_bytes) {
+  uint64_t side = 8;
+  while (side * side * 4 * row_bytes <= kStageBytes) side *= 2;
+  return side;
+}
+
+// Calls visit(tile) for the square tiles of a plane.
+template <typename Visit>
+void each_tile(const Plane& plane, const Visit& visit) {
+  const uint64_t side = tile_side(plane.row_bytes);
+  for (uint64_t row = 0; row < plane.row_count; row += side) {
+    for (uint64_t line = 0; line < plane.line_count; line += side) {
+      Plane tile = plane;
+      const auto row_step = static_cast<int64_t>(row);
+      const auto line_step = static_cast<int64_t>(line);
+      tile.source += row_step * plane.source_row_pitch + line_step * plane.source_line_pitch;
+      tile.target += row_step * plane.target_row_pitch + line_step * plane.target_line_pitch;
+      tile.row_count = std::min(side, plane.row_count - row);
+      tile.line_count = std::min(side, plane.line_count - line);
+      visit(tile);
+    }
+  }
+}
+
+// Reads a tile along its lines, where its source lies side by side, into `stage` in the order lines of rows.
+void gather_tile(const Plane& tile, std::byte* stage) {
+  const auto row_bytes = static_cast<int64_t>(tile.row_bytes);
+  for (uint64_t row = 0; row < tile.row_count; ++row) {
+    copy_rows({tile.source + static_cast<int64_t>(row) * tile.source_row_pitch, stage + row * tile.row_bytes,
+               tile.row_bytes, tile.line_count, tile.source_line_pitch,
+               static_cast<int64_t>(tile.row_count) * row_bytes});
+  }
+}
+
+void scatter_tile(const Plane& tile, const std::byte* stage, uint64_t row_bytes) {
+  for (uint64_t line = 0; line < tile.line_count; ++line) {
+    copy_rows({stage + line * tile.row_count * row_bytes,
+               tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, row_bytes, tile.row_count,
+               static_cast<int64_t>(row_bytes), tile.target_row_pitch});
+  }
+}
+
+uint64_t count_elements(uint64_t bytes, tensor::Dtype dtype) { return bytes / *tensor::dtype_bytes(dtype); }
+
+void cast_rows(const Rows& rows, const Cast& cast) {
+  const uint64_t target_row_bytes =
+      count_elements(rows.row_bytes, cast.source_dtype) * *tensor::dtype_bytes(cast.target_dtype);
+  if (rows.row_bytes * 2 > kStageBytes) {
+    for (uint64_t at = 0; at < rows.row_count; ++at) {
+      const auto step = static_cast<int64_t>(at);
+      cast_elements(cast.source_dtype, rows.source + step * rows.source_pitch, cast.target_dtype,
+                    rows.target + step * rows.target_pitch, count_elements(rows.row_bytes, cast.source_dtype));
+    }
+    return;
+  }
+  alignas(64) std::array<std::byte, kStageBytes> gathered;
+  alignas(64) std::array<std::byte, kStageBytes * kCastWidening> converted;
+  const uint64_t rows_max = kStageBytes / rows.row_bytes;
+  for (uint64_t begin = 0; begin < rows.row_count; begin += rows_max) {
+    const uint64_t count = std::min(rows_max, rows.row_count - begin);
+    const auto step = static_cast<int64_t>(begin);
+    copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count, rows.source_pitch,
+               static_cast<int64_t>(rows.row_bytes)});
+    cast_elements(cast.source_dtype, gathered.data(), cast.target_dtype, converted.data(),
+                  count_elements(count * rows.row_bytes, cast.source_dtype));
+    copy_rows({converted.data(), rows.target + step * rows.target_pitch, target_row_bytes, count,
+               static_cast<int64_t>(target_row_bytes), rows.target_pitch});
+  }
+}
+
+// Calls visit(rows) for each line.
+template <typename Visit>
+void each_line(const Plane& plane, const Visit& visit) {
+  Rows rows{plane.source,    plane.target, plane.row_bytes, plane.row_count, plane.source_row_pitch,
+            plane.target_row_pitch};
+  for (uint64_t line = 0; line < plane.line_count; ++line) {
+    visit(rows);
+    rows.source += plane.source_line_pitch;
+    rows.target += plane.target_line_pitch;
+  }
+}
+
+}  // namespace
+
+void copy_lines(const Plane& plane) { each_line(plane, copy_rows); }
+
+void copy_tiles(const Plane& plane) {
+  // Through a stage, so that source rows a power of two apart do not evict each other from the cache.
+  alignas(64) std::array<std::byte, kStageBytes> stage;
+  each_tile(plane, [&](const Plane& tile) {
+    gather_tile(tile, stage.data());
+    scatter_tile(tile, stage.data(), tile.row_bytes);
+  });
+}
+
+void cast_plane(const Plane& plane, const Cast& cast, PlaneOrder order) {
+  if (order == PlaneOrder::lines) {
+    each_line(plane, [&](const Rows& rows) { cast_rows(rows, cast); });
+    return;
+  }
+  alignas(64) std::array<std::byte, kStageBytes> gathered;
+  alignas(64) std::array<std::byte, kStageBytes * kCastWidening> converted;
+  const uint64_t row_elements = count_elements(plane.row_bytes, cast.source_dtype);
+  each_tile(plane, [&](const Plane& tile) {
+    gather_tile(tile, gathered.data());
+    cast_elements(cast.source_dtype, gathered.data(), cast.target_dtype, converted.data(),
+                  tile.line_count * tile.row_count * row_elements);
+    scatter_tile(tile, converted.data(), row_elements * *tensor::dtype_bytes(cast.target_dtype));
+  });
+}
+
+void fill_lines(const Plane& plane) {
+  each_line(plane, [](const Rows& rows) {
+    for (uint64_t at = 0; at < rows.row_count; ++at) {
+      std::memset(rows.target + static_cast<int64_t>(at) * rows.target_pitch, 0, rows.row_bytes);
+    }
+  });
+}
+
+}  // namespace tensord::memory

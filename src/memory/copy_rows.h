@@ -1,0 +1,42 @@
+// The loops that move bytes for copy.cc. No threads, no checks: what the plan says is done.
+//
+//   plane   [row][row][row]..    row_pitch apart on either side
+//           [row][row][row]..    plane_pitch below
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tensor/dtype.h"
+
+namespace tensord::memory {
+
+struct Plane {
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  uint64_t row_bytes = 0;  // of the source
+  uint64_t row_count = 0;
+  int64_t source_row_pitch = 0;
+  int64_t target_row_pitch = 0;
+  uint64_t line_count = 1;  // how many times the rows are repeated
+  int64_t source_line_pitch = 0;
+  int64_t target_line_pitch = 0;
+};
+
+// Row after row, line after line.
+void copy_lines(const Plane& plane);
+
+// In square tiles, for small rows (up to tensor::kTileRowBytes) whose lines read closer together than the rows do.
+void copy_tiles(const Plane& plane);
+
+// As either of them, with a cast between.
+struct Cast {
+  tensor::Dtype source_dtype;
+  tensor::Dtype target_dtype;
+};
+enum class PlaneOrder : uint8_t { lines, tiles };
+void cast_plane(const Plane& plane, const Cast& cast, PlaneOrder order);
+
+void fill_lines(const Plane& plane);
+
+}  // namespace tensord::memory
