@@ -210,6 +210,7 @@ class Execution {
 
 Result<CopyReport> execute(const CopyPlan& plan, std::span<const CopySource> sources,
                            std::span<const CopyTarget> targets, const CopyOptions& options) {
+  CHECK(options.task_bytes_max > 0);
   for (const Copy2D& record : plan.records) {
     if (record.is_empty()) continue;
     CHECK(record.kind == Copy2D::Kind::fill || record.source < sources.size());
