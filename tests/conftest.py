@@ -1,4 +1,4 @@
-"""Daemons and checkpoints for the tests. Every daemon gets folders of its own and is ended by the test that made it."""
+"""Daemons and checkpoints for the tests. Every daemon has folders of its own; who starts it ends it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LIBRARIES_NOT_IN_HEADERS = re.compile(r"#\s*include\s*<(nlohmann|fmt|spdlog|CLI|
 # What a reader elsewhere can do nothing with: paths of one machine, how the work was done, registries' hosts.
 TEXTS = (
     (re.compile(r"/(?:work|root)/"), "a path that exists on one machine"),
-    (re.compile(r"(?<!scope=\")\b[s]essions?\b", re.IGNORECASE), "a word about how the work was done"),
+    (re.compile(r"(?<!scope=\")\b[s]essions?\b(?! of its own)", re.I), "a word about how the work was done"),
     (re.compile(r"\b(?:pypi|pythonhosted|npmjs|debian|golang)\.org\b"), "the host of a package registry"),
 )
 
@@ -385,9 +385,9 @@ def python_types(source: Source) -> Iterator[tuple[str, int]]:
 
 
 def check_ownership(source: Source) -> Iterator[Finding]:
-    """No `new` but placement or straight into a unique_ptr, no `delete` but a deleted function."""
+    """No `new` but placement or straight into a smart pointer, no `delete` but a deleted function."""
     for match in re.finditer(r"(?<!operator )\bnew\b(?!\s*\((?!\s*std::nothrow))", source.code):
-        owned = re.search(r"\bunique_ptr<[\w:]+>\s*\w*\($", source.code[: match.start()])
+        owned = re.search(r"\b(unique|shared)_ptr<[\w:]+>\s*\w*\($", source.code[: match.start()])
         if not owned and not is_preprocessor(source, match.start()):
             yield source.finding(match.start(), "raw-new", "owners are values or std::unique_ptr")
     for match in re.finditer(r"(?<!operator )\bdelete\b", source.code):

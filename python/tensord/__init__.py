@@ -37,7 +37,7 @@ from .errors import (
     WaitTimeoutError,
 )
 from .progress import Progress
-from .safe_open import SafeSlice, _safe_open_handle, safe_open
+from .safe_open import SafeSlice, _safe_open_handle, load_file, safe_open
 
 if TYPE_CHECKING:
     from . import numpy, torch
@@ -68,6 +68,7 @@ __all__ = [
     "View",
     "WaitTimeoutError",
     "_safe_open_handle",
+    "load_file",
     "numpy",
     "open",
     "safe_open",

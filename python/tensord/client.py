@@ -295,10 +295,11 @@ class Model:
         report: dict[str, Any] = json.loads(_library.call("verify", str(self.info()["replica"])))
         faults = report["faults"]
         if faults:
-            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            first = faults[0]
+            where = f"{first['size_bytes']} bytes at {first['offset']} of {first['file']}"
             raise CorruptError(
-                f"verify {report['path']}: tensor {faults[0]['tensor']!r} in {faults[0]['file']} differs from its "
-                f"digest in {faults[0]['size_bytes']} bytes at {faults[0]['offset']}{more}"
+                f"verify {report['path']}: {len(faults)} pieces differ from their digests; the first is "
+                f"in tensor {first['tensor']!r}, {where}"
             )
         return report
 

@@ -160,6 +160,23 @@ class safe_open:
         return tensor if self._device == "cpu" else tensor.to(self._device)
 
 
+def load_file(
+    filename: str | os.PathLike[str], framework: str | None = None, device: Device = "cpu"
+) -> dict[str, AnyTensor]:
+    """All tensors of a file (or folder), in the order in which they lie in it.
+
+    Parameters
+    ----------
+    filename : str or os.PathLike
+    framework : {"pt", "np"}, optional
+        None: torch where it is installed, else numpy.
+    device : str or int
+        As `safe_open`'s.
+    """
+    with safe_open(filename, framework_of(framework), device) as opened:
+        return opened.get_tensors()
+
+
 class SafeSlice:
     """What `safe_open.get_slice` returns: index it to get a tensor."""
 

@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kRedrawMs = 100;
 constexpr int kBarWidthMax = 40;
 constexpr int kBarWidthMin = 8;
+constexpr int64_t kMinuteNs = 60'000'000'000;
 
 volatile std::sig_atomic_t interrupted = 0;
 void note_interrupt(int) { interrupted = 1; }
@@ -71,10 +72,15 @@ std::string progress_line(const FillProgress& progress, int width) {
   if (done > 0 && progress.elapsed_ns > 0) {
     const double bytes_per_ns = static_cast<double>(done) / static_cast<double>(progress.elapsed_ns);
     numbers += text("  ", decimals(bytes_per_ns, 2), " GB/s");
-    numbers +=
-        left == 0
-            ? text("  in ", human_ns(progress.elapsed_ns))
-            : text("  ", human_ns(static_cast<int64_t>(static_cast<double>(left) / bytes_per_ns)), " left");
+    const auto left_ns = static_cast<int64_t>(static_cast<double>(left) / bytes_per_ns);
+    if (left == 0) {
+      numbers += text("  in ", human_ns(progress.elapsed_ns));
+    } else {
+      numbers += text(
+          "  ",
+          left_ns < kMinuteNs ? decimals(static_cast<double>(left_ns) / 1e9, 1) + " s" : human_ns(left_ns),
+          " left");
+    }
   }
   const int room = width - static_cast<int>(numbers.size()) - 2;
   if (room < kBarWidthMin) return numbers.substr(2, static_cast<size_t>(width));

@@ -62,9 +62,9 @@ std::string holders_of(const json& replica) {
 
 std::string state_of(const json& replica) {
   const std::string state = replica.at("state").get<std::string>();
-  const auto total = replica.at("total_bytes").get<uint64_t>();
+  const auto total = replica.value("total_bytes", uint64_t{0});
   if (state != "filling" || total == 0) return state;
-  return text(state, " ", replica.at("ready_bytes").get<uint64_t>() * 100 / total, " %");
+  return text(state, " ", replica.value("ready_bytes", uint64_t{0}) * 100 / total, " %");
 }
 
 std::string phases_table(const json& phases) {
@@ -125,7 +125,7 @@ std::string explained(const json& report) {
     out += "error: " + error + "\n";
   out += "\n" + phases_table(report.at("phases"));
   const std::string limit = string_or(report.at("limited_by"), "");
-  if (!limit.empty()) out += text("\nlimited by ", limit, ": ", string_or(report.at("advice"), ""), "\n");
+  if (!limit.empty()) out += text("\nlimited by ", limit, ". ", string_or(report.at("advice"), ""), "\n");
   if (!report.at("uses").empty()) out += "\n" + uses_table(report.at("uses"));
   return out;
 }
@@ -198,14 +198,19 @@ Result<std::string> list_text(std::string_view report) {
                  {"artifact"},
                  {"path"},
                  {"held by"}});
+    std::string errors;
     for (const json& replica : list.at("replicas")) {
       table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
-                 human_bytes(replica.at("payload_bytes").get<uint64_t>()),
-                 text(replica.at("tensor_count").get<uint64_t>()),
+                 human_bytes(replica.value("payload_bytes", uint64_t{0})),
+                 text(replica.value("tensor_count", uint64_t{0})),
                  string_or(replica.at("artifact"), "-").substr(0, 12), replica.at("path").get<std::string>(),
                  holders_of(replica)});
+      if (const json& error = replica.at("error"); !error.is_null()) {
+        errors += text("replica ", replica.at("replica").get<uint64_t>(),
+                       " failed: ", error.at("message").get<std::string>(), "\n");
+      }
     }
-    return table.text();
+    return table.text() + errors;
   });
 }
 

@@ -50,7 +50,7 @@ rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   opened.replica = grant.replica;
   opened.index_bytes = grant.index_bytes;
   opened.fill_map_bytes = grant.fill_map_bytes;
-  opened.image_bytes = grant.content->layout.size_bytes;
+  opened.image_bytes = grant.content->image_bytes;
   opened.segment_bytes = grant.segment_bytes;
   std::vector<int> fds;
   if (grant.lease.valid()) fds = {grant.lease.get(), grant.fill_map_fd};

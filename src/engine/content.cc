@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/text.h"
 #include "tensor/safetensors.h"
@@ -52,7 +53,7 @@ LeafRange leaves_of_file(const Content& content, uint32_t file) {
 }
 
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const base::Fd& shard_index,
-                                                    const std::string& shard_index_path) {
+                                                    const std::string& shard_index_path, uint64_t image_bytes_max) {
   const int64_t begin_ns = base::monotonic_ns();
   std::vector<tensor::IndexFile> named;
   std::vector<tensor::FileTensors> parts;
@@ -68,10 +69,15 @@ Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>&
     TRY_ASSIGN(const tensor::ShardIndex shards, tensor::parse_shard_index(json, shard_index_path));
     TRY(tensor::check_shard_index(shards, content->index));
   }
-  content->layout = tensor::lay_out(content->index);
-  for (uint32_t file = 0; file < files.size(); ++file) {
-    content->identities.push_back(files[file].identity);
-    content->layout_digests.push_back(layout_digest(*content, file));
+  for (const OpenFile& file : files) {
+    content->identities.push_back(file.identity);
+    content->image_bytes += base::align_up(file.identity.size_bytes, tensor::kImageAlignment);
+  }
+  if (content->image_bytes <= image_bytes_max) {
+    content->layout = tensor::lay_out(content->index);
+    for (uint32_t file = 0; file < files.size(); ++file) {
+      content->layout_digests.push_back(layout_digest(*content, file));
+    }
   }
   content->index_ns = base::monotonic_ns() - begin_ns;
   return std::shared_ptr<const Content>(std::move(content));

@@ -78,7 +78,7 @@ void Engine::index(Replica& replica, base::Fd shard_index) {
   };
   auto job = std::make_shared<Job>(Job{replica.number, &replica.files, std::move(shard_index), replica.path});
   pool_.post(this, [this, job] {
-    auto content = read_content(*job->files, job->shard_index, job->shard_index_path);
+    auto content = read_content(*job->files, job->shard_index, job->shard_index_path, options_.host_memory_bytes);
     Result<IndexFile> encoded = fail(Code::internal, "no index");
     if (content) encoded = options_.encode_index((*content)->index);
     struct Outcome {
@@ -112,7 +112,7 @@ void Engine::indexed(uint64_t number, Result<std::shared_ptr<const Content>> con
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
-  log(LogLevel::warning, "open ", replica.path, ": ", error.message);
+  log(LogLevel::warning, "not opened: ", error.message);
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
@@ -164,7 +164,7 @@ Status Engine::begin_load(Replica& replica) {
   const int64_t begin_ns = base::monotonic_ns();
   const Content& content = *replica.content;
   uint64_t memory_bytes = 0;
-  for (const uint64_t size : memory::segment_sizes(content.layout.size_bytes)) memory_bytes += size;
+  for (const uint64_t size : memory::segment_sizes(content.image_bytes)) memory_bytes += size;
   if (const Status room = make_room(memory_bytes); !room) {
     return fail(room.error().code, base::text("open ", replica.path, ": ", room.error().message));
   }

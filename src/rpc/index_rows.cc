@@ -50,6 +50,20 @@ tensor::Index to_index(const protocol::IndexRows& rows) {
   return index;
 }
 
+// What tensor::lay_out relies on: no byte of a file belongs to two tensors.
+bool without_overlap(const tensor::Index& index) {
+  std::vector<const tensor::Tensor*> in_order;
+  for (const tensor::Tensor& tensor : index.tensors) {
+    if (tensor.size_bytes > 0) in_order.push_back(&tensor);
+  }
+  std::sort(in_order.begin(), in_order.end(), [](const tensor::Tensor* a, const tensor::Tensor* b) {
+    return a->file != b->file ? a->file < b->file : a->offset < b->offset;
+  });
+  return std::adjacent_find(in_order.begin(), in_order.end(), [](const tensor::Tensor* a, const tensor::Tensor* b) {
+           return a->file == b->file && a->offset + a->size_bytes > b->offset;
+         }) == in_order.end();
+}
+
 bool makes_sense(const tensor::Index& index) {
   const auto by_name = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name < b.name; };
   if (!std::is_sorted(index.tensors.begin(), index.tensors.end(), by_name)) return false;
@@ -58,7 +72,7 @@ bool makes_sense(const tensor::Index& index) {
     const uint64_t file_bytes = index.files[tensor.file].size_bytes;
     return tensor.shape.size() <= tensor::kRankMax && tensor.offset <= file_bytes &&
            tensor.size_bytes <= file_bytes - tensor.offset;
-  });
+  }) && without_overlap(index);
 }
 
 }  // namespace

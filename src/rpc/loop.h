@@ -1,6 +1,8 @@
 // The owner thread's event loop: epoll, timers, and work posted from other threads.
 #pragma once
 
+#include <atomic>
+#include <compare>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -21,39 +23,54 @@ using base::Status;
 class Loop {
  public:
   using Work = std::function<void()>;
+  using Ready = std::function<void(uint32_t)>;
 
   static Result<std::unique_ptr<Loop>> open();
 
-  // Calls `ready(epoll events)` while `fd` has any of `events` (EPOLLIN, EPOLLOUT; EPOLLHUP and EPOLLERR always).
-  // `fd` stays the caller's and must be removed before it is closed. A callback may add and remove any descriptor,
-  // its own included.
-  Status watch(int fd, uint32_t events, std::function<void(uint32_t)> ready);
+  // Calls `ready(epoll events)` while `fd` has any of `events` (EPOLLIN, EPOLLOUT; EPOLLHUP and EPOLLERR
+  // always). `fd` stays the caller's and must be removed before it is closed. A callback may add and remove
+  // any descriptor, its own included; after unwatch() no event that was on its way arrives any more.
+  Status watch(int fd, uint32_t events, Ready ready);
   void change(int fd, uint32_t events);
-  void unwatch(int fd);
+  void unwatch(int fd);  // without effect when `fd` is not watched
 
-  using TimerId = uint64_t;
+  // Never reused; a default one is no timer.
+  struct TimerId {
+    int64_t deadline_ns = 0;
+    uint64_t number = 0;
+    auto operator<=>(const TimerId&) const = default;
+  };
   TimerId call_after(int64_t delay_ms, Work work);
-  void cancel(TimerId timer);
+  void cancel(TimerId timer);  // without effect when it has fired
 
-  // Thread safe: runs `work` on the loop's thread, in the order posted. Work posted after run() has returned is run
-  // by drain() or dropped with the loop.
+  // Thread safe: runs `work` on the loop's thread, in the order posted. Work posted after run() has returned
+  // is run by drain() or dropped with the loop.
   void post(Work work);
 
-  void run();    // until stop()
-  void stop();   // thread safe, also from a signal's descriptor callback
-  void drain();  // runs what is posted, without waiting
+  void run();    // until stop(); a stop() before run() counts
+  void stop();   // thread safe
+  void drain();  // runs what is posted, and what that posts, without waiting
 
  private:
+  // Shared so that a callback that unwatches itself stays alive while it runs.
+  struct Watch {
+    uint32_t number = 0;  // tells the events of a descriptor from those of the one that had its number before
+    Ready ready;
+  };
+
   Loop() = default;
-  int64_t fire_timers();  // milliseconds until the next one, -1 when there is none
+  void deliver(uint64_t tag, uint32_t events);
+  bool run_posted();  // false when there was nothing
+  void fire_timers();
+  int wait_ms() const;  // until the next timer, -1 when there is none
 
   base::Fd epoll_;
   base::Fd wake_;
-  bool stopped_ = false;
+  std::atomic<bool> stopped_{false};
   uint64_t next_timer_ = 1;
-  std::map<std::pair<int64_t, TimerId>, Work> timers_;  // by monotonic deadline in ns
-  // Entries are shared so that a callback that unwatches itself stays alive while it runs.
-  std::unordered_map<int, std::shared_ptr<std::function<void(uint32_t)>>> watched_;
+  std::map<TimerId, Work> timers_;
+  uint32_t next_watch_ = 1;
+  std::unordered_map<int, std::shared_ptr<Watch>> watched_;
   base::Mutex mutex_;
   std::vector<Work> posted_ GUARDED_BY(mutex_);
 };

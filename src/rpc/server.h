@@ -1,74 +1,79 @@
-// Serves the local protocol: accepts, checks who is there, exchanges Hello, verifies every message, hands out requests.
+// Serves the local protocol: accepts, checks who is there, exchanges Hello, verifies every message, hands out
+// requests.
+//
+//   accepted --(another uid, no room: Hello + Failure)--> closed
+//      | Hello
+//      +--(another protocol version: Hello + Failure)--> closed
+//      | Hello back
+//   served: requests in, replies out, until either side closes, breaks the protocol, or is too slow
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "base/fd.h"
 #include "protocol/tensord_generated.h"
 #include "rpc/frame.h"
 #include "rpc/loop.h"
+#include "rpc/messages.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::rpc {
 
-// The first number changes with every change that an old reader would misunderstand.
-inline constexpr uint32_t kProtocolVersion = 1;
-
 // A connection with a frame begun, or without a Hello, is closed after this long.
 inline constexpr int64_t kSlowPeerMs = 10'000;
 inline constexpr size_t kConnectionCountMax = 4096;
-// A client that does not read its replies is closed when this much waits for it.
+// A client that does not read its replies is closed when more than this waits for it.
 inline constexpr size_t kPendingReplyBytesMax = 2ull * kFrameBytesMax;
+inline constexpr size_t kPendingReplyFdsMax = 2ull * kFrameFdsMax;
 
 using ConnectionId = uint64_t;
 
 struct Client {
   ConnectionId connection = 0;
-  pid_t process_id = 0;
-  uid_t user_id = 0;
-  std::string process_name;
+  pid_t process_id = 0;      // as the kernel knows it; as the client says where the kernel cannot tell
+  uid_t user_id = 0;         // as the kernel knows it
+  std::string process_name;  // as the client says
 };
 
-// A verified request; `frame()` lies in `bytes`.
+// A verified request; `frame()` lies in `bytes`. Its kind may be unknown here; its descriptors are not
+// counted yet.
 struct Request {
   Client client;
   std::vector<std::byte> bytes;
   std::vector<base::Fd> fds;
-  const protocol::RequestFrame& frame() const { return *flatbuffers::GetRoot<protocol::RequestFrame>(bytes.data()); }
+  const protocol::RequestFrame& frame() const {
+    return *flatbuffers::GetRoot<protocol::RequestFrame>(bytes.data());
+  }
 };
-
-// A reply to build: message bytes and the descriptors that go with it (borrowed by number: duplicated at once).
-Frame reply_opened(uint64_t request_id, const protocol::OpenedT& opened, const std::vector<int>& fds);
-Frame reply_report(uint64_t request_id, const std::string& json);
-Frame reply_failure(uint64_t request_id, const base::Error& error);
 
 struct ServerOptions {
   std::string product_version;
   bool keep_spans = false;
   uid_t user_id = 0;  // who may connect; others are refused with Code::denied
+  int64_t slow_peer_ms = kSlowPeerMs;
+  size_t connection_count_max = kConnectionCountMax;
+  size_t pending_reply_bytes_max = kPendingReplyBytesMax;
 };
 
-// Lives on the loop's thread. `loop` must outlive it.
+// Lives on the loop's thread. `loop` must outlive it. Not to be destroyed in a handler.
 class Server {
  public:
+  // May call reply() before it returns, or later.
   using Handler = std::function<void(Request)>;
-  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options, Handler handler);
+  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options,
+                                               Handler handler);
   virtual ~Server() = default;
 
-  // Sends a reply; a connection that is gone is no error: the frame is dropped.
+  // Sends a reply; a connection that is gone is no error: the frame is dropped. A client that closed its
+  // sending half is gone.
   virtual void reply(ConnectionId connection, Frame frame) = 0;
   virtual size_t connection_count() const = 0;
-  // Stops accepting; established connections stay.
+  // Stops accepting and removes the socket; the lock and established connections stay.
   virtual void stop_accepting() = 0;
 };
-
-// The client's half of the first exchange: sends Hello, reads the daemon's. Code::unsupported, naming both versions
-// and what to do, when protocol versions differ; Code::denied when the daemon refuses this uid.
-Result<protocol::HelloT> greet(int socket, FrameReader& reader, const std::string& product_version, int64_t timeout_ms);
 
 }  // namespace tensord::rpc

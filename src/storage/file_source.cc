@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/mutex.h"
 #include "base/text.h"
 
@@ -62,12 +63,14 @@ class FileSource final : public Source {
 
  private:
   void run(ReadRequest request) {
+    const int64_t begin_ns = base::monotonic_ns();
     const Status status = fill(request);
+    const ReadTiming timing{begin_ns, base::monotonic_ns()};
     if (status) {
       ++read_count_;
       read_bytes_ += request.target.size();
     }
-    std::exchange(request.done, nullptr)(status);  // what it captured goes before the source may
+    std::exchange(request.done, nullptr)(status, timing);  // what it captured goes before the source may
     MutexLock lock(mutex_);
     if (--in_flight_count_ == 0) none_in_flight_.notify_all();
   }

@@ -13,6 +13,12 @@ namespace tensord::storage {
 using base::Result;
 using base::Status;
 
+// When the bytes moved, without the time a read waited for its turn; both 0 when it never began.
+struct ReadTiming {
+  int64_t begin_ns = 0;  // base::monotonic_ns
+  int64_t end_ns = 0;
+};
+
 // `done` is called exactly once, on any thread (also from within read(), cancel() and the destructor), when
 // `target` is full or will not be; nothing is written to `target` from then on. It may call read(), never
 // destroy the source. Errors name file and offset; Code::corrupt when the file ends early, Code::cancelled
@@ -21,7 +27,7 @@ struct ReadRequest {
   uint32_t file = 0;
   uint64_t offset = 0;  // in the file
   std::span<std::byte> target;
-  std::function<void(Status)> done;
+  std::function<void(Status, ReadTiming)> done;
 };
 
 // How the bytes came, for explain: reads that filled their target.

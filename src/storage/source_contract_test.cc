@@ -120,7 +120,7 @@ TEST_P(FileOrMemory, done_is_called_once_for_each_read_of_many_threads) {
     threads.emplace_back([&, thread] {
       for (int i = thread * kReadCount; i < (thread + 1) * kReadCount; ++i) {
         source->read(
-            {0, static_cast<uint64_t>(i) * 64, std::span(target).subspan(i * 64, 64), [&, i](Status status) {
+            {0, static_cast<uint64_t>(i) * 64, std::span(target).subspan(i * 64, 64), [&, i](Status status, ReadTiming) {
                EXPECT_TRUE(status);
                ++called[i];
                all_done.count_down();
@@ -141,7 +141,7 @@ TEST_P(FileOrMemory, done_may_ask_for_the_next_read) {
   std::unique_ptr<Source> source;
   std::function<void(size_t)> read_from = [&](size_t offset) {
     if (offset == read.size()) return finished.set_value();
-    source->read({0, offset, std::span(read).subspan(offset, 1), [&, offset](Status status) {
+    source->read({0, offset, std::span(read).subspan(offset, 1), [&, offset](Status status, ReadTiming) {
                     EXPECT_TRUE(status);
                     read_from(offset + 1);
                   }});
@@ -168,7 +168,7 @@ TEST_P(FileOrMemory, nothing_is_written_after_done_however_the_cancel_falls) {
       auto source = make(sample_files({kReadCount * kReadBytes}));
       for (size_t i = 0; i < kReadCount; ++i) {
         if (i == cancel_at) source->cancel();
-        source->read({0, i * kReadBytes, targets[i], [&, i](Status status) {
+        source->read({0, i * kReadBytes, targets[i], [&, i](Status status, ReadTiming) {
                         EXPECT_TRUE(status || status.error().code == Code::cancelled);
                         EXPECT_FALSE(status && i >= cancel_at);
                         std::fill(targets[i].begin(), targets[i].end(), kFreed);

@@ -1,0 +1,300 @@
+#include "engine/engine.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <fstream>
+#include <random>
+
+#include "catalog/memory_catalog.h"
+
+namespace tensord::engine {
+
+namespace {
+
+using base::Code;
+
+// The owner's thread of a test: the test itself, which runs posted work until something has come true.
+class TestOwner {
+ public:
+  Owner owner() {
+    return {.post =
+                [this](std::function<void()> work) {
+                  base::MutexLock lock(mutex_);
+                  posted_.push_back(std::move(work));
+                  changed_.notify_one();
+                },
+            .watch_hangup =
+                [this](int fd, std::function<void()> gone) {
+                  hangups_[fd] = std::move(gone);
+                  return Status();
+                },
+            .unwatch = [this](int fd) { hangups_.erase(fd); }};
+  }
+
+  void run_until(const std::function<bool()>& reached) {
+    while (!reached()) {
+      std::vector<std::function<void()>> now;
+      {
+        base::MutexLock lock(mutex_);
+        while (posted_.empty()) lock.wait(changed_);
+        now = std::exchange(posted_, {});
+      }
+      for (auto& work : now) work();
+    }
+  }
+
+  void hang_up_all() {
+    while (!hangups_.empty()) std::function<void()>(hangups_.begin()->second)();
+  }
+
+ private:
+  base::Mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::function<void()>> posted_ GUARDED_BY(mutex_);
+  std::map<int, std::function<void()>> hangups_;
+};
+
+class EngineTest : public testing::Test {
+ protected:
+  explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
+      : pool_(storage::start_read_pool(2).value()),
+        engine_({host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }}, *catalog_,
+                *pool_, owner_.owner()) {
+    std::string name = "/tmp/tensord-engine-test-XXXXXX";
+    folder_ = ::mkdtemp(name.data());
+  }
+  ~EngineTest() override {
+    owner_.run_until([&] { return engine_.running_count() == 0; });
+    std::system(("rm -rf " + folder_).c_str());
+  }
+
+  // A file with one U8 tensor "w" of `size_bytes` pseudo-random bytes.
+  std::string write(const std::string& name, size_t size_bytes, unsigned seed = 1) {
+    const std::string path = folder_ + "/" + name;
+    const std::string header = R"({"w":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) + R"(],"data_offsets":[0,)" +
+                               std::to_string(size_bytes) + "]}}";
+    std::mt19937 random(seed);
+    std::string bytes(size_bytes, '\0');
+    for (char& byte : bytes) byte = static_cast<char>(random());
+    const uint64_t header_bytes = header.size();
+    std::ofstream file(path, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(&header_bytes), 8);
+    file << header << bytes;
+    return path;
+  }
+
+  OpenOrder order(const std::string& path, bool index_only = false) {
+    OpenOrder order{.path = path, .index_only = index_only, .holder = {77, 0, "test"}};
+    base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    const base::FileIdentity identity = base::identify_file(fd.get(), path).value();
+    order.files.push_back({std::move(fd), path, identity});
+    return order;
+  }
+
+  Result<Grant> open(const std::string& path, bool index_only = false) {
+    std::optional<Result<Grant>> granted;
+    engine_.open(order(path, index_only), [&](Result<Grant> grant) { granted = std::move(grant); });
+    owner_.run_until([&] { return granted.has_value(); });
+    return std::move(*granted);
+  }
+
+  Result<Grant> load(const std::string& path) {
+    Result<Grant> granted = open(path);
+    owner_.run_until([&] { return engine_.running_count() == 0; });
+    return granted;
+  }
+
+  TestOwner owner_;
+  std::unique_ptr<catalog::MemoryCatalog> catalog_ = catalog::make_memory_catalog();
+  std::unique_ptr<storage::ReadPool> pool_;
+  Engine engine_;
+  std::string folder_;
+};
+
+}  // namespace
+
+TEST_F(EngineTest, a_load_ends_ready_with_an_artifact_id_and_a_report) {
+  const Grant grant = load(write("a", 100'000)).value();
+  const Replica& replica = engine_.replica(grant.replica);
+  EXPECT_EQ(replica.state, ReplicaState::ready);
+  EXPECT_TRUE(replica.artifact.has_value());
+  const LoadReport report = engine_.load_report(grant.replica).value();
+  EXPECT_EQ(report.state, LoadState::ready);
+  EXPECT_EQ(report.counters.bytes, engine_.replica(grant.replica).content->identities[0].size_bytes);
+  EXPECT_FALSE(report.checked_against_record);
+}
+
+TEST_F(EngineTest, two_requests_for_the_same_files_share_one_replica_and_one_load) {
+  const std::string path = write("a", 100'000);
+  std::vector<uint64_t> replicas;
+  for (int client = 0; client < 3; ++client) {
+    engine_.open(order(path), [&](Result<Grant> grant) { replicas.push_back(grant.value().replica); });
+  }
+  owner_.run_until([&] { return replicas.size() == 3 && engine_.running_count() == 0; });
+  EXPECT_EQ(replicas[0], replicas[1]);
+  EXPECT_EQ(replicas[1], replicas[2]);
+  EXPECT_EQ(engine_.replica(replicas[0]).leases.size(), 3u);
+  EXPECT_EQ(engine_.last_load_report()->load, 1u);
+}
+
+TEST_F(EngineTest, a_file_that_changed_since_last_time_becomes_another_artifact) {
+  const std::string path = write("a", 100'000, 1);
+  const uint64_t before = load(path).value().replica;
+  write("a", 100'000, 2);
+  const timespec times[2] = {{0, UTIME_OMIT}, {12345, 0}};
+  ::utimensat(AT_FDCWD, path.c_str(), times, 0);
+  const uint64_t after = load(path).value().replica;
+  EXPECT_NE(before, after);
+  EXPECT_NE(engine_.replica(before).artifact, engine_.replica(after).artifact);
+  EXPECT_EQ(engine_.find(path).value(), after);
+}
+
+TEST_F(EngineTest, a_second_load_is_checked_against_the_first) {
+  const std::string path = write("a", 100'000);
+  const uint64_t first = load(path).value().replica;
+  owner_.hang_up_all();
+  ASSERT_TRUE(engine_.evict(first));
+  EXPECT_TRUE(engine_.load_report(load(path).value().replica)->checked_against_record);
+}
+
+TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {
+  const std::string path = write("a", 100'000);
+  struct stat before;
+  ::stat(path.c_str(), &before);
+  const uint64_t first = load(path).value().replica;
+  owner_.hang_up_all();
+  ASSERT_TRUE(engine_.evict(first));
+  const base::Fd fd(::open(path.c_str(), O_WRONLY));
+  ASSERT_EQ(::pwrite(fd.get(), "changed", 7, 50'000), 7);
+  const timespec times[2] = {before.st_atim, before.st_mtim};
+  ::futimens(fd.get(), times);
+  const Grant grant = load(path).value();
+  const Replica& replica = engine_.replica(grant.replica);
+  EXPECT_EQ(replica.state, ReplicaState::failed);
+  EXPECT_EQ(replica.error->code, Code::corrupt);
+  EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos) << replica.error->message;
+}
+
+TEST_F(EngineTest, least_recently_used_replicas_make_room_for_others) {
+  const uint64_t first = load(write("a", 3 << 20)).value().replica;
+  const uint64_t second = load(write("b", 3 << 20)).value().replica;
+  owner_.hang_up_all();
+  const uint64_t third = load(write("c", 3 << 20)).value().replica;
+  EXPECT_FALSE(engine_.replicas().contains(first));
+  EXPECT_TRUE(engine_.replicas().contains(second));
+  EXPECT_TRUE(engine_.replicas().contains(third));
+  EXPECT_LE(engine_.memory().in_use_bytes() + engine_.memory().kept_bytes(), engine_.memory().limit_bytes());
+}
+
+TEST_F(EngineTest, a_refusal_names_what_holds_the_memory) {
+  const std::string path = write("a", 5 << 20);
+  const Grant held = load(path).value();
+  engine_.set_pinned(held.replica, true);
+  const Result<Grant> refused = open(write("b", 5 << 20));
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, Code::exhausted);
+  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.25 MiB, pinned, leased by test pid 77)"),
+            std::string::npos)
+      << refused.error().message;
+  EXPECT_EQ(engine_.replica(held.replica).state, ReplicaState::ready);
+}
+
+TEST_F(EngineTest, an_artifact_above_the_limit_is_refused_but_its_index_can_be_read) {
+  const std::string path = write("a", 9 << 20);
+  const Result<Grant> refused = open(path);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, Code::exhausted);
+  EXPECT_NE(refused.error().message.find("raise host_memory"), std::string::npos);
+  const Grant index = open(path, true).value();
+  EXPECT_EQ(index.content->index.tensors.size(), 1u);
+  EXPECT_EQ(index.fill_map_fd, -1);
+  EXPECT_TRUE(engine_.replicas().empty());
+}
+
+TEST_F(EngineTest, leased_and_pinned_replicas_are_not_evicted_on_request) {
+  const uint64_t replica = load(write("a", 1000)).value().replica;
+  EXPECT_EQ(engine_.evict(replica).error().code, Code::unavailable);
+  owner_.hang_up_all();
+  engine_.set_pinned(replica, true);
+  EXPECT_EQ(engine_.evict(replica).error().code, Code::unavailable);
+  engine_.set_pinned(replica, false);
+  EXPECT_TRUE(engine_.evict(replica));
+  EXPECT_EQ(engine_.find(std::to_string(replica)).error().code, Code::not_found);
+}
+
+TEST_F(EngineTest, selectors_are_paths_ids_numbers_and_last) {
+  const std::string path = write("a", 1000);
+  const uint64_t replica = load(path).value().replica;
+  const std::string id = engine_.replica(replica).artifact->to_text();
+  for (const std::string& selector : {path, id, id.substr(0, 4), std::to_string(replica), std::string("last")}) {
+    EXPECT_EQ(engine_.find(selector).value(), replica) << selector;
+  }
+  for (const std::string& selector : {std::string(""), id.substr(0, 3), path + "x", std::string("999")}) {
+    EXPECT_EQ(engine_.find(selector).error().code, Code::not_found) << selector;
+  }
+}
+
+TEST_F(EngineTest, another_uid_is_not_granted_what_this_one_opened) {
+  const std::string path = write("a", 1000);
+  load(path).value();
+  OpenOrder stranger = order(path);
+  stranger.holder.user_id = 12345;
+  std::optional<Result<Grant>> granted;
+  engine_.open(std::move(stranger), [&](Result<Grant> grant) { granted = std::move(grant); });
+  EXPECT_EQ(granted->error().code, Code::denied);
+}
+
+TEST_F(EngineTest, verify_finds_a_damaged_leaf_and_names_it) {
+  const std::string path = write("a", 3 << 20);
+  const Grant grant = load(path).value();
+  const auto verify = [&] {
+    std::optional<Result<VerifyReport>> report;
+    engine_.verify(grant.replica, [&](Result<VerifyReport> done) { report = std::move(done); });
+    owner_.run_until([&] { return report.has_value(); });
+    return std::move(*report).value();
+  };
+  EXPECT_TRUE(verify().faults.empty());
+  const Replica& replica = engine_.replica(grant.replica);
+  const tensor::Tensor& tensor = replica.content->index.tensors[0];
+  replica.memory.data()[tensor.offset + (2 << 20) + 17] ^= std::byte{4};
+  const VerifyReport damaged = verify();
+  ASSERT_EQ(damaged.faults.size(), 1u);
+  EXPECT_EQ(damaged.faults[0].file, path);
+  EXPECT_EQ(damaged.faults[0].tensor, "w");
+  EXPECT_EQ(damaged.faults[0].leaf, 2u);
+  EXPECT_EQ(damaged.faults[0].offset, tensor.offset + (2 << 20));
+}
+
+TEST_F(EngineTest, a_catalog_that_fails_does_not_fail_the_load) {
+  catalog_->set_fault(base::Error{Code::exhausted, "disk full"});
+  EXPECT_EQ(engine_.replica(load(write("a", 1000)).value().replica).state, ReplicaState::ready);
+}
+
+TEST_F(EngineTest, a_broken_header_is_told_to_everyone_who_waits_and_leaves_nothing) {
+  const std::string path = folder_ + "/broken";
+  std::ofstream(path) << "\x10garbage that is no header";
+  int refused = 0;
+  for (int client = 0; client < 2; ++client) {
+    engine_.open(order(path), [&](Result<Grant> grant) { refused += grant.error().code == Code::corrupt; });
+  }
+  owner_.run_until([&] { return refused == 2; });
+  EXPECT_TRUE(engine_.replicas().empty());
+}
+
+TEST_F(EngineTest, draining_refuses_new_loads_and_ends_when_none_runs) {
+  const std::string path = write("a", 1000);
+  bool drained = false;
+  engine_.open(order(path), [](Result<Grant>) {});
+  engine_.drain([&] { drained = true; });
+  owner_.run_until([&] { return drained; });
+  EXPECT_EQ(engine_.running_count(), 0u);
+  std::optional<Result<Grant>> refused;
+  engine_.open(order(path), [&](Result<Grant> grant) { refused = std::move(grant); });
+  EXPECT_EQ(refused->error().code, Code::unavailable);
+}
+
+}  // namespace tensord::engine
