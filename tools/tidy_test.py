@@ -33,7 +33,7 @@ GOOD = {
     "src/daemon/serve.cc": '#include <new>\n#include "storage/source.h"\nauto* p = ::new (at) int(1);\n',
     "src/storage/source.h": "#pragma once\n",
     "src/storage/source.cc": "auto source = std::unique_ptr<Source>(new Source);\n",
-    "src/main.cc": '#include "cli/cli.h"\n#include "daemon/serve.h"\n',
+    "src/main.cc": '// In a session of its own.\n#include "cli/cli.h"\n#include "daemon/serve.h"\n',
     "include/tensord/client.h": '#pragma once\n#include "tensord/tensord.h"\n',
     "python/tensord/client.py": "class DatabaseError(Exception):\n    pass\n",
     "tests/test_open.py": 'import pytest\n\n\n@pytest.fixture(scope="session")\ndef model():\n    return 1\n',

@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .client import LoadReport, Model, View, open
+from .client import Model, View, open
+from .copies import LoadReport
 from .errors import (
     CancelledError,
     ChangedError,

@@ -201,7 +201,7 @@ def check(code: int) -> None:
 def take_text(pointer: ctypes.c_void_p) -> str:
     """Copies a string the library returned through ``char**`` and gives it back."""
     try:
-        return ctypes.string_at(pointer).decode("utf-8", "replace")  # type: ignore[arg-type]
+        return ctypes.string_at(pointer).decode("utf-8", "replace")
     finally:
         library().tensord_free(pointer)
 

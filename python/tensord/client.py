@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Union
+from typing import Any, NoReturn, Union
 
 from . import _library
 from ._library import check, last_error, library
@@ -27,8 +27,9 @@ from .errors import (
     WaitTimeoutError,
 )
 from .indexing import Item, item_rows, parse
-from .progress import REDRAW_SECONDS, Meter, ProgressOption, stderr_bar
+from .progress import Meter, ProgressOption, stderr_bar
 from .tensors import (
+    AnyTensor,
     Entry,
     Mapping,
     Place,
@@ -38,14 +39,12 @@ from .tensors import (
     torch_tensor,
 )
 
-if TYPE_CHECKING:
-    from .tensors import AnyTensor
-
 PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
-LoadTargets = Union[AbstractMapping[str, "AnyTensor"], Iterable[tuple[str, Any, "AnyTensor"]]]
+LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, AnyTensor]]]
 
 # A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
-WAIT_PIECE_SECONDS = 0.1
+# The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
+WAIT_PIECE_SECONDS = 0.25
 
 
 class _Handle:
@@ -215,7 +214,7 @@ class Model:
         ----------
         progress : bool or callable
             True: a bar on standard error where that is a terminal ($TENSORD_PROGRESS=1: everywhere, 0:
-            nowhere). A callable is called with a `tensord.Progress` about ten times a second and once at
+            nowhere). A callable is called with a `tensord.Progress` a few times a second and once at
             the end.
         timeout : float, optional
             Seconds. None: no limit.
@@ -237,7 +236,7 @@ class Model:
             deadline = None if timeout is None else time.monotonic() + timeout
             if show is not None:
                 show(meter.read(*self._ready_and_total()))
-            while not self._wait_piece(None, deadline, REDRAW_SECONDS):
+            while not self._wait_piece(None, deadline):
                 if show is not None:
                     show(meter.read(*self._ready_and_total()))
             self._is_ready = True
@@ -253,10 +252,11 @@ class Model:
         check(library().tensord_get_progress(self._open_handle().pointer, ctypes.byref(progress)))
         return progress
 
-    def _wait_piece(self, name: bytes | None, deadline: float | None, piece_seconds: float) -> bool:
+    def _wait_piece(self, name: bytes | None, deadline: float | None) -> bool:
         """Waits a moment; True when the bytes are there. Raises when the load failed or time is up."""
         begin = time.monotonic()
-        piece = piece_seconds if deadline is None else max(min(piece_seconds, deadline - begin), 0.0)
+        left = WAIT_PIECE_SECONDS if deadline is None else max(deadline - begin, 0.0)
+        piece = min(WAIT_PIECE_SECONDS, left)
         code = library().tensord_wait(self._open_handle().pointer, name, round(piece * 1000))
         if code == _library.OK:
             return True
@@ -273,7 +273,7 @@ class Model:
     def _wait_for(self, entry: Entry) -> None:
         if self._is_ready or entry.size_bytes == 0:
             return
-        while not self._wait_piece(entry.encoded, None, WAIT_PIECE_SECONDS):
+        while not self._wait_piece(entry.encoded, None):
             pass
         if self._progress().state == _library.READY:
             self._is_ready = True

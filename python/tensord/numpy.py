@@ -36,7 +36,7 @@ def load_file(filename: str | os.PathLike[str], *, backend: str = "mmap") -> dic
         See `tensord.open` and `tensord.safe_open`.
     """
     with safe_open(filename, framework="np", backend=backend) as opened:
-        return opened.get_tensors()  # type: ignore[return-value]
+        return opened.get_tensors()
 
 
 def __getattr__(name: str) -> Any:

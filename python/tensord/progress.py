@@ -7,7 +7,6 @@ import sys
 import time
 from typing import Callable, NamedTuple, TextIO, Union
 
-REDRAW_SECONDS = 0.1
 BAR_COLUMNS = 24
 
 

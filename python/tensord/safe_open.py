@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Union
+from typing import IO, Any, NoReturn, Union
 
 import numpy as np
 
-from .client import Entry, Model
+from .client import Model
 from .client import open as open_model
 from .errors import (
     InvalidOptionError,
     MissingFileError,
     UnknownTensorError,
 )
-from .tensors import framework_of
-
-if TYPE_CHECKING:
-    from .tensors import AnyTensor
+from .tensors import AnyTensor, Entry, framework_of
 
 Device = Union[str, int, None]
 

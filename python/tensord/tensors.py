@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +23,8 @@ from .errors import (
     UnsupportedError,
 )
 
-if TYPE_CHECKING:
-    import torch
-
-    AnyTensor = Union[np.ndarray, torch.Tensor]
+# A torch.Tensor or a numpy.ndarray, as the model was opened: callers know which, type checkers cannot.
+AnyTensor = Any
 
 OPAQUE = 0
 U8 = 5
@@ -258,7 +256,7 @@ def _torch_type(number: int) -> Any:
     return None if name is None else getattr(torch_module(), name, None)
 
 
-def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> torch.Tensor:
+def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> AnyTensor:
     """A CPU tensor, zero-copy and writable: writes change this process's copy only.
 
     torch has no negative strides: a place that runs backward is copied.
@@ -334,7 +332,7 @@ def _numpy_target(name: str, array: np.ndarray) -> Target:
     return Target(array.__array_interface__["data"][0], number, array.shape, array.strides)
 
 
-def _torch_target(name: str, tensor: torch.Tensor) -> Target:
+def _torch_target(name: str, tensor: Any) -> Target:
     torch = torch_module()
     number = _numbers_of_torch().get(tensor.dtype)
     if number is None:

@@ -43,7 +43,7 @@ def load_file(
         See `tensord.open` and `tensord.safe_open`.
     """
     with safe_open(filename, framework="pt", device=device, backend=backend) as opened:
-        return opened.get_tensors()  # type: ignore[return-value]
+        return opened.get_tensors()
 
 
 def load_model(

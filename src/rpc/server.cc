@@ -204,9 +204,8 @@ Status SocketServer::take_hello(Connection& connection, const Frame& frame) {
   connection.client.process_name = client.process_name;
   if (connection.client.process_id == 0) connection.client.process_id = static_cast<pid_t>(client.process_id);
   if (client.protocol_version != kProtocolVersion) {
-    const Error mismatch = version_mismatch(hello(), client);
-    refuse(connection.socket.get(), mismatch);
-    return tl::unexpected(mismatch);
+    refuse(connection.socket.get(), version_mismatch(hello(), client));
+    return base::fail(Code::unavailable, "refused");
   }
   connection.writer.push(hello_frame(hello()));
   flush(connection);

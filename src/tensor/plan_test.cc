@@ -2,9 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <random>
 #include <sstream>
 
 #include "tensor/plan_testing.h"
@@ -245,6 +247,222 @@ TEST(Plan, every_stanza_of_the_test_data_holds) {
     }
   }
   EXPECT_GT(count, 60);
+}
+
+// --- random plans against bytes one by one ---------------------------------------------------------------------------
+
+constexpr int64_t kNothing = -1;  // written by nobody
+constexpr int64_t kZero = -2;     // filled
+
+struct Painted {
+  std::vector<int64_t> bytes;  // which source byte each target byte comes from
+  bool overlaps = false;
+  bool leaves = false;  // some byte is out of bounds
+};
+
+// Follows a plan from source 0 to target 0.
+Painted paint(const CopyPlan& plan, uint64_t source_size, uint64_t target_size) {
+  Painted out{std::vector<int64_t>(target_size, kNothing)};
+  for (const Copy2D& record : plan.records) {
+    if (record.is_empty()) continue;
+    for (uint64_t number = 0; number < record.outer_iterations() * record.row_count; ++number) {
+      const uint64_t row = number % record.row_count;
+      uint64_t left = number / record.row_count;
+      auto from = static_cast<int64_t>(record.source_offset + row * static_cast<uint64_t>(record.source_pitch));
+      auto to = static_cast<int64_t>(record.target_offset + row * static_cast<uint64_t>(record.target_pitch));
+      for (size_t at = 0; at < record.outer_count; ++at) {
+        const auto index = static_cast<int64_t>(left % record.outer[at].count);
+        left /= record.outer[at].count;
+        from += index * record.outer[at].source_pitch;
+        to += index * record.outer[at].target_pitch;
+      }
+      for (uint64_t byte = 0; byte < record.row_bytes; ++byte, ++from, ++to) {
+        const bool is_fill = record.kind == Copy2D::Kind::fill;
+        const bool is_inside = to >= 0 && to < static_cast<int64_t>(target_size) &&
+                               (is_fill || (from >= 0 && from < static_cast<int64_t>(source_size)));
+        out.leaves |= !is_inside;
+        if (!is_inside) continue;
+        int64_t& painted = out.bytes[static_cast<size_t>(to)];
+        out.overlaps |= painted != kNothing;
+        painted = is_fill ? kZero : from;
+      }
+    }
+  }
+  return out;
+}
+
+class RandomPlan {
+ public:
+  explicit RandomPlan(uint64_t seed) : random_(seed) {}
+
+  uint64_t below(uint64_t end) { return std::uniform_int_distribution<uint64_t>(0, end - 1)(random_); }
+
+  // Small numbers, so that about as many plans are good as are bad.
+  CopyPlan make(uint64_t source_size, uint64_t target_size) {
+    CopyPlan plan;
+    for (uint64_t count = 1 + below(4); count > 0; --count) {
+      Copy2D record;
+      if (below(5) == 0) record.kind = Copy2D::Kind::fill;
+      record.source_offset = below(source_size);
+      record.target_offset = below(target_size);
+      record.row_bytes = below(12) == 0 ? 0 : 1 + below(4);
+      record.row_count = 1 + below(4);
+      record.source_pitch = pitch();
+      record.target_pitch = pitch();
+      record.outer_count = static_cast<uint8_t>(below(3));
+      for (size_t at = 0; at < record.outer_count; ++at) record.outer[at] = {below(9) == 0 ? 0 : 1 + below(3), pitch(), pitch()};
+      plan.records.push_back(record);
+    }
+    return plan;
+  }
+
+  // One that check_plan accepts.
+  CopyPlan make_good(uint64_t source_size, uint64_t target_size) {
+    for (;;) {
+      CopyPlan plan = make(source_size, target_size);
+      const Painted painted = paint(plan, source_size, target_size);
+      if (!painted.overlaps && !painted.leaves) return plan;
+    }
+  }
+
+ private:
+  int64_t pitch() { return below(8) == 0 ? -static_cast<int64_t>(below(20)) : static_cast<int64_t>(below(30)); }
+
+  std::mt19937_64 random_;
+};
+
+// Runs `trial(seed)` for many seeds, or for the one in the environment.
+void for_seeds(uint64_t count, const auto& trial) {
+  const char* given = std::getenv("TENSORD_SEED");
+  const uint64_t seed = given ? std::strtoull(given, nullptr, 10) : std::random_device()();
+  for (uint64_t round = 0; round < (given ? 1 : count); ++round) {
+    SCOPED_TRACE("TENSORD_SEED=" + std::to_string(seed + round));
+    trial(seed + round);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(Plan, a_plan_is_accepted_exactly_when_no_byte_is_written_twice_or_out_of_bounds) {
+  int good_count = 0;
+  for_seeds(20000, [&](uint64_t seed) {
+    constexpr uint64_t kSource = 150, kTarget = 150;
+    const CopyPlan plan = RandomPlan(seed).make(kSource, kTarget);
+    const Painted painted = paint(plan, kSource, kTarget);
+    const std::array<uint64_t, 1> sources = {kSource}, targets = {kTarget};
+    const Status status = check_plan(plan, sources, targets, Coverage::any);
+    ASSERT_EQ(status.has_value(), !painted.overlaps && !painted.leaves)
+        << to_text(plan) << (status ? "" : status.error().message);
+    if (!status) return;
+    ++good_count;
+    const bool is_complete = std::count(painted.bytes.begin(), painted.bytes.end(), kNothing) == 0;
+    ASSERT_EQ(check_plan(plan, sources, targets, Coverage::complete).has_value(), is_complete) << to_text(plan);
+    ASSERT_EQ(paint(canonical(plan), kSource, kTarget).bytes, painted.bytes) << to_text(plan);
+    ASSERT_EQ(to_text(parse_plan(to_text(plan))), to_text(plan));
+  });
+  EXPECT_TRUE(good_count > 1000 || std::getenv("TENSORD_SEED"));
+}
+
+TEST(Plan, a_window_paints_what_the_plan_paints_there) {
+  for_seeds(3000, [](uint64_t seed) {
+    constexpr uint64_t kSource = 150, kTarget = 150;
+    RandomPlan random(seed);
+    const CopyPlan plan = random.make_good(kSource, kTarget);
+    const uint64_t offset = random.below(kTarget);
+    const uint64_t size_bytes = random.below(kTarget - offset + 1);
+    const Painted all = paint(plan, kSource, kTarget);
+    const Painted part = paint(window(plan, 0, offset, size_bytes), kSource, size_bytes);
+    const auto begin = all.bytes.begin() + static_cast<int64_t>(offset);
+    ASSERT_FALSE(part.leaves);
+    ASSERT_EQ(part.bytes, std::vector<int64_t>(begin, begin + static_cast<int64_t>(size_bytes)))
+        << offset << " + " << size_bytes << " of\n" << to_text(plan);
+  });
+}
+
+TEST(Plan, composed_plans_paint_what_they_paint_one_after_the_other) {
+  int good_count = 0;
+  for_seeds(10000, [&](uint64_t seed) {
+    constexpr uint64_t kSource = 150, kMiddle = 60, kTarget = 150;
+    RandomPlan random(seed);
+    CopyPlan inner = random.make_good(kSource, kMiddle);
+    const CopyPlan outer = random.make_good(kMiddle, kTarget);
+    if (random.below(2) == 0) {  // leave no hole
+      const std::vector<int64_t> painted = paint(inner, kSource, kMiddle).bytes;
+      for (uint64_t at = 0; at < kMiddle; ++at) {
+        if (painted[at] != kNothing) continue;
+        Copy2D byte;
+        byte.source_offset = at;
+        byte.target_offset = at;
+        byte.row_bytes = 1;
+        inner.records.push_back(byte);
+      }
+    }
+    const Painted first = paint(inner, kSource, kMiddle);
+    Painted expected = paint(outer, kMiddle, kTarget);
+    bool reads_holes = false;
+    for (int64_t& byte : expected.bytes) {
+      if (byte >= 0) byte = first.bytes[static_cast<size_t>(byte)], reads_holes |= byte == kNothing;
+    }
+    const auto direct = compose(outer, inner);
+    ASSERT_EQ(direct.has_value(), !reads_holes) << to_text(outer) << "of\n" << to_text(inner);
+    if (!direct) return;
+    ++good_count;
+    ASSERT_EQ(paint(*direct, kSource, kTarget).bytes, expected.bytes) << to_text(outer) << "of\n" << to_text(inner);
+  });
+  EXPECT_TRUE(good_count > 1000 || std::getenv("TENSORD_SEED"));
+}
+
+TEST(Plan, a_real_model_is_few_records_and_thousands_of_experts_one_each) {
+  std::vector<Wanted> wanted;
+  uint64_t source = 0, target = 0;
+  for (int expert = 0; expert < 6144; ++expert) {
+    for (const bool cuts_columns : {false, false, true}) {
+      const uint64_t rows = cuts_columns ? 2048 : 768 / 2, columns = cuts_columns ? 768 / 2 : 2048;
+      const int64_t pitch = cuts_columns ? 768 * 2 : 2048 * 2;
+      Wanted one;
+      one.label = "expert";
+      one.from = {source, {rows, columns}, {pitch, 2}, 2};
+      one.to = {target, {rows, columns}, {static_cast<int64_t>(columns) * 2, 2}, 2};
+      source += 2048 * 768 * 2;
+      target += rows * columns * 2;
+      wanted.push_back(one);
+    }
+  }
+  const auto plan = compile(wanted);
+  ASSERT_TRUE(plan);
+  EXPECT_EQ(plan->records.size(), 18432u);
+  const std::array<uint64_t, 1> sources = {source}, targets = {target};
+  const Status status = check_plan(*plan, sources, targets, Coverage::complete);
+  EXPECT_TRUE(status) << status.error().message;
+}
+
+TEST(Plan, hostile_shapes_are_refused_and_never_wrap_around) {
+  const uint64_t huge = uint64_t{1} << 63;
+  const int64_t low = std::numeric_limits<int64_t>::min();
+  const std::pair<Strided, Strided> hostile[] = {
+      {{0, {huge, 4}, {0, 0}, 1}, {0, {huge, 4}, {4, 1}, 1}},
+      {{0, {huge}, {0}, 4}, {0, {huge}, {4}, 4}},
+      {{~0ull, {2}, {1}, 1}, {0, {2}, {1}, 1}},
+      {{0, {3}, {low}, 1}, {0, {3}, {1}, 1}},
+      {{huge, {3}, {low}, 1}, {0, {3}, {1}, 1}},
+      {{0, {2}, {1}, 1}, {0, {2}, {low}, 1}},
+      {{0, {2, 2}, {1}, 1}, {0, {2, 2}, {2, 1}, 1}},
+      {{0, std::vector<uint64_t>(65, 1), std::vector<int64_t>(65, 1), 1},
+       {0, std::vector<uint64_t>(65, 1), std::vector<int64_t>(65, 1), 1}},
+  };
+  for (const auto& [from, to] : hostile) {
+    const Wanted wanted{.label = "w", .from = from, .to = to};
+    const auto plan = compile({&wanted, 1});
+    ASSERT_FALSE(plan) << to_text(*plan);
+    EXPECT_EQ(plan.error().code, base::Code::invalid_argument);
+  }
+  // 2^62 records: refused before they are made.
+  Strided from{0, std::vector<uint64_t>(40, 3), std::vector<int64_t>(40), 1};
+  for (int64_t& stride : from.strides) stride = (&stride - from.strides.data()) * 1000 + 7;
+  Strided to = from;
+  for (int64_t& stride : to.strides) stride = (&stride - to.strides.data()) * 1000 + 9;
+  const Wanted wanted{.label = "w", .from = from, .to = to};
+  const auto plan = compile({&wanted, 1});
+  ASSERT_FALSE(plan);
 }
 
 }  // namespace

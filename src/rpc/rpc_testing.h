@@ -1,0 +1,78 @@
+// What the tests of this folder share.
+#pragma once
+
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "base/fd.h"
+#include "rpc/frame.h"
+
+namespace tensord::rpc {
+
+inline std::pair<base::Fd, base::Fd> socket_pair() {
+  int ends[2];
+  CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0);
+  return {base::Fd(ends[0]), base::Fd(ends[1])};
+}
+
+inline std::vector<std::byte> bytes_of(std::string_view words) {
+  const auto bytes = std::as_bytes(std::span(words));
+  return {bytes.begin(), bytes.end()};
+}
+
+inline uint64_t inode_of(int fd) {
+  struct stat status;
+  CHECK(::fstat(fd, &status) == 0);
+  return status.st_ino;
+}
+
+// Is the write end of a pipe still open anywhere? Its read end tells.
+inline bool write_end_is_closed(const base::Pipe& pipe) {
+  char byte;
+  return ::read(pipe.read_end.get(), &byte, 1) == 0;
+}
+
+// A folder of its own, removed with what is in it.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    path_ = (std::filesystem::temp_directory_path() / "tensord-rpc-XXXXXX").string();
+    CHECK(::mkdtemp(path_.data()) != nullptr);
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// Leaves this process no descriptor to open as long as it lives.
+class NoDescriptorsLeft {
+ public:
+  NoDescriptorsLeft() {
+    CHECK(::getrlimit(RLIMIT_NOFILE, &before_) == 0);
+    const base::Fd highest(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    rlimit lower = before_;
+    lower.rlim_cur = static_cast<rlim_t>(highest.get()) + 1;
+    CHECK(::setrlimit(RLIMIT_NOFILE, &lower) == 0);
+    for (int fd; (fd = ::open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;) taken_.emplace_back(fd);
+  }
+  ~NoDescriptorsLeft() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+  void give_one_back() { taken_.pop_back(); }
+
+ private:
+  rlimit before_{};
+  std::vector<base::Fd> taken_;
+};
+
+}  // namespace tensord::rpc
