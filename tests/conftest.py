@@ -107,6 +107,7 @@ class Daemon:
         if process is None:
             return None
         process.send_signal(how)
+        process.send_signal(signal.SIGCONT)  # it may have been stopped
         try:
             return process.wait(DEADLINE_SECONDS)
         except subprocess.TimeoutExpired:

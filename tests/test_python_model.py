@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensord
-from conftest import NUMPY_NAMES, REPOSITORY, Daemon, Raw, counted
+from conftest import NUMPY_NAMES, REPOSITORY, Daemon, Raw, counted, safetensors_bytes
 
 pytestmark = pytest.mark.usefixtures("daemon")
 
@@ -199,7 +201,8 @@ def test_bad_file_is_a_corrupt_error(tmp_path: Path) -> None:
 
 
 def test_arguments_that_make_no_sense(path: Path, tmp_path: Path) -> None:
-    for bad in ("", [], "a\0b", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for bad in ("", [], "a\0b", tmp_path / "empty", "/dev/null"):
         with pytest.raises((tensord.InvalidArgumentError, tensord.NotFoundError)):
             tensord.open(bad)
     with pytest.raises(ValueError, match="framework"):
@@ -236,6 +239,73 @@ def test_wait_and_info(model: tensord.Model, path: Path) -> None:
     assert info["payload_bytes"] == 4 * 24 + 8 * 5 + 4
     assert info["ready_bytes"] == info["total_bytes"]
     assert info["artifact"]
+
+
+def test_bar_is_drawn_when_forced(
+    model: tensord.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.wait(progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TENSORD_PROGRESS", "1")
+    model.wait(progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_waiting_ends_with_its_time_with_a_signal_and_with_the_daemon(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """The daemon is stopped in the middle of a load, then killed."""
+    path = tmp_path / "large.safetensors"
+    elements = 128 << 20
+    header = safetensors_bytes({"w": Raw("F32", (elements,), b"")})
+    header = header.replace(b"[0, 0]", f"[0, {4 * elements}]".encode())
+    text = header[8:].rstrip()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 4 * elements)
+    daemon = make_daemon()
+    model = tensord.open(path, "np")
+    closing = tensord.open(path, "np")
+    os.kill(daemon.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError) as late:
+        model.wait(timeout=0.01)
+    assert isinstance(late.value, tensord.UnavailableError)
+
+    ended: list[type[BaseException]] = []
+
+    def wait_until_closed() -> None:
+        try:
+            closing.wait()
+        except tensord.Error as error:
+            ended.append(type(error))
+
+    waiting = threading.Thread(target=wait_until_closed)
+    waiting.start()
+    closing.close()
+    waiting.join()
+    assert ended == [tensord.InvalidArgumentError]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for use in (model.wait, lambda: model["w"]):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(KeyboardInterrupt):
+                use()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    daemon.stop(signal.SIGKILL)
+    for use in (
+        model.wait,
+        lambda: model["w"],
+        lambda: model.load_into({"w": np.zeros(elements, np.float32)}),
+    ):
+        with pytest.raises(tensord.UnavailableError) as gone:
+            use()
+        assert not isinstance(gone.value, TimeoutError)
 
 
 def test_verify_reports_what_was_checked(model: tensord.Model) -> None:

@@ -95,6 +95,7 @@ class Model:
         return f"<tensord.Model {', '.join(self._paths)}: {state}>"
 
     def _open_handle(self) -> _Handle:
+        """The handle, for a local variable: while one holds it, `close` on another thread frees nothing."""
         handle = self._handle
         if handle is None:
             raise InvalidArgumentError(f"model {', '.join(self._paths)} is closed")
@@ -121,7 +122,8 @@ class Model:
     def __len__(self) -> int:
         if self._names is not None:
             return len(self._names)
-        return int(library().tensord_tensor_count(self._open_handle().pointer))
+        handle = self._open_handle()
+        return int(library().tensord_tensor_count(handle.pointer))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all_names())
@@ -248,16 +250,18 @@ class Model:
         return progress.ready_bytes, progress.total_bytes
 
     def _progress(self) -> _library.Progress:
+        handle = self._open_handle()
         progress = _library.Progress()
-        check(library().tensord_get_progress(self._open_handle().pointer, ctypes.byref(progress)))
+        check(library().tensord_get_progress(handle.pointer, ctypes.byref(progress)))
         return progress
 
     def _wait_piece(self, name: bytes | None, deadline: float | None) -> bool:
         """Waits a moment; True when the bytes are there. Raises when the load failed or time is up."""
+        handle = self._open_handle()
         begin = time.monotonic()
         left = WAIT_PIECE_SECONDS if deadline is None else max(deadline - begin, 0.0)
         piece = min(WAIT_PIECE_SECONDS, left)
-        code = library().tensord_wait(self._open_handle().pointer, name, round(piece * 1000))
+        code = library().tensord_wait(handle.pointer, name, round(piece * 1000))
         if code == _library.OK:
             return True
         error = last_error(code)
@@ -378,10 +382,11 @@ class Model:
         return Place(self._keeper(entry), entry.address + region.offset, shape, strides)
 
     def _resolve(self, entry: Entry, items: tuple[Item, ...]) -> _library.Region:
+        handle = self._open_handle()
         region = _library.Region()
         rows = item_rows(items)
         code = library().tensord_resolve(
-            self._open_handle().pointer,
+            handle.pointer,
             entry.encoded,
             rows.ctypes.data,
             len(rows),

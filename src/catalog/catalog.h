@@ -40,7 +40,7 @@ struct CatalogLimits {
   size_t artifact_count_max = 10'000;
 };
 
-// Not thread safe: owned by the engine's thread. One contract test for every implementation. Errors:
+// Not thread safe: used by one thread at a time. One contract test for every implementation. Errors:
 // Code::exhausted (disk full), Code::denied, Code::corrupt (the database is damaged: names the file and says
 // that it can be deleted), Code::unavailable; after any of them the catalog is as it was before the call.
 class Catalog {

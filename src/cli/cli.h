@@ -3,8 +3,8 @@
 
 namespace tensord::cli {
 
-// `argv[0]` is the program. Returns the exit status: 0 done; 1 the verb failed (the error is on standard
-// error); 2 the command line makes no sense; 3 no daemon runs; 4 the bytes are corrupt or changed.
+// `argv[0]` is the program. Returns the exit status: 0 done; 1 the verb failed (the error is on standard error); 2 the
+// command line makes no sense; 3 no daemon runs; 4 the bytes are corrupt or changed; 130 interrupted while it waited.
 int cli_main(int argc, char** argv);
 
 }  // namespace tensord::cli

@@ -61,7 +61,8 @@ constexpr const char* kExplained =
  "phases": [{"name": "index", "ns": 100000, "thread_ns": 100000, "bytes": 0, "gb_per_s": 0, "share": 0.0},
             {"name": "wait_for_memory", "ns": 2000000, "thread_ns": 2000000, "bytes": 0, "gb_per_s": 0, "share": 0.0},
             {"name": "read", "ns": 450000000, "thread_ns": 900000000, "bytes": 2147483648, "gb_per_s": 4.77,
-             "share": 0.9}],
+             "share": 0.9},
+            {"name": "map", "ns": 0, "thread_ns": 0, "bytes": 0, "gb_per_s": 0, "share": 0}],
  "limited_by": "page cache", "advice": "More threads may help.",
  "uses": [{"pid": 7, "name": "python3", "map_ns": 50000, "plan_ns": 3000, "wait_ns": 0, "copy_ns": 100000000,
            "copy_bytes": 1000000000, "record_count": 3, "thread_count": 2}],
@@ -90,7 +91,7 @@ TEST(CommandLine, what_makes_no_sense_ends_with_2_and_says_why) {
   const Ran flag = run({"ls", "--wait"});
   EXPECT_EQ(flag.status, kUsage);
   EXPECT_EQ(flag.err.substr(0, 13), "tensord: ls: ");
-  EXPECT_EQ(run({"show", "/m", "--view", "w[0:"}).status, kUsage);
+  EXPECT_EQ(run({"show", "/m", "--view", "w[x]"}).status, kUsage);
   EXPECT_EQ(run({"load", "/m", "--progress", "sometimes"}).status, kUsage);
 }
 
@@ -106,7 +107,7 @@ TEST(CommandLine, an_error_is_a_document_with_json) {
 
 TEST(CommandLine, errors_have_the_exit_status_of_their_code) {
   EXPECT_EQ(exit_status(base::Code::not_found), kFailed);
-  EXPECT_EQ(exit_status(base::Code::unavailable), kNoDaemon);
+  EXPECT_EQ(exit_status(base::Code::exhausted), kFailed);
   EXPECT_EQ(exit_status(base::Code::corrupt), kCorrupt);
   EXPECT_EQ(exit_status(base::Code::changed), kCorrupt);
   EXPECT_EQ(exit_status(base::Code::cancelled), kInterrupted);
@@ -214,10 +215,10 @@ TEST(Reports, a_list_tells_who_holds_what) {
       {"replica": 13, "path": "/m/c", "artifact": null, "state": "failed", "memory_bytes": 0, "pinned": false, "idle_s": 1,
        "error": {"code": "changed", "message": "read /m/c: it grew"}, "leases": []}]})")
                 .value(),
-            "replica  state             size  tensors  artifact      path  held by\n"
-            "      1  ready         1.00 KiB        3  0123456789ab  /m/a  pinned, python3 7 (2)\n"
-            "     12  filling 25 %    1000 B        1  -             /m/b  - (idle 1 min 1 s)\n"
-            "     13  failed             0 B        0  -             /m/c  - (idle 1.00 s)\n"
+            "replica  state             size  tensors  artifact      held by                path\n"
+            "      1  ready         1.00 KiB        3  0123456789ab  pinned, python3 7 (2)  /m/a\n"
+            "     12  filling 25 %    1000 B        1  -             - (idle 1 min 1 s)     /m/b\n"
+            "     13  failed             0 B        0  -             - (idle 1.00 s)        /m/c\n"
             "replica 13 failed: read /m/c: it grew\n");
 }
 

@@ -76,6 +76,7 @@ std::string phases_table(const json& phases) {
                {"share", Align::right},
                {""}});
   for (const json& phase : phases) {
+    if (phase.at("thread_ns").get<int64_t>() == 0) continue;  // nobody mapped or copied yet
     const auto bytes = phase.at("bytes").get<uint64_t>();
     const double share = phase.at("share").get<double>();
     std::string name = phase.at("name").get<std::string>();
@@ -196,15 +197,15 @@ Result<std::string> list_text(std::string_view report) {
                  {"size", Align::right},
                  {"tensors", Align::right},
                  {"artifact"},
-                 {"path"},
-                 {"held by"}});
+                 {"held by"},
+                 {"path"}});
     std::string errors;
     for (const json& replica : list.at("replicas")) {
       table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
                  human_bytes(replica.value("payload_bytes", uint64_t{0})),
                  text(replica.value("tensor_count", uint64_t{0})),
-                 string_or(replica.at("artifact"), "-").substr(0, 12), replica.at("path").get<std::string>(),
-                 holders_of(replica)});
+                 string_or(replica.at("artifact"), "-").substr(0, 12), holders_of(replica),
+                 replica.at("path").get<std::string>()});
       if (const json& error = replica.at("error"); !error.is_null()) {
         errors += text("replica ", replica.at("replica").get<uint64_t>(),
                        " failed: ", error.at("message").get<std::string>(), "\n");

@@ -318,8 +318,8 @@ const Verb* find_verb(std::string_view name) {
 
 ExitStatus exit_status(Code code) {
   switch (code) {
-    case Code::unavailable:
-      return kNoDaemon;
+    case Code::unavailable:  // also: a replica that is held
+      return ask(protocol::Verb::status, "") ? kFailed : kNoDaemon;
     case Code::corrupt:
     case Code::changed:
       return kCorrupt;

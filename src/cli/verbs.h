@@ -18,6 +18,7 @@ using base::Status;
 // cli.h says what they mean.
 enum ExitStatus : int { kDone = 0, kFailed = 1, kUsage = 2, kNoDaemon = 3, kCorrupt = 4, kInterrupted = 130 };
 
+// Asks for the daemon where that decides.
 ExitStatus exit_status(base::Code code);
 
 // What the words after a verb said. A verb looks at the fields that its operand and its flags fill.

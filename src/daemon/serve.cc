@@ -160,7 +160,9 @@ Status run(const Config& config) {
   const std::unique_ptr<catalog::Catalog> catalog = open_catalog(config.state_dir);
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> pool, storage::start_read_pool(config.read_threads));
-  engine::Engine engine({config.host_memory, keep_spans, encode_index}, *catalog, *pool, owner_over(*loop));
+  TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));
+  engine::Engine engine({config.host_memory, keep_spans, encode_index}, *catalog, *catalog_thread, *pool,
+                        owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
                     .protocol = rpc::kProtocolVersion,

@@ -20,9 +20,11 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
-Engine::Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& pool, Owner owner)
+Engine::Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
+               storage::ReadPool& pool, Owner owner)
     : options_(std::move(options)),
       catalog_(catalog),
+      catalog_thread_(catalog_thread),
       pool_(pool),
       owner_(std::move(owner)),
       pool_memory_(options_.host_memory_bytes) {}
@@ -72,43 +74,42 @@ void Engine::open(OpenOrder order, GrantDone done) {
 void Engine::index(Replica& replica, base::Fd shard_index) {
   struct Job {
     uint64_t number;
+    std::string path;
     const std::vector<OpenFile>* files;  // not touched by the owner while indexing
     base::Fd shard_index;
-    std::string shard_index_path;
+    Indexed outcome;
   };
-  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, std::move(shard_index), replica.path});
+  auto job = std::make_shared<Job>(Job{replica.number, replica.path, &replica.files, std::move(shard_index), {}});
   pool_.post(this, [this, job] {
-    auto content = read_content(*job->files, job->shard_index, job->shard_index_path, options_.host_memory_bytes);
-    Result<IndexFile> encoded = fail(Code::internal, "no index");
-    if (content) encoded = options_.encode_index((*content)->index);
-    struct Outcome {
-      Result<std::shared_ptr<const Content>> content;
-      Result<IndexFile> encoded;
-    };
-    auto outcome = std::make_shared<Outcome>(Outcome{std::move(content), std::move(encoded)});
-    owner_.post([this, number = job->number, outcome] {
-      indexed(number, std::move(outcome->content), std::move(outcome->encoded));
+    Indexed& outcome = job->outcome;
+    outcome.content = read_content(*job->files, job->shard_index, job->path, options_.host_memory_bytes);
+    if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
+    catalog_thread_.post(this, [this, job] {
+      if (job->outcome.content) job->outcome.known = known_digests(**job->outcome.content);
+      owner_.post([this, job] { indexed(job->number, std::move(job->outcome)); });
     });
   });
 }
 
-void Engine::indexed(uint64_t number, Result<std::shared_ptr<const Content>> content, Result<IndexFile> index_file) {
+void Engine::indexed(uint64_t number, Indexed outcome) {
   Replica& replica = *replicas_.at(number);
-  if (!content) return fail_waiters(replica, content.error());
-  if (!index_file) return fail_waiters(replica, index_file.error());
-  replica.content = std::move(*content);
-  replica.index_file = std::move(*index_file);
+  if (!outcome.content) return fail_waiters(replica, outcome.content.error());
+  if (!outcome.index_file) return fail_waiters(replica, outcome.index_file.error());
+  replica.content = std::move(*outcome.content);
+  replica.index_file = std::move(*outcome.index_file);
   const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
                                   [](const Waiter& waiter) { return !waiter.index_only; });
   if (wanted) {
-    if (const Status begun = begin_load(replica); !begun) return fail_waiters(replica, begun.error());
+    const Status begun = begin_load(replica, std::move(outcome.known));
+    if (!begun) return fail_waiters(replica, begun.error());
   }
   // A callback may open and evict: the list is taken out first.
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
     waiter.done(grant(replica, waiter.index_only, waiter.holder));
   }
-  if (!wanted) return forget(number);
-  if (replica.load) replica.load->start();
+  if (wanted) return replica.load->start();
+  forget(number);
+  end_drain();
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
@@ -116,6 +117,7 @@ void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
+  end_drain();
 }
 
 Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& holder) {
@@ -160,7 +162,7 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 
-Status Engine::begin_load(Replica& replica) {
+Status Engine::begin_load(Replica& replica, Digests known) {
   const int64_t begin_ns = base::monotonic_ns();
   const Content& content = *replica.content;
   uint64_t memory_bytes = 0;
@@ -178,9 +180,8 @@ Status Engine::begin_load(Replica& replica) {
   report.index_ns = content.index_ns;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
-  std::vector<std::vector<tensor::Digest>> expected = known_digests(content);
   report.checked_against_record =
-      std::all_of(expected.begin(), expected.end(), [](const auto& leaves) { return !leaves.empty(); });
+      std::all_of(known.begin(), known.end(), [](const auto& leaves) { return !leaves.empty(); });
 
   std::vector<storage::SourceFile> files;
   for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
@@ -189,7 +190,7 @@ Status Engine::begin_load(Replica& replica) {
                   .source = storage::make_file_source(std::move(files), pool_),
                   .image = replica.memory.data(),
                   .fill = &*replica.fill,
-                  .expected = std::move(expected),
+                  .expected = std::move(known),
                   .depth = 2 * static_cast<uint32_t>(pool_.thread_count()),
                   .keep_spans = options_.keep_spans};
   replica.load = std::make_unique<Load>(std::move(order), [this, number = replica.number](LoadResult result) {
@@ -252,9 +253,9 @@ std::string Engine::holders_text() const {
   return out;
 }
 
-std::vector<std::vector<tensor::Digest>> Engine::known_digests(const Content& content) {
-  std::vector<std::vector<tensor::Digest>> known(content.identities.size());
-  for (uint32_t file = 0; file < known.size(); ++file) {
+Engine::Digests Engine::known_digests(const Content& content) {
+  Digests known(content.identities.size());
+  for (uint32_t file = 0; file < content.layout_digests.size(); ++file) {
     auto record = catalog_.find_file(content.identities[file]);
     if (!record) {
       log(LogLevel::warning, "catalog: ", record.error().message, "; loads are not checked against earlier ones");
@@ -297,7 +298,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     by_key_.erase(replica.key);  // the next open tries again
   }
   settle(replica);
-  if (drained_ && running_count() == 0) std::exchange(drained_, nullptr)();
+  end_drain();
 }
 
 void Engine::remember(const Replica& replica) {
@@ -310,12 +311,19 @@ void Engine::remember(const Replica& replica) {
     files.push_back({content.identities[file], content.index.files[file].path, content.layout_digests[file],
                      {replica.leaves.begin() + first, replica.leaves.begin() + last}});
   }
-  const Status kept = catalog_.remember(artifact, files);
-  if (!kept && !catalog_failed_) {
-    log(LogLevel::warning, "catalog: ", kept.error().message,
-        "; the digests of this load are not kept, the next one cannot be checked against it");
-  }
-  catalog_failed_ = !kept;
+  ++remembering_count_;
+  catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)] {
+    const Status kept = catalog_.remember(artifact, files);
+    if (!kept && !catalog_failed_) {
+      log(LogLevel::warning, "catalog: ", kept.error().message,
+          "; the digests of this load are not kept, the next one cannot be checked against it");
+    }
+    catalog_failed_ = !kept;
+    owner_.post([this] {
+      --remembering_count_;
+      end_drain();
+    });
+  });
 }
 
 // ---- letting go ---------------------------------------------------------------------------------------------------
@@ -366,6 +374,10 @@ void Engine::drain(std::function<void()> done) {
   drained_ = std::move(done);
 }
 
+void Engine::end_drain() {
+  if (drained_ && running_count() == 0) std::exchange(drained_, nullptr)();
+}
+
 void Engine::cancel_loads() {
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
@@ -375,9 +387,10 @@ void Engine::cancel_loads() {
 }
 
 size_t Engine::running_count() const {
-  return static_cast<size_t>(std::count_if(replicas_.begin(), replicas_.end(), [](const auto& entry) {
+  const auto busy = std::count_if(replicas_.begin(), replicas_.end(), [](const auto& entry) {
     return entry.second->state <= ReplicaState::filling || entry.second->verify_count > 0;
-  }));
+  });
+  return static_cast<size_t>(busy) + remembering_count_;
 }
 
 }  // namespace tensord::engine

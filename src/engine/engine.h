@@ -67,8 +67,10 @@ inline constexpr size_t kFaultCountMax = 100;
 
 class Engine {
  public:
-  // All references must outlive the engine; the pool's threads must run.
-  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& pool, Owner owner);
+  // All references must outlive the engine; the pools' threads must run. The catalog is used on `catalog_thread` alone, a
+  // pool of one: its disk may stall for longer than a client should wait for a replica that is resident.
+  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread, storage::ReadPool& pool,
+         Owner owner);
   // Every load must have ended (stop()).
   ~Engine();
 
@@ -100,6 +102,7 @@ class Engine {
   std::optional<LoadReport> load_report(uint64_t replica) const;
   std::optional<LoadReport> last_load_report() const;
   const memory::SegmentPool& memory() const { return pool_memory_; }
+  // Of requests and loads that are not done, and of results the catalog has not taken yet.
   size_t running_count() const;
 
   // No new loads from now on (Code::unavailable); `done` is called when none runs any more.
@@ -110,16 +113,26 @@ class Engine {
  private:
   using Key = std::vector<base::FileIdentity>;
 
+  using Digests = std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; empty where the file is not known
+
+  // What reading the headers came to, passed from thread to thread.
+  struct Indexed {
+    Result<std::shared_ptr<const Content>> content;
+    Result<IndexFile> index_file;
+    Digests known;
+  };
+
   void index(Replica& replica, base::Fd shard_index);
-  void indexed(uint64_t number, Result<std::shared_ptr<const Content>> content, Result<IndexFile> index_file);
-  Status begin_load(Replica& replica);
+  void indexed(uint64_t number, Indexed outcome);
+  Status begin_load(Replica& replica, Digests known);
   Status make_room(uint64_t memory_bytes);
-  std::vector<std::vector<tensor::Digest>> known_digests(const Content& content);
+  Digests known_digests(const Content& content);  // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
   void remember(const Replica& replica);
   Result<Grant> grant(Replica& replica, bool index_only, const Holder& holder);
   void lease_ended(uint64_t number, uint64_t lease);
   void fail_waiters(Replica& replica, const base::Error& error);
+  void end_drain();
   void forget(uint64_t number);
   void settle(Replica& replica);  // frees a replica that nobody can use any more
   std::string holders_text() const;
@@ -127,6 +140,7 @@ class Engine {
 
   const EngineOptions options_;
   catalog::Catalog& catalog_;
+  storage::ReadPool& catalog_thread_;
   storage::ReadPool& pool_;
   const Owner owner_;
   memory::SegmentPool pool_memory_;
@@ -139,7 +153,8 @@ class Engine {
   uint64_t next_lease_ = 1;
   uint64_t last_opened_ = 0;
   size_t lease_count_ = 0;
-  bool catalog_failed_ = false;  // said once
+  size_t remembering_count_ = 0;
+  bool catalog_failed_ = false;  // said once; belongs to the catalog thread
   std::function<void()> drained_;
   bool draining_ = false;
 };

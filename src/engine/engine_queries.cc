@@ -155,7 +155,7 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
         report.ns = base::monotonic_ns() - begin_ns;
         settle(verified);
         done(std::move(report));
-        if (drained_ && running_count() == 0) std::exchange(drained_, nullptr)();
+        end_drain();
       });
     });
   }

@@ -61,9 +61,10 @@ class TestOwner {
 class EngineTest : public testing::Test {
  protected:
   explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
-      : pool_(storage::start_read_pool(2).value()),
+      : catalog_thread_(storage::start_read_pool(1).value()),
+        pool_(storage::start_read_pool(2).value()),
         engine_({host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }}, *catalog_,
-                *pool_, owner_.owner()) {
+                *catalog_thread_, *pool_, owner_.owner()) {
     std::string name = "/tmp/tensord-engine-test-XXXXXX";
     folder_ = ::mkdtemp(name.data());
   }
@@ -110,6 +111,7 @@ class EngineTest : public testing::Test {
 
   TestOwner owner_;
   std::unique_ptr<catalog::MemoryCatalog> catalog_ = catalog::make_memory_catalog();
+  std::unique_ptr<storage::ReadPool> catalog_thread_;
   std::unique_ptr<storage::ReadPool> pool_;
   Engine engine_;
   std::string folder_;

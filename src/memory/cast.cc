@@ -206,7 +206,9 @@ void widen(Dtype dtype, const std::byte* source, std::byte* target, uint64_t cou
     case Dtype::f8_e5m2:
       for (; at < count; ++at) store(target + at * 4, kE5m2[load<uint8_t>(source + at)]);
       break;
-    default: CHECK(dtype == Dtype::f32); std::memcpy(target, source, count * 4);
+    default:
+      CHECK(dtype == Dtype::f32);
+      std::memcpy(target, source, count * 4);
   }
 }
 
@@ -226,14 +228,16 @@ void narrow(const std::byte* source, Dtype dtype, std::byte* target, uint64_t co
     case Dtype::f64:
       for (; at < count; ++at) store(target + at * 8, static_cast<double>(load<float>(source + at * 4)));
       break;
-    default: CHECK(dtype == Dtype::f32); std::memcpy(target, source, count * 4);
+    default:
+      CHECK(dtype == Dtype::f32);
+      std::memcpy(target, source, count * 4);
   }
 }
 
 }  // namespace
 
-void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dtype, std::byte* target, uint64_t count,
-                   CastPath path) {
+void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dtype, std::byte* target,
+                   uint64_t count, CastPath path) {
   CHECK(tensor::can_cast(source_dtype, target_dtype));
   const uint32_t source_step = *tensor::dtype_bytes(source_dtype);
   const uint32_t target_step = *tensor::dtype_bytes(target_dtype);
@@ -242,7 +246,8 @@ void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dty
   } else if (source_dtype == Dtype::f32) {
     narrow(source, target_dtype, target, count, path);
   } else if (source_dtype == Dtype::f64 && target_dtype == Dtype::f32) {
-    for (uint64_t at = 0; at < count; ++at) store(target + at * 4, static_cast<float>(load<double>(source + at * 8)));
+    for (uint64_t at = 0; at < count; ++at)
+      store(target + at * 4, static_cast<float>(load<double>(source + at * 8)));
   } else if (source_dtype != Dtype::f64 && target_dtype == Dtype::f32) {
     widen(source_dtype, source, target, count, path);
   } else {
@@ -253,7 +258,8 @@ void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dty
       const uint64_t block = std::min(kBlock, count - begin);
       const std::byte* from = source + begin * source_step;
       if (source_dtype == Dtype::f64) {
-        for (uint64_t at = 0; at < block; ++at) store(&floats[at * 4], f64_to_odd_f32(load<double>(from + at * 8)));
+        for (uint64_t at = 0; at < block; ++at)
+          store(&floats[at * 4], f64_to_odd_f32(load<double>(from + at * 8)));
       } else {
         widen(source_dtype, from, floats.data(), block, path);
       }

@@ -32,7 +32,8 @@ struct Format {
     if (exponent == exponent_max && has_infinity) return mantissa == 0 ? sign * kInfinity : kNan;
     if (exponent == exponent_max && mantissa == (1u << mantissa_bits) - 1) return kNan;
     if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
-    return sign * std::ldexp((1u << mantissa_bits) + mantissa, static_cast<int>(exponent) - bias - mantissa_bits);
+    return sign *
+           std::ldexp((1u << mantissa_bits) + mantissa, static_cast<int>(exponent) - bias - mantissa_bits);
   }
 };
 constexpr Format kF16{Dtype::f16, 5, 10};
@@ -93,7 +94,8 @@ std::vector<Rounding> roundings(const Format& format, const auto& next_after) {
   for (uint32_t low = 0; low < infinity; ++low) {
     const double below = format.value(low);
     // What would follow the largest number, were there more exponents: from half way on it is infinity.
-    const double above = low + 1 == infinity ? 2 * format.value(low) - format.value(low - 1) : format.value(low + 1);
+    const double above =
+        low + 1 == infinity ? 2 * format.value(low) - format.value(low - 1) : format.value(low + 1);
     const double middle = (below + above) / 2;
     const auto add = [&](double input, uint32_t pattern) {
       out.push_back({input, static_cast<uint16_t>(pattern)});
@@ -158,11 +160,12 @@ TEST(Cast, all_8_bit_values_round_into_16_bits) {
 TEST(Cast, f64_to_f32_at_the_edges) {
   const double huge = std::numeric_limits<float>::max();
   const double tiny = std::numeric_limits<float>::denorm_min();
-  const std::vector<double> inputs = {0.0, -0.0, huge, huge * 1.0000001, -1e300, tiny, tiny / 2, tiny * 0.75, kInfinity, 0.1};
+  const std::vector<double> inputs = {0.0,  -0.0,     huge,        huge * 1.0000001, -1e300,
+                                      tiny, tiny / 2, tiny * 0.75, kInfinity,        0.1};
   const auto outputs = cast<float>(Dtype::f64, inputs, Dtype::f32, CastPath::fastest);
   const float infinity = std::numeric_limits<float>::infinity();
-  const std::vector<float> expected = {0.0f,     -0.0f, static_cast<float>(huge), infinity, -infinity,
-                                       0x1p-149f, 0.0f,  0x1p-149f,                infinity, 0.1f};
+  const std::vector<float> expected = {
+      0.0f, -0.0f, static_cast<float>(huge), infinity, -infinity, 0x1p-149f, 0.0f, 0x1p-149f, infinity, 0.1f};
   for (size_t at = 0; at < inputs.size(); ++at) EXPECT_TRUE(same(outputs[at], expected[at])) << inputs[at];
 }
 
@@ -179,10 +182,12 @@ TEST(Cast, nan_stays_nan_whatever_its_payload) {
         EXPECT_TRUE(std::isnan(format.value(pattern))) << pattern;
       }
     }
-    for (const double value : cast<double>(Dtype::f32, nans, Dtype::f64, path)) EXPECT_TRUE(std::isnan(value));
+    for (const double value : cast<double>(Dtype::f32, nans, Dtype::f64, path))
+      EXPECT_TRUE(std::isnan(value));
   }
   for (const Format& format : {kF16, kBf16}) {
-    const auto patterns = cast<uint16_t>(Dtype::f64, std::vector<double>{kNan, -kNan}, format.dtype, CastPath::fastest);
+    const auto patterns =
+        cast<uint16_t>(Dtype::f64, std::vector<double>{kNan, -kNan}, format.dtype, CastPath::fastest);
     for (const uint16_t pattern : patterns) EXPECT_TRUE(std::isnan(format.value(pattern)));
   }
 }

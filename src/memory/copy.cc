@@ -66,15 +66,19 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
   plane.target_line_pitch = record.outer[0].target_pitch;
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
   uint64_t target_byte = task.byte_begin;
-  if (record.casts()) target_byte = task.byte_begin / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
+  if (record.casts())
+    target_byte = task.byte_begin / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
   const auto row_begin = static_cast<int64_t>(task.row_begin);
-  for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
+  for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end;
+       index += plane.line_count) {
     const Place place = place_of(record, index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
     if (record.kind == Copy2D::Kind::copy) {
-      plane.source = source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
+      plane.source = source.data + record.source_offset + task.byte_begin +
+                     (place.source + row_begin * record.source_pitch);
     }
-    plane.target = target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
+    plane.target =
+        target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
     run_plane(record, plane);
   }
 }
@@ -103,7 +107,8 @@ class Execution {
     std::vector<std::thread> threads;
     threads.reserve(thread_count_);
     try {
-      for (uint32_t thread = 1; thread < thread_count_; ++thread) threads.emplace_back([this, thread] { work(thread); });
+      for (uint32_t thread = 1; thread < thread_count_; ++thread)
+        threads.emplace_back([this, thread] { work(thread); });
     } catch (const std::system_error&) {
       // No more threads to be had: those that there are do the work.
     }
@@ -124,12 +129,14 @@ class Execution {
     const int wanted = options_.thread_count > 0 ? options_.thread_count : usable_core_count();
     const uint64_t most = static_cast<uint64_t>(std::min(wanted, kCopyThreadsMax));
     if (target_bytes_ <= std::min(kInlineBytes, options_.task_bytes_max)) return 1;
-    return static_cast<uint32_t>(std::min(most, target_bytes_ / std::min(kTaskBytesMin, options_.task_bytes_max) + 1));
+    return static_cast<uint32_t>(
+        std::min(most, target_bytes_ / std::min(kTaskBytesMin, options_.task_bytes_max) + 1));
   }
 
   uint64_t choose_task_bytes() const {
     const uint64_t share = target_bytes_ / (uint64_t{thread_count_} * 8);
-    return std::clamp<uint64_t>(share, std::min(kTaskBytesMin, options_.task_bytes_max), options_.task_bytes_max);
+    return std::clamp<uint64_t>(share, std::min(kTaskBytesMin, options_.task_bytes_max),
+                                options_.task_bytes_max);
   }
 
   void work(uint32_t thread) {

@@ -54,15 +54,24 @@ void copy_rows(const Rows& rows) {
     return;
   }
   switch (rows.row_bytes) {
-    case 1: return copy_fixed<1>(rows);
-    case 2: return copy_fixed<2>(rows);
-    case 3: return copy_fixed<3>(rows);
-    case 4: return copy_fixed<4>(rows);
-    case 8: return copy_fixed<8>(rows);
-    case 16: return copy_fixed<16>(rows);
-    case 32: return copy_fixed<32>(rows);
-    case 64: return copy_fixed<64>(rows);
-    default: break;
+    case 1:
+      return copy_fixed<1>(rows);
+    case 2:
+      return copy_fixed<2>(rows);
+    case 3:
+      return copy_fixed<3>(rows);
+    case 4:
+      return copy_fixed<4>(rows);
+    case 8:
+      return copy_fixed<8>(rows);
+    case 16:
+      return copy_fixed<16>(rows);
+    case 32:
+      return copy_fixed<32>(rows);
+    case 64:
+      return copy_fixed<64>(rows);
+    default:
+      break;
   }
   if (rows.row_bytes < 8) return copy_between<4>(rows);
   if (rows.row_bytes < 16) return copy_between<8>(rows);
@@ -129,7 +138,8 @@ void cast_rows(const Rows& rows, const Cast& cast) {
     for (uint64_t at = 0; at < rows.row_count; ++at) {
       const auto step = static_cast<int64_t>(at);
       cast_elements(cast.source_dtype, rows.source + step * rows.source_pitch, cast.target_dtype,
-                    rows.target + step * rows.target_pitch, count_elements(rows.row_bytes, cast.source_dtype));
+                    rows.target + step * rows.target_pitch,
+                    count_elements(rows.row_bytes, cast.source_dtype));
     }
     return;
   }
@@ -139,8 +149,8 @@ void cast_rows(const Rows& rows, const Cast& cast) {
   for (uint64_t begin = 0; begin < rows.row_count; begin += rows_max) {
     const uint64_t count = std::min(rows_max, rows.row_count - begin);
     const auto step = static_cast<int64_t>(begin);
-    copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count, rows.source_pitch,
-               static_cast<int64_t>(rows.row_bytes)});
+    copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count,
+               rows.source_pitch, static_cast<int64_t>(rows.row_bytes)});
     cast_elements(cast.source_dtype, gathered.data(), cast.target_dtype, converted.data(),
                   count_elements(count * rows.row_bytes, cast.source_dtype));
     copy_rows({converted.data(), rows.target + step * rows.target_pitch, target_row_bytes, count,
@@ -151,8 +161,8 @@ void cast_rows(const Rows& rows, const Cast& cast) {
 // Calls visit(rows) for each line.
 template <typename Visit>
 void each_line(const Plane& plane, const Visit& visit) {
-  Rows rows{plane.source,    plane.target, plane.row_bytes, plane.row_count, plane.source_row_pitch,
-            plane.target_row_pitch};
+  Rows rows{plane.source,    plane.target,           plane.row_bytes,
+            plane.row_count, plane.source_row_pitch, plane.target_row_pitch};
   for (uint64_t line = 0; line < plane.line_count; ++line) {
     visit(rows);
     rows.source += plane.source_line_pitch;

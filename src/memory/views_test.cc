@@ -64,7 +64,8 @@ class Trial {
     const Bytes before(target_end + below(40), std::byte{0xEE});
     Bytes got = before;
     expected_ = before;
-    for (size_t at = 0; at < tensor_count; ++at) place(tensors[at], axes_[at], sources[wanted[at].source], wanted[at]);
+    for (size_t at = 0; at < tensor_count; ++at)
+      place(tensors[at], axes_[at], sources[wanted[at].source], wanted[at]);
 
     const auto plan = tensor::compile(wanted);
     ASSERT_TRUE(plan) << plan.error().message;
@@ -91,11 +92,13 @@ class Trial {
   uint64_t below(uint64_t end) { return std::uniform_int_distribution<uint64_t>(0, end - 1)(random_); }
 
   Tensor make_tensor(Bytes& source) {
-    static constexpr Dtype kDtypes[] = {Dtype::u8, Dtype::f8_e4m3, Dtype::f16, Dtype::bf16, Dtype::f32, Dtype::f64, Dtype::c64};
+    static constexpr Dtype kDtypes[] = {Dtype::u8,  Dtype::f8_e4m3, Dtype::f16, Dtype::bf16,
+                                        Dtype::f32, Dtype::f64,     Dtype::c64};
     Tensor tensor;
     tensor.name = "w";
     tensor.dtype = kDtypes[below(std::size(kDtypes))];
-    for (size_t rank = below(6); rank > 0; --rank) tensor.shape.push_back(below(20) == 0 ? 0 : 1 + below(rank > 3 ? 5 : 12));
+    for (size_t rank = below(6); rank > 0; --rank)
+      tensor.shape.push_back(below(20) == 0 ? 0 : 1 + below(rank > 3 ? 5 : 12));
     tensor.offset = source.size() + below(9);
     tensor.size_bytes = tensor.element_count() * *dtype_bytes(tensor.dtype);
     source.resize(tensor.offset + tensor.size_bytes + below(9));
@@ -128,7 +131,9 @@ class Trial {
       } else if (below(3) > 0) {
         item.start = bound(extent);
         item.stop = bound(extent);
-        if (below(2) == 0) item.step = below(2) == 0 ? -1 - static_cast<int64_t>(below(3)) : 1 + static_cast<int64_t>(below(3));
+        if (below(2) == 0)
+          item.step =
+              below(2) == 0 ? -1 - static_cast<int64_t>(below(3)) : 1 + static_cast<int64_t>(below(3));
       }
       items.push_back(item);
     }
@@ -233,14 +238,15 @@ class Trial {
       if (wanted.source_dtype == wanted.target_dtype) {
         std::memcpy(expected_.data() + to, element, source_bytes);
       } else {
-        cast_elements(wanted.source_dtype, element, wanted.target_dtype, expected_.data() + to, 1, CastPath::portable);
+        cast_elements(wanted.source_dtype, element, wanted.target_dtype, expected_.data() + to, 1,
+                      CastPath::portable);
       }
     }
   }
 
   std::mt19937_64 random_;
-  std::vector<std::vector<Axis>> axes_;       // by tensor
-  std::vector<std::vector<int64_t>> fixed_;   // by tensor: where integer indices point
+  std::vector<std::vector<Axis>> axes_;      // by tensor
+  std::vector<std::vector<int64_t>> fixed_;  // by tensor: where integer indices point
   Bytes expected_;
 };
 

@@ -3,7 +3,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
-#include <array>
+#include <cstring>
 #include <thread>
 
 #include "rpc/rpc_testing.h"
@@ -101,7 +101,8 @@ TEST(Frame, six_hundred_descriptors_pass_through_a_small_buffer) {
   for (size_t at = 0; at < 600; ++at) frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
 
   Status sent;
-  std::thread sender([&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
+  std::thread sender(
+      [&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
   FrameReader reader;
   const auto received = receive_frame(far.get(), reader, kTestTimeoutMs);
   sender.join();
@@ -116,9 +117,11 @@ TEST(Frame, the_most_descriptors_pass_with_no_bytes_at_all) {
   const auto [near, far] = socket_pair();
   const base::Pipe pipe = base::make_pipe().value();
   Frame frame;
-  for (size_t at = 0; at < kFrameFdsMax; ++at) frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
+  for (size_t at = 0; at < kFrameFdsMax; ++at)
+    frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
   Status sent;
-  std::thread sender([&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
+  std::thread sender(
+      [&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
   FrameReader reader;
   const auto received = receive_frame(far.get(), reader, kTestTimeoutMs);
   sender.join();
@@ -243,13 +246,15 @@ TEST(Frame, a_close_in_the_middle_of_a_frame_is_told_from_one_between_frames) {
     FrameReader reader;
     if (middle) send_words(near.get(), {kFrameMagic, 100, 0, 0, 1, 2, 3});
     near.reset();
-    if (middle) ASSERT_TRUE(reader.read_from(far.get()));
+    if (middle) {
+      ASSERT_TRUE(reader.read_from(far.get()));
+    }
     EXPECT_FALSE(reader.next().value());
     const Status received = reader.read_from(far.get());
     ASSERT_FALSE(received);
     EXPECT_EQ(received.error().code, Code::unavailable);
-    EXPECT_EQ(received.error().message,
-              middle ? "the other side closed in the middle of a frame" : "the other side closed the connection");
+    EXPECT_EQ(received.error().message, middle ? "the other side closed in the middle of a frame"
+                                               : "the other side closed the connection");
   }
 }
 

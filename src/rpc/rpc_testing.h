@@ -1,6 +1,7 @@
 // What the tests of this folder share.
 #pragma once
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -61,11 +62,10 @@ class NoDescriptorsLeft {
  public:
   NoDescriptorsLeft() {
     CHECK(::getrlimit(RLIMIT_NOFILE, &before_) == 0);
-    const base::Fd highest(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    taken_.emplace_back(::open("/dev/null", O_RDONLY | O_CLOEXEC));  // the lowest free number
     rlimit lower = before_;
-    lower.rlim_cur = static_cast<rlim_t>(highest.get()) + 1;
+    lower.rlim_cur = static_cast<rlim_t>(taken_.back().get()) + 1;
     CHECK(::setrlimit(RLIMIT_NOFILE, &lower) == 0);
-    for (int fd; (fd = ::open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;) taken_.emplace_back(fd);
   }
   ~NoDescriptorsLeft() { ::setrlimit(RLIMIT_NOFILE, &before_); }
   void give_one_back() { taken_.pop_back(); }

@@ -17,7 +17,9 @@ namespace {
 
 using Wide = __int128;
 
-uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
+uint64_t magnitude(int64_t pitch) {
+  return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch);
+}
 
 // Whether `outer` goes on where the last iteration of `inner` ends, on both sides.
 bool continues(const Repeat& inner, const Repeat& outer) {
@@ -76,8 +78,9 @@ void Nest::simplify() {
     const Repeat& loop = loops[at];
     uint64_t longer;
     const bool fits = !__builtin_mul_overflow(head.row_bytes, loop.count, &longer);
-    const bool is_next = loop.source_pitch >= 0 && static_cast<uint64_t>(loop.source_pitch) == head.row_bytes &&
-                         loop.target_pitch >= 0 && static_cast<uint64_t>(loop.target_pitch) == head.target_row_bytes();
+    const bool is_next =
+        loop.source_pitch >= 0 && static_cast<uint64_t>(loop.source_pitch) == head.row_bytes &&
+        loop.target_pitch >= 0 && static_cast<uint64_t>(loop.target_pitch) == head.target_row_bytes();
     if (kept == 0 && fits && is_next) {
       head.row_bytes = longer;
     } else if (kept > 0 && continues(loops[kept - 1], loop)) {
@@ -111,33 +114,51 @@ Copy2D Nest::record() const {
   // A transpose: the loop that reads side by side goes next to the rows, where tiles are cut from the two.
   if (record.kind == Copy2D::Kind::copy && record.row_bytes <= kTileRowBytes && record.outer_count > 1) {
     const auto begin = record.outer.begin();
-    const auto closest = std::min_element(begin, begin + record.outer_count, [](const Repeat& a, const Repeat& b) {
-      // 0 wraps around to the largest number: a broadcast is no neighbour.
-      return magnitude(a.source_pitch) - 1 < magnitude(b.source_pitch) - 1;
-    });
-    if (magnitude(closest->source_pitch) - 1 < magnitude(record.source_pitch) - 1) std::rotate(begin, closest, closest + 1);
+    const auto closest =
+        std::min_element(begin, begin + record.outer_count, [](const Repeat& a, const Repeat& b) {
+          // 0 wraps around to the largest number: a broadcast is no neighbour.
+          return magnitude(a.source_pitch) - 1 < magnitude(b.source_pitch) - 1;
+        });
+    if (magnitude(closest->source_pitch) - 1 < magnitude(record.source_pitch) - 1)
+      std::rotate(begin, closest, closest + 1);
   }
   return record;
 }
 
-Status Nest::append_to(std::vector<Copy2D>& records) const {
-  if (loop_count <= 1 + kOuterMax) {
-    if (records.size() >= kRecordsMax) {
-      return fail(Code::unsupported, text("plan a copy: it needs more than ", kRecordsMax, " records"));
-    }
-    records.push_back(record());
-    return {};
+uint64_t Nest::record_count() const {
+  if (loop_count <= 1 + kOuterMax) return 1;
+  std::array<uint64_t, kRankMax> counts;
+  for (size_t at = 1; at < loop_count; ++at) counts[at - 1] = loops[at].count;
+  std::sort(counts.begin(), counts.begin() + loop_count - 1);
+  uint64_t count = 1;
+  for (size_t at = 0; at < loop_count - 1 - kOuterMax; ++at) {
+    if (__builtin_mul_overflow(count, counts[at], &count)) return std::numeric_limits<uint64_t>::max();
   }
-  // The loop with the fewest iterations outside of the rows makes the fewest records.
+  return count;
+}
+
+Status Nest::append_to(std::vector<Copy2D>& records) const {
+  if (record_count() > kRecordsMax - std::min(records.size(), kRecordsMax)) {
+    return fail(Code::unsupported, text("plan a copy: it needs more than ", kRecordsMax, " records"));
+  }
+  append_all_to(records);
+  return {};
+}
+
+void Nest::append_all_to(std::vector<Copy2D>& records) const {
+  if (loop_count <= 1 + kOuterMax) {
+    records.push_back(record());
+    return;
+  }
+  // The loops with the fewest iterations outside of the rows make the fewest records.
   Nest rest = *this;
   const auto shortest = std::min_element(rest.loops.begin() + 1, rest.loops.begin() + loop_count,
                                          [](const Repeat& a, const Repeat& b) { return a.count < b.count; });
   const Repeat loop = rest.take(static_cast<size_t>(shortest - rest.loops.begin()));
   for (uint64_t index = 0; index < loop.count; ++index) {
-    TRY(rest.append_to(records));
+    rest.append_all_to(records);
     rest.advance(loop, 1);
   }
-  return {};
 }
 
 std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
@@ -171,7 +192,8 @@ void sort_records(std::vector<Copy2D>& records) {
     return std::tuple(a.kind, a.source, a.source_offset, a.target, a.target_offset);
   };
   const auto before = [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); };
-  if (!std::is_sorted(records.begin(), records.end(), before)) std::stable_sort(records.begin(), records.end(), before);
+  if (!std::is_sorted(records.begin(), records.end(), before))
+    std::stable_sort(records.begin(), records.end(), before);
 }
 
 }  // namespace tensord::tensor

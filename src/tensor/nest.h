@@ -29,10 +29,13 @@ struct Nest {
   void simplify();
 
   // Appends the simplified nest as records: one, or several where there are more loops than a record holds.
+  // Code::unsupported, and nothing appended, beyond kRecordsMax.
   Status append_to(std::vector<Copy2D>& records) const;
 
  private:
   Copy2D record() const;
+  uint64_t record_count() const;
+  void append_all_to(std::vector<Copy2D>& records) const;
 };
 
 // The bytes that `row_bytes` at `offset` touch under loops with these pitches; nullopt when that leaves the 64-bit

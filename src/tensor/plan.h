@@ -56,17 +56,19 @@ struct Copy2D {
   std::array<Repeat, kOuterMax> outer{};  // outer[0] is the innermost; outer_count are used
 
   bool casts() const { return source_dtype != target_dtype; }
-  bool is_empty() const;               // moves nothing, wherever it points
+  bool is_empty() const;              // moves nothing, wherever it points
   uint64_t outer_iterations() const;  // product of the outer counts
   uint64_t target_row_bytes() const;
-  uint64_t source_bytes() const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
+  uint64_t source_bytes()
+      const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
   bool operator==(const Copy2D&) const = default;
 };
 
 struct CopyPlan {
-  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset; fills last
+  std::vector<Copy2D>
+      records;  // canonical order: by source, source_offset, target, target_offset; fills last
 
   uint64_t target_bytes() const;  // sum over the records
   bool operator==(const CopyPlan&) const = default;
@@ -114,8 +116,8 @@ enum class Coverage : uint8_t { any, complete };
 // Coverage::complete, target bytes that nobody writes. Interval arithmetic; only records whose extents meet are looked
 // at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported). Records
 // that move 0 bytes are ignored wherever they point. Broadcast and overlapping reads are fine.
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  Coverage coverage);
+Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
+                  std::span<const uint64_t> target_sizes, Coverage coverage);
 
 // Drops records that do exactly what another one does or nothing, merges loops, joins contiguous records with equal
 // source-to-target distance that overlap or touch, and sorts. Takes plans that were not checked.

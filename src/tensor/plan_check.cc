@@ -44,7 +44,8 @@ Status check_amount(size_t number, const Copy2D& record) {
   }
   // The widest cast, F8 to F64, writes 8 bytes for each that it reads.
   if (elements && (!record.casts() || base::checked_multiply(*elements, 8))) return {};
-  return refuse(number, text("moves more than 2^64 bytes: ", record.row_count, " rows of ", record.row_bytes));
+  return refuse(number,
+                text("moves more than 2^64 bytes: ", record.row_count, " rows of ", record.row_bytes));
 }
 
 Status check_bounds(size_t number, std::string_view side, uint32_t memory, std::span<const uint64_t> sizes,
@@ -72,7 +73,8 @@ struct Writes {
 
   uint64_t row_count() const {
     uint64_t count = 1;
-    for (size_t at = 0; at < loop_count; ++at) count = base::checked_multiply(count, loops[at].count).value_or(~0ull);
+    for (size_t at = 0; at < loop_count; ++at)
+      count = base::checked_multiply(count, loops[at].count).value_or(~0ull);
     return count;
   }
   // The innermost loops alone, first iteration of the others.
@@ -114,8 +116,8 @@ class Overlap {
     if (!std::is_sorted(all.begin(), all.end(), before)) std::sort(all.begin(), all.end(), before);
     for (size_t begin = 0; begin < all.size();) {
       size_t end = begin + 1;
-      for (uint64_t reach = all[begin].extent.end; end < all.size() && all[end].target == all[begin].target &&
-                                                   all[end].extent.begin < reach; ++end) {
+      for (uint64_t reach = all[begin].extent.end;
+           end < all.size() && all[end].target == all[begin].target && all[end].extent.begin < reach; ++end) {
         reach = std::max(reach, all[end].extent.end);
       }
       if (end - begin > 1) TRY(examine_cluster(all.subspan(begin, end - begin)));
@@ -173,7 +175,8 @@ class Overlap {
   }
 
   Status examine_cells(std::vector<Cell>& cells, uint64_t begin, uint64_t pitch) {
-    std::sort(cells.begin(), cells.end(), [](const Cell& a, const Cell& b) { return a.column_begin < b.column_begin; });
+    std::sort(cells.begin(), cells.end(),
+              [](const Cell& a, const Cell& b) { return a.column_begin < b.column_begin; });
     for (size_t first = 0; first < cells.size(); ++first) {
       const Cell& a = cells[first];
       for (size_t second = first + 1; second < cells.size(); ++second) {
@@ -218,7 +221,8 @@ class Overlap {
     std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.begin < b.begin; });
     for (size_t at = 1; at < rows.size(); ++at) {
       const Writes& a = cluster[rows[at - 1].at];
-      if (rows[at - 1].begin + a.row_bytes > rows[at].begin) return meet(a, cluster[rows[at].at], rows[at].begin);
+      if (rows[at - 1].begin + a.row_bytes > rows[at].begin)
+        return meet(a, cluster[rows[at].at], rows[at].begin);
     }
     return {};
   }
@@ -227,8 +231,8 @@ class Overlap {
     if (a.record == b.record) {
       return refuse(a.record, text("writes byte ", offset, " of target ", a.target, " more than once"));
     }
-    return refuse(std::min(a.record, b.record), text("and record ", std::max(a.record, b.record), " both write byte ",
-                                                     offset, " of target ", a.target));
+    return refuse(std::min(a.record, b.record), text("and record ", std::max(a.record, b.record),
+                                                     " both write byte ", offset, " of target ", a.target));
   }
 
   Status spend(uint64_t amount) {
@@ -244,7 +248,8 @@ class Overlap {
 };
 
 // Nothing overlaps and nothing is out of bounds: then a target is complete when the amounts agree.
-Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted, std::span<const uint64_t> target_sizes) {
+Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted,
+                      std::span<const uint64_t> target_sizes) {
   std::vector<uint64_t> written(target_sizes.size());
   for (const Copy2D& record : plan.records) {
     if (!record.is_empty()) written[record.target] += record.target_bytes();
@@ -256,18 +261,19 @@ Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted, std:
     for (const Writes& one : sorted) {
       if (one.target == target && one.extent.begin <= gap) gap = std::max(gap, one.extent.end);
     }
-    return fail(Code::invalid_argument,
-                text("check plan: target ", target, " has ", target_sizes[target], " bytes, of which ",
-                     written[target], " are written", gap < target_sizes[target] ? text("; none at ", gap) : ""));
+    return fail(Code::invalid_argument, text("check plan: target ", target, " has ", target_sizes[target],
+                                             " bytes, of which ", written[target], " are written",
+                                             gap < target_sizes[target] ? text("; none at ", gap) : ""));
   }
   return {};
 }
 
 }  // namespace
 
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  Coverage coverage) {
-  if (plan.records.size() > ~uint32_t{0}) return fail(Code::unsupported, "check plan: more than 2^32 records");
+Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
+                  std::span<const uint64_t> target_sizes, Coverage coverage) {
+  if (plan.records.size() > ~uint32_t{0})
+    return fail(Code::unsupported, "check plan: more than 2^32 records");
   std::vector<Writes> writes;
   writes.reserve(plan.records.size());
   for (size_t number = 0; number < plan.records.size(); ++number) {
@@ -277,9 +283,11 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, 
     TRY(check_amount(number, record));
     const Nest nest(record);
     if (record.kind == Kind::copy) {
-      TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset, source_reach(nest)));
+      TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset,
+                       source_reach(nest)));
     }
-    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset, target_reach(nest)));
+    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset,
+                     target_reach(nest)));
     writes.push_back(writes_of(static_cast<uint32_t>(number), record));
   }
   TRY(Overlap().examine(writes));

@@ -27,8 +27,8 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 Status check_types(const Wanted& wanted) {
   if (wanted.source_dtype == wanted.target_dtype) {
     if (wanted.from.element_bytes == wanted.to.element_bytes) return {};
-    return refuse(wanted, text("its elements have ", wanted.from.element_bytes, " bytes, those of the target ",
-                               wanted.to.element_bytes));
+    return refuse(wanted, text("its elements have ", wanted.from.element_bytes,
+                               " bytes, those of the target ", wanted.to.element_bytes));
   }
   if (!can_cast(wanted.source_dtype, wanted.target_dtype)) {
     return refuse(wanted, text("there is no cast from ", dtype_name(wanted.source_dtype), " to ",
@@ -45,7 +45,8 @@ Status check_shapes(const Wanted& wanted) {
   const Strided& from = wanted.from;
   const Strided& to = wanted.to;
   if (from.shape != to.shape) {
-    return refuse(wanted, text("its shape is ", shape_text(from.shape), ", that of the target ", shape_text(to.shape)));
+    return refuse(
+        wanted, text("its shape is ", shape_text(from.shape), ", that of the target ", shape_text(to.shape)));
   }
   if (from.shape.size() != from.strides.size() || to.shape.size() != to.strides.size()) {
     return refuse(wanted, "a region has not as many strides as dimensions");
@@ -98,7 +99,8 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted) {
 
 Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment) {
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
-    return fail(Code::invalid_argument, text("pack regions: alignment ", alignment, " is not a power of two"));
+    return fail(Code::invalid_argument,
+                text("pack regions: alignment ", alignment, " is not a power of two"));
   }
   PackedLayout layout;
   layout.items.reserve(regions.size());

@@ -19,7 +19,9 @@ using Kind = Copy2D::Kind;
 
 // --- canonical -----------------------------------------------------------------------------------------------------
 
-bool is_single_row(const Copy2D& record) { return record.row_count == 1 && record.outer_count == 0 && !record.casts(); }
+bool is_single_row(const Copy2D& record) {
+  return record.row_count == 1 && record.outer_count == 0 && !record.casts();
+}
 
 uint64_t distance(const Copy2D& record) {
   return record.kind == Kind::fill ? 0 : record.target_offset - record.source_offset;
@@ -177,8 +179,8 @@ class Written {
       if (record.is_empty()) continue;
       if (record.casts()) return fail(Code::unsupported, "compose plans: the inner plan casts");
       if (record.target != 0) {
-        return fail(Code::invalid_argument, text("compose plans: the inner plan writes target ", record.target,
-                                                 "; it may write target 0 only"));
+        return fail(Code::invalid_argument, text("compose plans: the inner plan writes target ",
+                                                 record.target, "; it may write target 0 only"));
       }
       Nest nest(record);
       nest.simplify();
@@ -222,14 +224,17 @@ std::optional<Nest> follow(const Nest& reads, const Nest& writes) {
     Nest direct = reads;
     direct.head.kind = writes.head.kind;
     direct.head.source = writes.head.source;
-    direct.head.source_offset = writes.head.source_offset + (reads.head.source_offset - writes.head.target_offset);
+    direct.head.source_offset =
+        writes.head.source_offset + (reads.head.source_offset - writes.head.target_offset);
     return direct;
   }
   Nest rest = writes;
   const Repeat loop = rest.take(writes.loop_count - 1);
   const Extent first = *target_reach(rest);
   const uint64_t pitch = static_cast<uint64_t>(loop.target_pitch);
-  const auto iteration_of = [&](Extent extent) { return std::min((extent.begin - first.begin) / pitch, loop.count - 1); };
+  const auto iteration_of = [&](Extent extent) {
+    return std::min((extent.begin - first.begin) / pitch, loop.count - 1);
+  };
   const auto is_in_iteration = [&](Extent extent, uint64_t index) {
     return extent.end <= first.end + index * pitch;
   };
@@ -281,7 +286,8 @@ Status compose_nest(const Nest& reads, const Written& written, std::vector<Copy2
   }
   std::vector<Copy2D> parts;
   Status status;
-  written.each(extent, [&](const Nest& writes) { return (status = Cut(extent, parts).cut(writes)).has_value(); });
+  written.each(extent,
+               [&](const Nest& writes) { return (status = Cut(extent, parts).cut(writes)).has_value(); });
   TRY(status);
   uint64_t found = 0;
   for (Copy2D& part : parts) {
@@ -290,8 +296,9 @@ Status compose_nest(const Nest& reads, const Written& written, std::vector<Copy2
     part.target_offset += reads.head.target_offset;
   }
   if (found != reads.head.row_bytes) {
-    return fail(Code::invalid_argument, text("compose plans: the outer plan reads ", reads.head.row_bytes, " bytes at ",
-                                             extent.begin, ", of which the inner plan writes ", found));
+    return fail(Code::invalid_argument,
+                text("compose plans: the outer plan reads ", reads.head.row_bytes, " bytes at ", extent.begin,
+                     ", of which the inner plan writes ", found));
   }
   if (out.size() + parts.size() > kRecordsMax) {
     return fail(Code::unsupported, text("compose plans: more than ", kRecordsMax, " records are needed"));

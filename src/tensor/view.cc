@@ -59,7 +59,7 @@ struct Picked {
   Wide offset = 0;
   std::vector<uint64_t> shape;
   std::vector<int64_t> strides;
-  bool is_whole = true;     // every dimension is taken as it is
+  bool is_whole = true;  // every dimension is taken as it is
   bool has_unit_steps = true;
 };
 
@@ -102,12 +102,14 @@ class Picking {
     if (item.kind == IndexItem::Kind::integer) {
       const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
       if (at < 0 || at >= Wide(extent)) {
-        return refuse(text("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ", extent));
+        return refuse(
+            text("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ", extent));
       }
       picked_.offset += at * stride;
       picked_.is_whole = false;
     } else {
-      if (item.step == 0) return refuse(text("dimension ", dimension_, ": the step of a slice must not be 0"));
+      if (item.step == 0)
+        return refuse(text("dimension ", dimension_, ": the step of a slice must not be 0"));
       const Range range = clip(item, extent);
       int64_t step_stride;
       if (range.length < 2 || __builtin_mul_overflow(range.step, stride, &step_stride)) step_stride = stride;
@@ -196,13 +198,14 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   const uint32_t unit = element_bytes ? *element_bytes : std::max(bits, 1u);
   TRY_ASSIGN(Picked picked, Picking(tensor, unit).pick(items));
   if (element_bytes) {
-    return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape), std::move(picked.strides),
-                   *element_bytes};
+    return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape),
+                   std::move(picked.strides), *element_bytes};
   }
   if (picked.is_whole) return whole(tensor, offset);
   if (bits == 0) {
-    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor.name), ": its type ",
-                                             quoted(tensor.dtype_text), " is not known; it can be read as a whole only"));
+    return fail(Code::invalid_argument,
+                text("slice tensor ", quoted(tensor.name), ": its type ", quoted(tensor.dtype_text),
+                     " is not known; it can be read as a whole only"));
   }
   for (const uint64_t extent : picked.shape) {
     if (extent == 0) return Strided{offset, {0}, {1}, 1};
@@ -211,8 +214,8 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
     if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
   }
   return fail(Code::invalid_argument,
-              text("slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype), " have ", bits,
-                   " bits; a slice must begin and end on whole bytes and have step 1"));
+              text("slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype), " have ",
+                   bits, " bits; a slice must begin and end on whole bytes and have step 1"));
 }
 
 // --- text --------------------------------------------------------------------------------------------------------
@@ -325,9 +328,15 @@ std::string to_text(const ViewItem& item) {
   for (const IndexItem& index : item.items) {
     if (&index != item.items.data()) out += ", ";
     switch (index.kind) {
-      case IndexItem::Kind::ellipsis: out += "..."; break;
-      case IndexItem::Kind::new_axis: out += "None"; break;
-      case IndexItem::Kind::integer: append_number(out, index.integer); break;
+      case IndexItem::Kind::ellipsis:
+        out += "...";
+        break;
+      case IndexItem::Kind::new_axis:
+        out += "None";
+        break;
+      case IndexItem::Kind::integer:
+        append_number(out, index.integer);
+        break;
       case IndexItem::Kind::slice:
         append_number(out, index.start);
         out += ":";

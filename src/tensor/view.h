@@ -32,8 +32,8 @@ struct ViewItem {
 // A strided region of memory in bytes. Element (i0, i1, ..) lies at offset + i0 * strides[0] + i1 * strides[1] + ..
 struct Strided {
   uint64_t offset = 0;
-  std::vector<uint64_t> shape;    // elements
-  std::vector<int64_t> strides;   // bytes; may be negative, or 0 (broadcast)
+  std::vector<uint64_t> shape;   // elements
+  std::vector<int64_t> strides;  // bytes; may be negative, or 0 (broadcast)
   uint32_t element_bytes = 1;
 
   uint64_t element_count() const;

@@ -86,7 +86,8 @@ TEST(View, half_byte_elements_are_regions_of_bytes) {
   EXPECT_EQ(slice(tensor, "1:3").value(), (Strided{4, {2, 4}, {4, 1}, 1}));
   EXPECT_EQ(slice(tensor, "1, 2:6").value(), (Strided{5, {2}, {1}, 1}));
   EXPECT_EQ(slice(tensor, "4:").value().element_count(), 0u);
-  for (const char* items : {":, 1:3", ":, 0:3", "0, 0", ":, ::2", "::-1", ":, 0"}) EXPECT_FALSE(slice(tensor, items)) << items;
+  for (const char* items : {":, 1:3", ":, 0:3", "0, 0", ":, ::2", "::-1", ":, 0"})
+    EXPECT_FALSE(slice(tensor, items)) << items;
 }
 
 TEST(View, three_quarter_byte_elements_are_sliced_in_fours) {

@@ -1,0 +1,243 @@
+// strided, tp, faults, plan_compile: slices into the caller's memory.
+#include <malloc.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/text.h"
+#include "bench/allocations.h"
+#include "bench/checkpoint.h"
+#include "bench/gather.h"
+#include "bench/processes.h"
+#include "tensor/plan.h"
+
+namespace tensord::bench {
+
+using base::kKiB;
+using base::kMiB;
+
+namespace {
+
+constexpr uint64_t kElementBytes = 2;
+
+// ---- tp ----------------------------------------------------------------------------------------------------
+
+enum class Part { all, columns };
+
+// Which dimension tensor parallelism cuts; nullopt: every rank has the whole tensor.
+std::optional<size_t> cut_dimension(const std::string& name) {
+  for (const char* rows : {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"}) {
+    if (name.find(rows) != name.npos) return 0;
+  }
+  for (const char* columns : {"o_proj", "down_proj"}) {
+    if (name.find(columns) != name.npos) return 1;
+  }
+  return std::nullopt;
+}
+
+// What the second rank of `rank_count` holds.
+std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, Part part) {
+  std::vector<Slice> slices;
+  for (const TensorShape& tensor : tensors) {
+    const auto dimension = cut_dimension(tensor.name);
+    if (part == Part::columns && dimension != 1) continue;
+    Slice slice{tensor.name, 0, tensor.shape.size() == 2 ? tensor.shape[0] : 1, 0, tensor.shape.back()};
+    if (dimension == 0) {
+      slice.row_count /= rank_count;
+      slice.row_begin = slice.row_count;
+    }
+    if (dimension == 1) {
+      slice.column_count /= rank_count;
+      slice.column_begin = slice.column_count;
+    }
+    slices.push_back(std::move(slice));
+  }
+  return slices;
+}
+
+// ---- plan_compile ------------------------------------------------------------------------------------------
+
+// Tensors one after another in one image, as in one file.
+tensor::Index index_of(std::span<const TensorShape> shapes) {
+  tensor::Index index;
+  index.files.push_back({.path = "model.safetensors"});
+  uint64_t offset = 4096;
+  for (const TensorShape& shape : shapes) {
+    index.tensors.push_back({.name = shape.name, .dtype = tensor::Dtype::bf16, .dtype_text = "BF16",
+                             .shape = shape.shape, .offset = offset, .size_bytes = shape.size_bytes()});
+    offset += shape.size_bytes();
+  }
+  index.files[0].size_bytes = offset;
+  return index;
+}
+
+struct Request {
+  const tensor::Tensor* tensor = nullptr;
+  tensor::IndexItems items;
+  tensor::Strided to;
+};
+
+// Slices of `index`, packed into one target.
+std::vector<Request> requests_of(const tensor::Index& index, std::span<const Slice> slices, uint64_t& target_bytes) {
+  std::map<std::string_view, const tensor::Tensor*> by_name;
+  for (const tensor::Tensor& tensor : index.tensors) by_name[tensor.name] = &tensor;
+  std::vector<Request> requests;
+  for (const Slice& slice : slices) {
+    Request request{.tensor = by_name.at(slice.name)};
+    request.to = {.offset = target_bytes, .element_bytes = kElementBytes};
+    const auto add = [&](uint64_t begin, uint64_t count) {
+      request.items.push_back({.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)});
+      request.to.shape.push_back(count);
+    };
+    if (request.tensor->shape.size() == 2) add(slice.row_begin, slice.row_count);
+    add(slice.column_begin, slice.column_count);
+    if (request.to.shape.size() == 2) request.to.strides.push_back(static_cast<int64_t>(slice.column_count * kElementBytes));
+    request.to.strides.push_back(kElementBytes);
+    target_bytes += slice.row_count * slice.column_count * kElementBytes;
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+// From index expressions to a checked plan: all that load_into does before the first byte moves.
+Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Request> requests, uint64_t target_bytes) {
+  std::vector<tensor::Wanted> wanted;
+  for (const Request& request : requests) {
+    TRY_ASSIGN(tensor::Strided from, tensor::resolve(*request.tensor, request.items, request.tensor->offset));
+    wanted.push_back({.label = request.tensor->name, .from = std::move(from), .to = request.to,
+                      .source_dtype = tensor::Dtype::bf16, .target_dtype = tensor::Dtype::bf16});
+  }
+  TRY_ASSIGN(tensor::CopyPlan plan, tensor::compile(wanted));
+  const uint64_t source_sizes[] = {index.files[0].size_bytes};
+  const uint64_t target_sizes[] = {target_bytes};
+  TRY(tensor::check_plan(plan, source_sizes, target_sizes, tensor::Coverage::complete));
+  return plan;
+}
+
+Status add_compile(Bench& bench, const char* name, std::span<const TensorShape> shapes, double most_ms,
+                   std::optional<double> records_max) {
+  const tensor::Index index = index_of(shapes);
+  uint64_t target_bytes = 0;
+  const auto requests = requests_of(index, rank_slices(shapes, 2, Part::all), target_bytes);
+  std::vector<double> times_ms;
+  size_t record_count = 0;
+  for (int round = 0; round < (bench.tiny() ? 2 : 200); ++round) {
+    const int64_t begin_ns = base::monotonic_ns();
+    TRY_ASSIGN(const tensor::CopyPlan plan, compile(index, requests, target_bytes));
+    times_ms.push_back(static_cast<double>(base::monotonic_ns() - begin_ns) / 1e6);
+    record_count = plan.records.size();
+  }
+  Figure time{.name = base::text(name, ", ", requests.size(), " slices"), .unit = "ms", .value = median(times_ms)};
+  time.goal = at_most(most_ms);
+  time.details = {{"p99_ms", quantile(times_ms, 0.99)}, {"iqr", spread(times_ms)}};
+  bench.add(std::move(time));
+  Figure records{.name = base::text(name, ", records"), .unit = "records", .value = static_cast<double>(record_count)};
+  if (records_max) records.goal = at_most(*records_max);
+  bench.add(std::move(records));
+  return {};
+}
+
+}  // namespace
+
+Status run_strided(Bench& bench) {
+  struct Shape {
+    uint64_t row_bytes, pitch_factor;
+  };
+  std::map<uint64_t, std::vector<Shape>> by_width;  // one sheet, opened once, for all slices of rows of one width
+  for (uint64_t row_bytes = 256; row_bytes <= kMiB; row_bytes *= 4) {
+    for (const uint64_t factor : {2, 4, 8}) by_width[row_bytes * factor].push_back({row_bytes, factor});
+  }
+  for (const uint64_t factor : {2, 4, 8}) by_width[10 * kKiB].push_back({10 * kKiB / factor, factor});
+  TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
+  std::map<uint64_t, double> rates;  // of the rows of Qwen3-14B's o_proj under tp 2, 4, 8
+  for (const auto& [width, shapes] : by_width) {
+    TRY_ASSIGN(const std::string path, make_sheet(bench, bench.tiny() ? 16 * kMiB : 1024 * kMiB, width));
+    TRY_ASSIGN(const auto model, open_ready(path));
+    for (const Shape& shape : shapes) {
+      TRY_ASSIGN(const tensor::Tensor* matrix, model->find("w"));
+      const uint64_t columns = shape.row_bytes / kElementBytes;
+      TRY_ASSIGN(Gather gather, Gather::make(model, {{"w", 0, matrix->shape[0], columns, columns}}));
+      TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
+      Figure figure = race_figure(base::text("rows of ", shape.row_bytes, " B, pitch ", shape.pitch_factor, " x"), raced,
+                                  static_cast<double>(gather.bytes()), at_least(0.85));
+      figure.details["row_bytes"] = static_cast<double>(shape.row_bytes);
+      figure.details["pitch_factor"] = static_cast<double>(shape.pitch_factor);
+      figure.details["threads"] = gather.last_report().copy.thread_count;
+      if (width == 10 * kKiB) rates[shape.row_bytes] = figure.details["product_gb_s"];
+      bench.add(std::move(figure));
+    }
+    TRY(Status());
+  }
+  bench.add({.name = "rate of rows of 1280 B", .unit = "of rows of 5120 B", .value = rates[1280] / rates[5120],
+             .goal = at_least(0.7)});
+  bench.add({.name = "rate of rows of 2560 B", .unit = "of rows of 5120 B", .value = rates[2560] / rates[5120],
+             .goal = at_least(0.8)});
+  return {};
+}
+
+Status run_tensor_parallel(Bench& bench) {
+  const auto shapes = qwen_shapes(large_qwen(bench));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", shapes));
+  TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
+  TRY_ASSIGN(const auto model, open_ready(path));
+  for (const Part part : {Part::all, Part::columns}) {
+    for (const uint64_t rank_count : {2, 4, 8}) {
+      TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, part)));
+      TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
+      Figure figure = race_figure(base::text("tp", rank_count, ", ", part == Part::all ? "all tensors" : "column slices"),
+                                  raced, static_cast<double>(gather.bytes()), at_least(0.85));
+      figure.details["records"] = static_cast<double>(gather.last_report().record_count);
+      figure.details["plan_ms"] = static_cast<double>(gather.last_report().plan_ns) / 1e6;
+      figure.details["threads"] = gather.last_report().copy.thread_count;
+      bench.add(std::move(figure));
+    }
+  }
+  return {};
+}
+
+Status run_faults(Bench& bench) {
+  const auto shapes = qwen_shapes(large_qwen(bench));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", shapes));
+  TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
+  TRY_ASSIGN(const auto model, open_ready(path));
+  TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, 2, Part::all)));
+  TRY(gather.check(path));
+  const uint64_t daemon_before = fault_count(daemon.pid());
+  const uint64_t client_before = fault_count(::getpid());
+  const AllocationWatch watch;
+  TRY(gather.run_product());
+  const AllocationCount allocations = watch.count();
+  const uint64_t client_after = fault_count(::getpid());
+  const uint64_t daemon_after = fault_count(daemon.pid());
+  const auto add = [&](const char* name, uint64_t count, std::optional<Goal> goal) {
+    bench.add({.name = name, .unit = "", .value = static_cast<double>(count), .goal = goal});
+  };
+  add("page faults of the daemon in a warm load_into", daemon_after - daemon_before, at_most(0));
+  add("page faults of the client in it", client_after - client_before, {});
+  if (!watch.works()) return {};
+  add("allocations over 1 MiB in it", allocations.large, at_most(0));
+  add("allocations in it", allocations.all, {});
+  return {};
+}
+
+Status run_plan_compile(Bench& bench) {
+  TRY(add_compile(bench, "Qwen3-14B, tp2", qwen_shapes(Qwen{}), 1, 1000));
+  std::vector<TensorShape> experts;
+  for (uint64_t number = 0; number < (bench.tiny() ? 64 : 6144); ++number) {
+    const std::string name = base::text("model.layers.", number / 128, ".mlp.experts.", number % 128, ".");
+    experts.push_back({name + "gate_proj.weight", {768, 2048}});
+    experts.push_back({name + "up_proj.weight", {768, 2048}});
+    experts.push_back({name + "down_proj.weight", {2048, 768}});
+  }
+  std::vector<TensorShape> downs;
+  for (size_t at = 2; at < experts.size(); at += 3) downs.push_back(experts[at]);
+  TRY(add_compile(bench, "6,144 experts, down_proj, tp2", downs, 20, {}));
+  TRY(add_compile(bench, "6,144 experts, all three, tp2", experts, 20, {}));
+  return {};
+}
+
+}  // namespace tensord::bench

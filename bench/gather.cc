@@ -1,0 +1,133 @@
+#include "bench/gather.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+
+#include "base/bytes.h"
+#include "base/text.h"
+#include "bench/checkpoint.h"
+
+namespace tensord::bench {
+
+namespace {
+
+constexpr uint64_t kElementBytes = 2;
+constexpr uint64_t kPieceBytes = base::kMiB;
+
+// Whole rows of about kPieceBytes together; a single row that is larger is cut.
+void cut(const Rows& rows, std::vector<Rows>& pieces) {
+  const uint64_t rows_each = std::max<uint64_t>(1, kPieceBytes / rows.row_bytes);
+  for (uint64_t row = 0; row < rows.row_count; row += rows_each) {
+    for (uint64_t byte = 0; byte < rows.row_bytes; byte += kPieceBytes) {
+      Rows piece = rows;
+      piece.source += row * rows.source_pitch + byte;
+      piece.target += row * rows.target_pitch + byte;
+      piece.row_count = std::min(rows_each, rows.row_count - row);
+      piece.row_bytes = std::min(std::max(kPieceBytes, rows.row_bytes / rows_each), rows.row_bytes - byte);
+      pieces.push_back(piece);
+    }
+  }
+}
+
+void copy(const Rows& rows) {
+  for (uint64_t row = 0; row < rows.row_count; ++row) {
+    std::memcpy(rows.target + row * rows.target_pitch, rows.source + row * rows.source_pitch, rows.row_bytes);
+  }
+}
+
+tensor::IndexItem range(uint64_t begin, uint64_t count) {
+  return {.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)};
+}
+
+}  // namespace
+
+Result<memory::Mapped> make_memory(uint64_t size_bytes) {
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map memory for copies", errno));
+  std::memset(data, 1, size_bytes);
+  return memory::Mapped(static_cast<std::byte*>(data), size_bytes);
+}
+
+void touch(const std::byte* data, uint64_t size_bytes) {
+  for (uint64_t at = 0; at < size_bytes; at += 4096) static_cast<void>(*static_cast<const volatile std::byte*>(data + at));
+}
+
+Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices) {
+  uint64_t bytes = 0;
+  for (const Slice& slice : slices) bytes += slice.row_count * slice.column_count * kElementBytes;
+  Gather gather;
+  TRY_ASSIGN(gather.target_, make_memory(bytes));
+  std::byte* target = gather.target_.data();
+  for (const Slice& slice : slices) {
+    TRY_ASSIGN(const tensor::Tensor* tensor, model->find(slice.name));
+    const bool is_matrix = tensor->shape.size() == 2;
+    const uint64_t pitch = tensor->shape.back() * kElementBytes;
+    Rows rows{.source = model->data(*tensor) + slice.row_begin * pitch + slice.column_begin * kElementBytes,
+              .target = target,
+              .row_bytes = slice.column_count * kElementBytes,
+              .row_count = slice.row_count,
+              .source_pitch = pitch,
+              .target_pitch = slice.column_count * kElementBytes};
+    client::CopyOrder order{.name = tensor->name, .target = target, .target_dtype = tensor::Dtype::bf16};
+    order.to.element_bytes = kElementBytes;
+    if (is_matrix) {
+      order.items.push_back(range(slice.row_begin, slice.row_count));
+      order.to.shape.push_back(slice.row_count);
+      order.to.strides.push_back(static_cast<int64_t>(rows.target_pitch));
+    }
+    order.items.push_back(range(slice.column_begin, slice.column_count));
+    order.to.shape.push_back(slice.column_count);
+    order.to.strides.push_back(kElementBytes);
+    gather.orders_.push_back(std::move(order));
+    target += rows.bytes();
+    if (rows.source_pitch == rows.row_bytes) {  // contiguous: one long row
+      rows = {rows.source, rows.target, rows.bytes(), 1, rows.bytes(), rows.bytes()};
+    }
+    gather.rows_.push_back(rows);
+    cut(rows, gather.pieces_);
+    for (uint64_t row = 0; row < rows.row_count; ++row) touch(rows.source + row * rows.source_pitch, rows.row_bytes);
+  }
+  gather.model_ = std::move(model);
+  return gather;
+}
+
+Result<double> Gather::run_product() {
+  const int64_t begin_ns = base::monotonic_ns();
+  TRY_ASSIGN(last_report_, model_->load_into(orders_, {}));
+  return static_cast<double>(base::monotonic_ns() - begin_ns) / 1e9;
+}
+
+Result<double> Gather::run_ceiling() const {
+  std::atomic<size_t> next{0};
+  const int thread_count = std::max(1, static_cast<int>(last_report_.copy.thread_count));
+  return run_on_threads(thread_count, [&] {
+    for (size_t at; (at = next.fetch_add(1)) < pieces_.size();) copy(pieces_[at]);
+  });
+}
+
+Status Gather::check(const std::string& path) {
+  TRY_ASSIGN(const memory::Mapped file, map_file(path));
+  std::memset(target_.data(), 0xa5, target_.size_bytes());
+  TRY(run_product());
+  for (const Rows& rows : rows_) {
+    const std::byte* expected = file.data() + (rows.source - model_->mapping()->data());
+    for (uint64_t row = 0; row < rows.row_count; ++row) {
+      if (std::memcmp(rows.target + row * rows.target_pitch, expected + row * rows.source_pitch, rows.row_bytes) != 0) {
+        return base::fail(base::Code::corrupt, base::text(path, ": row ", row, " of a slice differs from the file"));
+      }
+    }
+  }
+  return {};
+}
+
+Result<Race> race_gather(const Bench& bench, Gather& gather, const std::string& path) {
+  TRY(gather.check(path));
+  return race(
+      bench.options(), [&] { return gather.run_ceiling(); }, [&] { return gather.run_product(); });
+}
+
+}  // namespace tensord::bench

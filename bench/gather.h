@@ -1,0 +1,66 @@
+// What a load_into is raced against: the same rows, copied by a loop written by hand.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bench/measure.h"
+#include "client/model.h"
+
+namespace tensord::bench {
+
+// Rows of one slice, from the mapping of a model into memory of our own.
+struct Rows {
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  uint64_t row_bytes = 0;
+  uint64_t row_count = 0;
+  uint64_t source_pitch = 0;
+  uint64_t target_pitch = 0;
+  uint64_t bytes() const { return row_bytes * row_count; }
+};
+
+// Memory of our own, touched.
+Result<memory::Mapped> make_memory(uint64_t size_bytes);
+
+// The rectangle [row_begin, row_begin + row_count) x [column_begin, column_begin + column_count) of a matrix (of a
+// vector: one row), and where it goes.
+struct Slice {
+  std::string name;
+  uint64_t row_begin = 0, row_count = 0;
+  uint64_t column_begin = 0, column_count = 0;
+};
+
+// Slices of one model, packed one after another into memory that is touched, as orders for load_into and as rows for
+// the loop.
+class Gather {
+ public:
+  static Result<Gather> make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices);
+
+  uint64_t bytes() const { return target_.size_bytes(); }
+  // By load_into, with as many threads as it likes.
+  Result<double> run_product();
+  // By hand, with as many threads as load_into last used; pieces of about 1 MiB are taken one by one.
+  Result<double> run_ceiling() const;
+  // Runs the product over a target of other bytes and compares each byte with the file's.
+  Status check(const std::string& path);
+
+  const client::LoadReport& last_report() const { return last_report_; }
+
+ private:
+  std::shared_ptr<client::Model> model_;
+  memory::Mapped target_;
+  std::vector<client::CopyOrder> orders_;
+  std::vector<Rows> rows_;
+  std::vector<Rows> pieces_;
+  client::LoadReport last_report_;
+};
+
+// Both in turns, after a check of every byte.
+Result<Race> race_gather(const Bench& bench, Gather& gather, const std::string& path);
+
+// Reads a byte of every page, so that no fault is left to be timed.
+void touch(const std::byte* data, uint64_t size_bytes);
+
+}  // namespace tensord::bench
