@@ -59,6 +59,44 @@ std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t ra
   return slices;
 }
 
+// ---- strided -----------------------------------------------------------------------------------------------
+
+constexpr uint64_t kQwenRowBytes = 5120 * kElementBytes;  // of Qwen3-14B's o_proj
+
+struct StridedShape {
+  uint64_t row_bytes, pitch_factor;
+};
+
+// Slices of one width out of the sheet at `path`. For Qwen3-14B's rows, also how the narrower ones fare.
+Status race_sheet(Bench& bench, const std::string& path, std::span<const StridedShape> shapes) {
+  TRY_ASSIGN(const auto model, open_ready(path));
+  TRY_ASSIGN(const tensor::Tensor* matrix, model->find("w"));
+  std::vector<double> rates;
+  for (const StridedShape& shape : shapes) {
+    const uint64_t columns = shape.row_bytes / kElementBytes;
+    TRY_ASSIGN(Gather gather, Gather::make(model, {{"w", 0, matrix->shape[0], columns, columns}}));
+    TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
+    Figure figure =
+        race_figure(base::text("rows of ", shape.row_bytes, " B, pitch ", shape.pitch_factor, " x"), raced,
+                    static_cast<double>(gather.bytes()), at_least(0.85));
+    figure.details["row_bytes"] = static_cast<double>(shape.row_bytes);
+    figure.details["pitch_factor"] = static_cast<double>(shape.pitch_factor);
+    figure.details["threads"] = gather.last_report().copy.thread_count;
+    rates.push_back(figure.details["product_gb_s"]);
+    bench.add(std::move(figure));
+  }
+  if (shapes[0].row_bytes * shapes[0].pitch_factor != kQwenRowBytes) return {};
+  bench.add({.name = "rows of 2560 B",
+             .unit = "of the rate of rows of 5120 B",
+             .value = rates[1] / rates[0],
+             .goal = at_least(0.8)});
+  bench.add({.name = "rows of 1280 B",
+             .unit = "of the rate of rows of 5120 B",
+             .value = rates[2] / rates[0],
+             .goal = at_least(0.7)});
+  return {};
+}
+
 // ---- plan_compile ------------------------------------------------------------------------------------------
 
 // Tensors one after another in one image, as in one file.
@@ -67,8 +105,12 @@ tensor::Index index_of(std::span<const TensorShape> shapes) {
   index.files.push_back({.path = "model.safetensors"});
   uint64_t offset = 4096;
   for (const TensorShape& shape : shapes) {
-    index.tensors.push_back({.name = shape.name, .dtype = tensor::Dtype::bf16, .dtype_text = "BF16",
-                             .shape = shape.shape, .offset = offset, .size_bytes = shape.size_bytes()});
+    index.tensors.push_back({.name = shape.name,
+                             .dtype = tensor::Dtype::bf16,
+                             .dtype_text = "BF16",
+                             .shape = shape.shape,
+                             .offset = offset,
+                             .size_bytes = shape.size_bytes()});
     offset += shape.size_bytes();
   }
   index.files[0].size_bytes = offset;
@@ -82,7 +124,8 @@ struct Request {
 };
 
 // Slices of `index`, packed into one target.
-std::vector<Request> requests_of(const tensor::Index& index, std::span<const Slice> slices, uint64_t& target_bytes) {
+std::vector<Request> requests_of(const tensor::Index& index, std::span<const Slice> slices,
+                                 uint64_t& target_bytes) {
   std::map<std::string_view, const tensor::Tensor*> by_name;
   for (const tensor::Tensor& tensor : index.tensors) by_name[tensor.name] = &tensor;
   std::vector<Request> requests;
@@ -90,12 +133,14 @@ std::vector<Request> requests_of(const tensor::Index& index, std::span<const Sli
     Request request{.tensor = by_name.at(slice.name)};
     request.to = {.offset = target_bytes, .element_bytes = kElementBytes};
     const auto add = [&](uint64_t begin, uint64_t count) {
-      request.items.push_back({.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)});
+      request.items.push_back(
+          {.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)});
       request.to.shape.push_back(count);
     };
     if (request.tensor->shape.size() == 2) add(slice.row_begin, slice.row_count);
     add(slice.column_begin, slice.column_count);
-    if (request.to.shape.size() == 2) request.to.strides.push_back(static_cast<int64_t>(slice.column_count * kElementBytes));
+    if (request.to.shape.size() == 2)
+      request.to.strides.push_back(static_cast<int64_t>(slice.column_count * kElementBytes));
     request.to.strides.push_back(kElementBytes);
     target_bytes += slice.row_count * slice.column_count * kElementBytes;
     requests.push_back(std::move(request));
@@ -104,12 +149,16 @@ std::vector<Request> requests_of(const tensor::Index& index, std::span<const Sli
 }
 
 // From index expressions to a checked plan: all that load_into does before the first byte moves.
-Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Request> requests, uint64_t target_bytes) {
+Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Request> requests,
+                                 uint64_t target_bytes) {
   std::vector<tensor::Wanted> wanted;
   for (const Request& request : requests) {
     TRY_ASSIGN(tensor::Strided from, tensor::resolve(*request.tensor, request.items, request.tensor->offset));
-    wanted.push_back({.label = request.tensor->name, .from = std::move(from), .to = request.to,
-                      .source_dtype = tensor::Dtype::bf16, .target_dtype = tensor::Dtype::bf16});
+    wanted.push_back({.label = request.tensor->name,
+                      .from = std::move(from),
+                      .to = request.to,
+                      .source_dtype = tensor::Dtype::bf16,
+                      .target_dtype = tensor::Dtype::bf16});
   }
   TRY_ASSIGN(tensor::CopyPlan plan, tensor::compile(wanted));
   const uint64_t source_sizes[] = {index.files[0].size_bytes};
@@ -131,11 +180,13 @@ Status add_compile(Bench& bench, const char* name, std::span<const TensorShape> 
     times_ms.push_back(static_cast<double>(base::monotonic_ns() - begin_ns) / 1e6);
     record_count = plan.records.size();
   }
-  Figure time{.name = base::text(name, ", ", requests.size(), " slices"), .unit = "ms", .value = median(times_ms)};
+  Figure time{
+      .name = base::text(name, ", ", requests.size(), " slices"), .unit = "ms", .value = median(times_ms)};
   time.goal = at_most(most_ms);
   time.details = {{"p99_ms", quantile(times_ms, 0.99)}, {"iqr", spread(times_ms)}};
   bench.add(std::move(time));
-  Figure records{.name = base::text(name, ", records"), .unit = "records", .value = static_cast<double>(record_count)};
+  Figure records{
+      .name = base::text(name, ", records"), .unit = "records", .value = static_cast<double>(record_count)};
   if (records_max) records.goal = at_most(*records_max);
   bench.add(std::move(records));
   return {};
@@ -144,38 +195,18 @@ Status add_compile(Bench& bench, const char* name, std::span<const TensorShape> 
 }  // namespace
 
 Status run_strided(Bench& bench) {
-  struct Shape {
-    uint64_t row_bytes, pitch_factor;
-  };
-  std::map<uint64_t, std::vector<Shape>> by_width;  // one sheet, opened once, for all slices of rows of one width
+  std::map<uint64_t, std::vector<StridedShape>>
+      by_width;  // one sheet, opened once, for all slices of rows of one width
   for (uint64_t row_bytes = 256; row_bytes <= kMiB; row_bytes *= 4) {
     for (const uint64_t factor : {2, 4, 8}) by_width[row_bytes * factor].push_back({row_bytes, factor});
   }
-  for (const uint64_t factor : {2, 4, 8}) by_width[10 * kKiB].push_back({10 * kKiB / factor, factor});
+  for (const uint64_t factor : {2, 4, 8}) by_width[kQwenRowBytes].push_back({kQwenRowBytes / factor, factor});
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
-  std::map<uint64_t, double> rates;  // of the rows of Qwen3-14B's o_proj under tp 2, 4, 8
   for (const auto& [width, shapes] : by_width) {
     TRY_ASSIGN(const std::string path, make_sheet(bench, bench.tiny() ? 16 * kMiB : 1024 * kMiB, width));
-    TRY_ASSIGN(const auto model, open_ready(path));
-    for (const Shape& shape : shapes) {
-      TRY_ASSIGN(const tensor::Tensor* matrix, model->find("w"));
-      const uint64_t columns = shape.row_bytes / kElementBytes;
-      TRY_ASSIGN(Gather gather, Gather::make(model, {{"w", 0, matrix->shape[0], columns, columns}}));
-      TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
-      Figure figure = race_figure(base::text("rows of ", shape.row_bytes, " B, pitch ", shape.pitch_factor, " x"), raced,
-                                  static_cast<double>(gather.bytes()), at_least(0.85));
-      figure.details["row_bytes"] = static_cast<double>(shape.row_bytes);
-      figure.details["pitch_factor"] = static_cast<double>(shape.pitch_factor);
-      figure.details["threads"] = gather.last_report().copy.thread_count;
-      if (width == 10 * kKiB) rates[shape.row_bytes] = figure.details["product_gb_s"];
-      bench.add(std::move(figure));
-    }
-    TRY(Status());
+    TRY(race_sheet(bench, path, shapes));
+    TRY(daemon.evict(path));
   }
-  bench.add({.name = "rate of rows of 1280 B", .unit = "of rows of 5120 B", .value = rates[1280] / rates[5120],
-             .goal = at_least(0.7)});
-  bench.add({.name = "rate of rows of 2560 B", .unit = "of rows of 5120 B", .value = rates[2560] / rates[5120],
-             .goal = at_least(0.8)});
   return {};
 }
 
@@ -188,8 +219,9 @@ Status run_tensor_parallel(Bench& bench) {
     for (const uint64_t rank_count : {2, 4, 8}) {
       TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, part)));
       TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
-      Figure figure = race_figure(base::text("tp", rank_count, ", ", part == Part::all ? "all tensors" : "column slices"),
-                                  raced, static_cast<double>(gather.bytes()), at_least(0.85));
+      Figure figure =
+          race_figure(base::text("tp", rank_count, ", ", part == Part::all ? "all tensors" : "column slices"),
+                      raced, static_cast<double>(gather.bytes()), at_least(0.85));
       figure.details["records"] = static_cast<double>(gather.last_report().record_count);
       figure.details["plan_ms"] = static_cast<double>(gather.last_report().plan_ns) / 1e6;
       figure.details["threads"] = gather.last_report().copy.thread_count;

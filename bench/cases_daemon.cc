@@ -199,9 +199,14 @@ Status run_attach(Bench& bench) {
     Qwen qwen;
   };
   const Qwen large = large_qwen(bench);
-  const uint64_t cut = bench.tiny() ? 1 : 32;  // of the intermediate size: 2 GB become 50 MB with the same tensors
-  const Qwen small{.hidden = large.hidden / 5, .intermediate = large.intermediate / cut * 3, .queries = large.queries / 5,
-                   .key_values = large.key_values / 4, .layers = 3, .vocabulary = 0};
+  const uint64_t cut =
+      bench.tiny() ? 1 : 32;  // of the intermediate size: 2 GB become 50 MB with the same tensors
+  const Qwen small{.hidden = large.hidden / 5,
+                   .intermediate = large.intermediate / cut * 3,
+                   .queries = large.queries / 5,
+                   .key_values = large.key_values / 4,
+                   .layers = 3,
+                   .vocabulary = 0};
   Qwen many = small;
   many.layers = bench.tiny() ? 4 : 40;
   many.intermediate /= 17;
@@ -226,7 +231,8 @@ Status run_attach(Bench& bench) {
         TRY_ASSIGN(others.emplace_back(), open_ready(path));
       }
       TRY_ASSIGN(const AttachTimes beside, attach_at_once(path, 1, bench.tiny() ? 3 : 1000));
-      bench.add(attach_figure(named(base::text("1 client beside ", others.size(), " that hold it")), beside, at_most(1)));
+      bench.add(attach_figure(named(base::text("1 client beside ", others.size(), " that hold it")), beside,
+                              at_most(1)));
     }
     TRY_ASSIGN(const AttachTimes burst, attach_at_once(path, client_count, bench.tiny() ? 2 : 20));
     Figure figure = attach_figure(named(base::text("burst of ", client_count, " clients")), burst, {});
@@ -242,7 +248,8 @@ Status run_control(Bench& bench) {
     const int64_t duration_ns = bench.tiny() ? 10'000'000 : 1'000'000'000;
     std::vector<double> rates;
     for (int round = 0; round < bench.options().pair_count; ++round) {
-      TRY_ASSIGN(const memory::Mapped shared, share_memory(sizeof(double) * static_cast<uint64_t>(client_count)));
+      TRY_ASSIGN(const memory::Mapped shared,
+                 share_memory(sizeof(double) * static_cast<uint64_t>(client_count)));
       auto* const counts = reinterpret_cast<double*>(shared.data());
       TRY(run_clients(client_count, [&](int number) -> Status {
         TRY_ASSIGN(const auto connection, client::Connection::open(client::Autostart::no));
@@ -279,7 +286,8 @@ Status run_hot_load(Bench& bench) {
                                    [&] { return loads.load(); }));
   // The ceiling's memory now holds the file; so must the replica.
   TRY_ASSIGN(const auto model, open_ready(path));
-  if (std::memcmp(model->mapping()->data(), best.reader.memory().data(), best.reader.memory().size_bytes()) != 0) {
+  if (std::memcmp(model->mapping()->data(), best.reader.memory().data(), best.reader.memory().size_bytes()) !=
+      0) {
     return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
   }
   const auto bytes = static_cast<double>(best.reader.memory().size_bytes());

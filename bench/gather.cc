@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/text.h"
 #include "bench/checkpoint.h"
 
@@ -27,7 +28,7 @@ void cut(const Rows& rows, std::vector<Rows>& pieces) {
       piece.source += row * rows.source_pitch + byte;
       piece.target += row * rows.target_pitch + byte;
       piece.row_count = std::min(rows_each, rows.row_count - row);
-      piece.row_bytes = std::min(std::max(kPieceBytes, rows.row_bytes / rows_each), rows.row_bytes - byte);
+      piece.row_bytes = std::min(kPieceBytes, rows.row_bytes - byte);
       pieces.push_back(piece);
     }
   }
@@ -53,7 +54,8 @@ Result<memory::Mapped> make_memory(uint64_t size_bytes) {
 }
 
 void touch(const std::byte* data, uint64_t size_bytes) {
-  for (uint64_t at = 0; at < size_bytes; at += 4096) static_cast<void>(*static_cast<const volatile std::byte*>(data + at));
+  for (uint64_t at = 0; at < size_bytes; at += 4096)
+    static_cast<void>(*static_cast<const volatile std::byte*>(data + at));
 }
 
 Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices) {
@@ -89,7 +91,8 @@ Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vec
     }
     gather.rows_.push_back(rows);
     cut(rows, gather.pieces_);
-    for (uint64_t row = 0; row < rows.row_count; ++row) touch(rows.source + row * rows.source_pitch, rows.row_bytes);
+    for (uint64_t row = 0; row < rows.row_count; ++row)
+      touch(rows.source + row * rows.source_pitch, rows.row_bytes);
   }
   gather.model_ = std::move(model);
   return gather;
@@ -116,8 +119,10 @@ Status Gather::check(const std::string& path) {
   for (const Rows& rows : rows_) {
     const std::byte* expected = file.data() + (rows.source - model_->mapping()->data());
     for (uint64_t row = 0; row < rows.row_count; ++row) {
-      if (std::memcmp(rows.target + row * rows.target_pitch, expected + row * rows.source_pitch, rows.row_bytes) != 0) {
-        return base::fail(base::Code::corrupt, base::text(path, ": row ", row, " of a slice differs from the file"));
+      if (std::memcmp(rows.target + row * rows.target_pitch, expected + row * rows.source_pitch,
+                      rows.row_bytes) != 0) {
+        return base::fail(base::Code::corrupt,
+                          base::text(path, ": row ", row, " of a slice differs from the file"));
       }
     }
   }

@@ -52,9 +52,13 @@ Result<Race> race_once(const Options& options, const Act& ceiling, const Act& pr
   Race race;
   for (int pair = 0; pair < options.pair_count; ++pair) {
     double ceiling_s = 0;
-    if (pair % 2 == 0) TRY_ASSIGN(ceiling_s, ceiling());
+    if (pair % 2 == 0) {
+      TRY_ASSIGN(ceiling_s, ceiling());
+    }
     TRY_ASSIGN(const double product_s, product());
-    if (pair % 2 == 1) TRY_ASSIGN(ceiling_s, ceiling());
+    if (pair % 2 == 1) {
+      TRY_ASSIGN(ceiling_s, ceiling());
+    }
     race.ceiling_s.push_back(ceiling_s);
     race.product_s.push_back(product_s);
     race.ratios.push_back(ceiling_s / product_s);

@@ -70,7 +70,8 @@ Result<Daemon> Daemon::start(const Options& options) {
     }
     std::this_thread::sleep_for(kPause);
   }
-  return base::fail(Code::unavailable, base::text("start ", options.binary, ": it does not listen; ", last_line(log)));
+  return base::fail(Code::unavailable,
+                    base::text("start ", options.binary, ": it does not listen; ", last_line(log)));
 }
 
 Daemon::~Daemon() {
@@ -107,7 +108,8 @@ Status Daemon::evict(const std::string& path) const {
 }
 
 Result<std::shared_ptr<client::Model>> open_ready(const std::string& path) {
-  TRY_ASSIGN(std::shared_ptr<client::Model> model, client::Model::open({path}, {.autostart = client::Autostart::no}));
+  TRY_ASSIGN(std::shared_ptr<client::Model> model,
+             client::Model::open({path}, {.autostart = client::Autostart::no}));
   TRY(model->wait(nullptr, -1));
   return model;
 }
@@ -146,7 +148,8 @@ Result<memory::Mapped> share_memory(uint64_t size_bytes) {
 uint64_t process_bytes(pid_t pid, const std::string& field) {
   std::ifstream file(base::text("/proc/", pid, "/status"));
   for (std::string line; std::getline(file, line);) {
-    if (line.starts_with(field + ":")) return std::strtoull(line.c_str() + field.size() + 1, nullptr, 10) * 1024;
+    if (line.starts_with(field + ":"))
+      return std::strtoull(line.c_str() + field.size() + 1, nullptr, 10) * 1024;
   }
   return 0;
 }

@@ -146,16 +146,17 @@ PARTS: dict[str, Callable[[str, int], tuple[Reply, Any]]] = {
 }
 
 
-def play(part: str, path: str, rank: int, parent: Connection) -> None:
-    """A process of the demo: does its part, keeps what it holds until it is told to end."""
-    try:
-        reply, held = PARTS[part](path, rank)
-    except Exception as error:
-        parent.send(error)
-        return
-    parent.send(reply)
-    parent.recv()
-    del held
+def play(part: str, rank: int, parent: Connection) -> None:
+    """A process of the demo: does its part for every path it is sent, and holds what it got until the next."""
+    held = None
+    while path := parent.recv():
+        del held
+        try:
+            reply, held = PARTS[part](path, rank)
+        except Exception as error:
+            parent.send(error)
+            return
+        parent.send(reply)
 
 
 # ---- who asks them ---------------------------------------------------------------------------------------
@@ -164,13 +165,16 @@ def play(part: str, path: str, rank: int, parent: Connection) -> None:
 class Player:
     """A process that plays a part."""
 
-    def __init__(self, title: str, part: str, path: Path, rank: int = 0) -> None:
+    def __init__(self, title: str, part: str, rank: int = 0) -> None:
         self.title = title
         self._channel, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
-        self.process = spawn.Process(target=play, args=(part, str(path), rank, theirs), daemon=True)
+        self.process = spawn.Process(target=play, args=(part, rank, theirs), daemon=True)
         self.process.start()
         theirs.close()
+
+    def send(self, path: Path) -> None:
+        self._channel.send(str(path))
 
     def reply(self) -> Reply:
         if not self._channel.poll(DEADLINE_SECONDS):
@@ -183,7 +187,7 @@ class Player:
         return reply
 
     def end(self) -> None:
-        self._channel.send(None)
+        self._channel.send("")
         self.process.join(DEADLINE_SECONDS)
 
 
@@ -196,21 +200,19 @@ def command(*words: str) -> str:
     return done.stdout
 
 
-def show_path(path: Path) -> None:
-    """Four processes on one checkpoint."""
-    print("  process       pid")
-    opener = Player("opener", "opener", path)
-    opener.reply()
-    ranks = [Player(f"rank {rank}", "rank", path, rank) for rank in range(RANK_COUNT)]
-    replies = [rank.reply() for rank in ranks]
-    checker = Player("checker", "checker", path)
-    checker.reply()
-
+def show_path(players: list[Player], path: Path) -> None:
+    """All processes on one checkpoint, and a daemon that was not there before."""
+    opener, *ranks, checker = players
+    own_bytes = 0
+    print("  process       pid", flush=True)
+    for group in ([opener], ranks, [checker]):  # a group works at once
+        for player in group:
+            player.send(path)
+        own_bytes += sum(player.reply().own_bytes for player in group)
     print("\nWhere the time went (tensord explain):\n")
     print(indented(command("explain", str(path))))
-    show_memory([opener, *ranks, checker], path, sum(reply.own_bytes for reply in replies))
-    for player in (opener, *ranks, checker):
-        player.end()
+    show_memory(players, path, own_bytes)
+    command("stop")
 
 
 def show_memory(players: list[Player], path: Path, own_bytes: int) -> None:
@@ -220,10 +222,11 @@ def show_memory(players: list[Player], path: Path, own_bytes: int) -> None:
     payload_bytes = replica["payload_bytes"]
     shared = {player.title: shared_memory_bytes(player.process.pid or 0) for player in players}
     shared["daemon"] = shared_memory_bytes(daemon)
-    print("Memory for the weights, each shared page counted once (PSS of /proc/PID/smaps, segments only):\n")
+    print("Memory for the weights, each process with its part of shared pages (PSS in /proc/PID/smaps):\n")
     for title, size in shared.items():
         print(f"  {title:<8} {in_bytes(size):>8}")
     total = sum(shared.values())
+    print("  (the opener mapped everything and looked at nothing)")
     print(f"  {'together':<8} {in_bytes(total):>8}  of a checkpoint of {in_bytes(payload_bytes)}")
     alone = in_bytes(len(players) * payload_bytes)
     print(f"\n  {len(players)} processes that each read the checkpoint by themselves would need {alone}.")
@@ -313,14 +316,18 @@ def main() -> None:
             TENSORD_STATE_DIR=f"{folder}/state",
             TENSORD_HOST_MEMORY="4GiB",
             TENSORD_AUTOSTART="1",
+            TENSORD_PROGRESS="1",
         )
+        print(f"starting {2 + RANK_COUNT} processes that import torch ...", flush=True)
+        ranks = [Player(f"rank {rank}", "rank", rank) for rank in range(RANK_COUNT)]
+        players = [Player("opener", "opener"), *ranks, Player("checker", "checker")]
         try:
             headline("A real checkpoint: all-MiniLM-L6-v2")
-            show_path(real_checkpoint())
+            show_path(players, real_checkpoint())
             headline(f"A large one: Qwen3 shapes, random weights, {options.bytes} in 2 files")
-            path = generated_checkpoint(options.bytes)
-            os.environ["TENSORD_PROGRESS"] = "1"
-            show_path(path)
+            show_path(players, generated_checkpoint(options.bytes))
+            for player in players:
+                player.end()
         finally:
             if Path(f"{folder}/run/socket").exists():
                 command("stop")

@@ -18,7 +18,7 @@ enum class Code : uint8_t {
   cancelled = 5,         // the caller gave up
   corrupt = 6,           // bytes are not what their format or digest says
   changed = 7,           // a file is not what it was when it was opened
-  denied = 8,            // permissions
+  denied = 8,            // permissions, or somebody else holds it
   unsupported = 9,       // understood, but not done here
   internal = 10,         // a bug of ours that was caught in time
 };

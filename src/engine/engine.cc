@@ -346,13 +346,14 @@ void Engine::forget(uint64_t number) {
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
   if (replica.pinned) {
-    return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
+    return fail(Code::denied, base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
   }
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
-    return fail(Code::unavailable,
-                base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name, " pid ",
-                           holder.process_id, " and ", replica.leases.size() - 1, " more; close it there first"));
+    const std::string others =
+        replica.leases.size() == 1 ? "" : base::text(" and ", replica.leases.size() - 1, " more");
+    return fail(Code::denied, base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name,
+                                         " pid ", holder.process_id, others, "; close it there first"));
   }
   if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
     return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is busy; try again"));

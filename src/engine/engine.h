@@ -83,7 +83,7 @@ class Engine {
   // Code::not_found; Code::invalid_argument when it is ambiguous.
   Result<uint64_t> find(const std::string& selector) const;
 
-  // Code::unavailable, naming the holders, when the replica is leased or pinned. A filling one is cancelled.
+  // Code::denied, naming the holders, when the replica is leased or pinned. A filling one is cancelled.
   Status evict(uint64_t replica);
   void set_pinned(uint64_t replica, bool pinned);
 

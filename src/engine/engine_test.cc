@@ -219,10 +219,10 @@ TEST_F(EngineTest, an_artifact_above_the_limit_is_refused_but_its_index_can_be_r
 
 TEST_F(EngineTest, leased_and_pinned_replicas_are_not_evicted_on_request) {
   const uint64_t replica = load(write("a", 1000)).value().replica;
-  EXPECT_EQ(engine_.evict(replica).error().code, Code::unavailable);
+  EXPECT_EQ(engine_.evict(replica).error().code, Code::denied);
   owner_.hang_up_all();
   engine_.set_pinned(replica, true);
-  EXPECT_EQ(engine_.evict(replica).error().code, Code::unavailable);
+  EXPECT_EQ(engine_.evict(replica).error().code, Code::denied);
   engine_.set_pinned(replica, false);
   EXPECT_TRUE(engine_.evict(replica));
   EXPECT_EQ(engine_.find(std::to_string(replica)).error().code, Code::not_found);

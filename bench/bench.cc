@@ -1,0 +1,130 @@
+// Figures: as lines and as JSON.
+#include "bench/bench.h"
+
+#include <sys/sysinfo.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "base/text.h"
+
+namespace tensord::bench {
+
+using nlohmann::json;
+
+namespace {
+
+std::string first_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+std::string output_of(const std::string& command) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
+  std::array<char, 256> line{};
+  if (!pipe || std::fgets(line.data(), line.size(), pipe.get()) == nullptr) return "";
+  const std::string text(line.data());
+  return text.substr(0, text.find('\n'));
+}
+
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with("model name")) return line.substr(line.find(": ") + 2);
+  }
+  return "unknown";
+}
+
+std::string commit() {
+  const std::string git = "git -C '" TENSORD_SOURCE_FOLDER "' ";
+  const std::string hash = output_of(git + "rev-parse --short=12 HEAD 2>/dev/null");
+  if (hash.empty()) return "unknown";
+  return hash + (output_of(git + "status --porcelain -uno 2>/dev/null").empty() ? "" : " with changes");
+}
+
+json machine() {
+  utsname system;
+  struct sysinfo memory;
+  ::uname(&system);
+  ::sysinfo(&memory);
+  return {{"processor", processor_name()},
+          {"cores", std::thread::hardware_concurrency()},
+          {"memory_bytes", static_cast<uint64_t>(memory.totalram) * memory.mem_unit},
+          {"kernel", system.release},
+          {"huge_pages", first_line("/sys/kernel/mm/transparent_hugepage/enabled")},
+          {"huge_pages_shared", first_line("/sys/kernel/mm/transparent_hugepage/shmem_enabled")}};
+}
+
+const char* sign(const Goal& goal) { return goal.kind == Goal::Kind::at_least ? ">=" : "<="; }
+
+}  // namespace
+
+bool Figure::meets_goal() const {
+  if (!goal) return true;
+  return goal->kind == Goal::Kind::at_least ? value >= goal->value : value <= goal->value;
+}
+
+std::string unfit_build() {
+  if (TENSORD_SANITIZED) return "a build under a sanitizer";
+#ifndef __OPTIMIZE__
+  return "a build without optimization";
+#endif
+  return "";
+}
+
+void Bench::begin_case(const char* name) {
+  case_name_ = name;
+  std::printf("%s\n", name);
+}
+
+void Bench::add(Figure figure) {
+  std::string line = base::text("  ", figure.name);
+  if (tiny()) {
+    line += ": works";
+  } else {
+    line.resize(std::max<size_t>(line.size(), 64), ' ');
+    line += base::text(" ", figure.value, " ", figure.unit);
+    if (figure.spread) line += base::text(" +- ", *figure.spread * 50, " %");
+    for (const char* rate : {"product_gb_s", "ceiling_gb_s", "p99_ms"}) {
+      if (figure.details.contains(rate)) line += base::text("  ", rate, " ", figure.details[rate]);
+    }
+    if (figure.is_void()) line += "  VOID: too wide a spread";
+    if (figure.goal) line += base::text("  goal ", sign(*figure.goal), " ", figure.goal->value);
+    if (!figure.meets_goal()) line += "  MISSED";
+  }
+  std::puts(line.c_str());
+  std::fflush(stdout);
+  entries_.push_back({case_name_, std::move(figure)});
+}
+
+Status Bench::write_json(const std::string& path) const {
+  json figures = json::array();
+  for (const auto& [case_name, figure] : entries_) {
+    json value = {{"case", case_name},     {"name", figure.name},      {"unit", figure.unit},
+                  {"value", figure.value}, {"void", figure.is_void()}, {"details", figure.details}};
+    value["spread"] = figure.spread ? json(*figure.spread) : json();
+    value["goal"] =
+        figure.goal ? json({{"sign", sign(*figure.goal)}, {"value", figure.goal->value}}) : json();
+    value["met"] = figure.goal ? json(figure.meets_goal() && !figure.is_void()) : json();
+    if (!figure.samples.empty()) value["samples"] = figure.samples;
+    figures.push_back(std::move(value));
+  }
+  const json all = {
+      {"machine", machine()},           {"commit", commit()},           {"build_type", TENSORD_BUILD_TYPE},
+      {"compiler", "gcc " __VERSION__}, {"pairs", options_.pair_count}, {"figures", figures}};
+  std::ofstream file(path);
+  file << all.dump(1) << '\n';
+  file.close();
+  if (!file) return base::fail(base::Code::unavailable, "write " + path);
+  return {};
+}
+
+}  // namespace tensord::bench
