@@ -147,7 +147,7 @@ PARTS: dict[str, Callable[[str, int], tuple[Reply, Any]]] = {
 
 
 def play(part: str, rank: int, parent: Connection) -> None:
-    """A process of the demo: does its part for every path it is sent, and holds what it got until the next."""
+    """A process of the demo: does its part for every path it gets, and holds the tensors until the next."""
     held = None
     while path := parent.recv():
         del held
