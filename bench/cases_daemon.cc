@@ -251,7 +251,7 @@ Status run_control(Bench& bench) {
       TRY_ASSIGN(const memory::Mapped shared,
                  share_memory(sizeof(double) * static_cast<uint64_t>(client_count)));
       auto* const counts = reinterpret_cast<double*>(shared.data());
-      TRY(run_clients(client_count, [&](int number) -> Status {
+      const auto work = [&](int number) -> Status {
         TRY_ASSIGN(const auto connection, client::Connection::open(client::Autostart::no));
         const int64_t begin_ns = base::monotonic_ns();
         double count = 0;
@@ -262,7 +262,8 @@ Status run_control(Bench& bench) {
         }
         counts[number] = count / seconds_since(begin_ns);
         return {};
-      }));
+      };
+      TRY(run_clients(client_count, work));
       rates.push_back(std::accumulate(counts, counts + client_count, 0.0));
     }
     Figure figure{.name = base::text(client_count, " clients, one request at a time"), .unit = "requests/s"};

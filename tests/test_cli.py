@@ -8,7 +8,7 @@ import pty
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ def model(make_file: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def no_daemon(binary: Path, short_folder: Path) -> Daemon:
-    """Folders in which no daemon runs."""
+def no_daemon(binary: Path, short_folder: Path) -> Iterator[Daemon]:
+    """Folders in which no daemon runs; one that a test has started there is stopped."""
     folder = short_folder / "nobody"
     folder.mkdir(exist_ok=True)
-    return Daemon(binary, folder)
+    nobody = Daemon(binary, folder)
+    yield nobody
+    if nobody.listens():
+        nobody.run("stop")
 
 
 def one_document(text: str) -> Any:

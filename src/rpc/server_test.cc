@@ -9,6 +9,7 @@
 #include <future>
 #include <thread>
 
+#include "base/log.h"
 #include "rpc/rpc_testing.h"
 
 namespace tensord::rpc {
@@ -23,6 +24,7 @@ constexpr int64_t kTestTimeoutMs = 60'000;
 class Daemon {
  public:
   explicit Daemon(ServerOptions options = {}) : loop_(Loop::open().value()) {
+    EXPECT_TRUE(base::start_log(base::LogLevel::off, ""));
     options.product_version = "1.2.3";
     options.keep_spans = true;
     if (options.user_id == 0) options.user_id = ::geteuid();
