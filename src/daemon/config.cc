@@ -1,5 +1,6 @@
 #include "daemon/config.h"
 
+#include <fcntl.h>
 #include <sched.h>
 #include <sys/sysinfo.h>
 #include <unistd.h>
@@ -9,12 +10,14 @@
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string_view>
 #include <toml++/toml.h>
 
 #include "base/bytes.h"
+#include "base/fd.h"
 #include "base/folders.h"
 #include "base/text.h"
 #include "rpc/unix_socket.h"
@@ -120,8 +123,7 @@ Status apply_file(Config& config, const std::string& path) try {
               base::text(path, ":", problem.source().begin.line, ": ", std::string(problem.description())));
 }
 
-std::string default_config_path() {
-  if (const char* named = std::getenv("TENSORD_CONFIG"); named != nullptr && *named != '\0') return named;
+std::string usual_config_path() {
   if (const char* home = std::getenv("XDG_CONFIG_HOME"); home != nullptr && *home != '\0') {
     return std::string(home) + "/tensord/tensord.toml";
   }
@@ -207,18 +209,26 @@ Result<Config> make_config(const CommandLine& command_line) {
   config.state_dir = base::state_folder();
   config.host_memory = default_host_memory();
   config.read_threads = default_read_threads();
-  const std::string path = command_line.config_path.empty() ? default_config_path() : command_line.config_path;
-  if (!path.empty() && ::access(path.c_str(), R_OK) == 0) {
+  const char* variable = std::getenv("TENSORD_CONFIG");
+  const bool by_variable = command_line.config_path.empty() && variable != nullptr && *variable != '\0';
+  const std::string named = by_variable ? variable : command_line.config_path;
+  const std::string path = named.empty() ? usual_config_path() : named;
+  const base::Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (file.valid() && base::identify_file(file.get(), path)) {
     TRY(apply_file(config, path));
-  } else if (!command_line.config_path.empty()) {
-    return fail(Code::not_found, "--config " + path + ": cannot be read");
+  } else if (!named.empty()) {
+    return fail(Code::not_found, base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
   }
   for (const Setting& setting : kSettings) {
-    const std::string variable = variable_of(setting);
-    const char* value = std::getenv(variable.c_str());
-    if (value != nullptr && *value != '\0') TRY(apply(config, setting, value, "$" + variable));
+    const std::string name = variable_of(setting);
+    const char* value = std::getenv(name.c_str());
+    if (value != nullptr && *value != '\0') TRY(apply(config, setting, value, "$" + name));
   }
   for (const auto& [setting, value] : command_line.flags) TRY(apply(config, *setting, value, flag_of(*setting)));
+  // --detach leaves the working folder.
+  for (std::string* one : {&config.runtime_dir, &config.state_dir, &config.log_file}) {
+    if (!one->empty()) *one = std::filesystem::absolute(*one).string();
+  }
   return config;
 }
 

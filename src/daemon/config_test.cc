@@ -27,6 +27,7 @@ class ConfigTest : public testing::Test {
       ::unsetenv(variable.c_str());
     }
     ::setenv("TENSORD_CONFIG", (folder_ + "/tensord.toml").c_str(), 1);
+    write_file("");
   }
   ~ConfigTest() override {
     std::filesystem::remove_all(folder_);
@@ -66,6 +67,10 @@ TEST_F(ConfigTest, mistakes_are_told_with_the_place_they_stand_at) {
   EXPECT_EQ(message(configure({"--host-memory"})), "--host-memory needs a value");
   EXPECT_EQ(message(configure({"--read-threads", "0"})), "--read-threads: '0' is no whole number from 1 to 256");
   EXPECT_EQ(message(configure({"--config", "/none"})), "--config /none: cannot be read");
+  EXPECT_EQ(message(configure({"--config", "/"})), "--config /: cannot be read");
+  ::setenv("TENSORD_CONFIG", "/none", 1);
+  EXPECT_EQ(message(configure({})), "$TENSORD_CONFIG /none: cannot be read");
+  ::setenv("TENSORD_CONFIG", (folder_ + "/tensord.toml").c_str(), 1);
   write_file("host_memory = \"1GiB\"\nhost_memery = 1\n");
   EXPECT_EQ(message(configure({})), folder_ + "/tensord.toml:2: host_memery: no such setting; see `tensord serve --help`");
   write_file("read_threads = [1]\n");
@@ -76,6 +81,12 @@ TEST_F(ConfigTest, mistakes_are_told_with_the_place_they_stand_at) {
   ::setenv("TENSORD_HOST_MEMORY", "lots", 1);
   EXPECT_EQ(message(configure({})),
             "$TENSORD_HOST_MEMORY: size 'lots': write a number with an optional unit, such as 8GiB or 512MiB");
+}
+
+TEST_F(ConfigTest, relative_folders_are_those_of_the_place_it_was_started_at) {
+  const std::string here = std::filesystem::current_path().string();
+  EXPECT_EQ(configure({"--state-dir", "state"}).value().state_dir, here + "/state");
+  EXPECT_EQ(configure({}).value().log_file, "");
 }
 
 TEST_F(ConfigTest, the_default_memory_is_at_most_half_of_the_machine) {

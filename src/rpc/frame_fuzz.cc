@@ -1,7 +1,6 @@
-// Input: how many bytes go with a send, less one; on which send a descriptor rides (none when there is no such send);
-// the rest is what a client sends.
+// Input: how many bytes go with a send, less one; on which send a descriptor rides (none when there is no such
+// send); the rest is what a client sends.
 #include <algorithm>
-#include <cstring>
 
 #include "base/check.h"
 #include "rpc/messages.h"
@@ -49,20 +48,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size_bytes) {
   for (size_t count = 0; !rest.empty(); ++count) {
     const auto part = rest.first(std::min(send_bytes, rest.size()));
     rest = rest.subspan(part.size());
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
-    iovec bytes{const_cast<uint8_t*>(part.data()), part.size()};
-    msghdr message{};
-    message.msg_iov = &bytes;
-    message.msg_iovlen = 1;
-    if (count == send_with_fd) {
-      message.msg_control = control;
-      message.msg_controllen = sizeof control;
-      cmsghdr* rights = CMSG_FIRSTHDR(&message);
-      *rights = {CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS};
-      const int fd = near.get();
-      std::memcpy(CMSG_DATA(rights), &fd, sizeof fd);
-    }
-    CHECK(::sendmsg(near.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(part.size()));
+    const auto sent = std::as_bytes(part);
+    send_fds(near.get(), {sent.begin(), sent.end()}, near.get(), count == send_with_fd ? 1 : 0);
     if (count % 2 == 0 && !read_frames(reader, far.get())) return 0;
   }
   read_frames(reader, far.get());

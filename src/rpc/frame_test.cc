@@ -20,23 +20,6 @@ void send_words(int socket, std::vector<uint32_t> words) {
   ASSERT_EQ(::send(socket, words.data(), size_bytes, MSG_NOSIGNAL), static_cast<ssize_t>(size_bytes));
 }
 
-// One message with `count` copies of `fd` on `bytes`.
-void send_fds(int socket, const std::vector<std::byte>& bytes, int fd, size_t count) {
-  std::vector<char> control(CMSG_SPACE(sizeof(int) * count));
-  iovec data{const_cast<std::byte*>(bytes.data()), bytes.size()};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  cmsghdr* part = CMSG_FIRSTHDR(&message);
-  part->cmsg_level = SOL_SOCKET;
-  part->cmsg_type = SCM_RIGHTS;
-  part->cmsg_len = CMSG_LEN(sizeof(int) * count);
-  for (size_t at = 0; at < count; ++at) std::memcpy(CMSG_DATA(part) + at * sizeof(int), &fd, sizeof fd);
-  ASSERT_EQ(::sendmsg(socket, &message, MSG_NOSIGNAL), static_cast<ssize_t>(bytes.size()));
-}
-
 std::vector<std::byte> encoded(const Frame& frame) {
   std::vector<std::byte> bytes;
   append_frame(frame, bytes);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -29,6 +30,25 @@ inline std::pair<base::Fd, base::Fd> socket_pair() {
 inline std::vector<std::byte> bytes_of(std::string_view words) {
   const auto bytes = std::as_bytes(std::span(words));
   return {bytes.begin(), bytes.end()};
+}
+
+// One message with `count` copies of `fd` on `bytes`.
+inline void send_fds(int socket, const std::vector<std::byte>& bytes, int fd, size_t count) {
+  std::vector<char> control(CMSG_SPACE(sizeof(int) * count));
+  iovec data{const_cast<std::byte*>(bytes.data()), bytes.size()};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  if (count > 0) {
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* part = CMSG_FIRSTHDR(&message);
+    part->cmsg_level = SOL_SOCKET;
+    part->cmsg_type = SCM_RIGHTS;
+    part->cmsg_len = CMSG_LEN(sizeof(int) * count);
+    for (size_t at = 0; at < count; ++at) std::memcpy(CMSG_DATA(part) + at * sizeof(int), &fd, sizeof fd);
+  }
+  CHECK(::sendmsg(socket, &message, MSG_NOSIGNAL) == static_cast<ssize_t>(bytes.size()));
 }
 
 inline uint64_t inode_of(int fd) {

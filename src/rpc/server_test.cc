@@ -19,8 +19,8 @@ using base::Code;
 
 constexpr int64_t kTestTimeoutMs = 60'000;
 
-// A daemon that serves from a thread of its own. A Call is answered with its selector as the report; `evict` with as
-// many megabytes as its selector says; an Open with its descriptors back.
+// A daemon that serves from a thread of its own. A Call is answered with its selector as the report; `evict` with
+// as many megabytes as its selector says; an Open with its descriptors back.
 class Daemon {
  public:
   explicit Daemon(ServerOptions options = {}) : loop_(Loop::open().value()) {
@@ -387,13 +387,11 @@ TEST(Server, a_client_that_dies_in_the_middle_of_a_frame_is_forgotten) {
   Daemon daemon;
   Caller caller = greeted(daemon);
   base::Pipe pipe = base::make_pipe().value();
-  Frame frame = open_frame(1, {"/m"});
-  frame.bytes.resize(4 << 20);  // more than the socket takes
-  frame.fds.push_back(std::move(pipe.write_end));
-  FrameWriter writer;
-  writer.push(std::move(frame));
-  EXPECT_FALSE(writer.write_to(caller.socket.get()).value());
-  writer = {};
+  std::vector<std::byte> bytes;
+  append_frame(open_frame(1, {"/m"}), bytes);
+  bytes.resize(bytes.size() - 1);
+  send_fds(caller.socket.get(), bytes, pipe.write_end.get(), 1);
+  pipe.write_end.reset();
   caller.socket.reset();
   while (daemon.connection_count() == 1) std::this_thread::yield();
   EXPECT_TRUE(write_end_is_closed(pipe));
