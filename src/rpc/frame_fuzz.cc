@@ -1,5 +1,5 @@
-// Input: how many bytes go with a send, less one; on which send a descriptor rides (none when there is no such
-// send); the rest is what a client sends.
+// Input: how many bytes go with a send, less one; on which send a descriptor rides (none when there is no
+// such send); the rest is what a client sends.
 #include <algorithm>
 
 #include "base/check.h"

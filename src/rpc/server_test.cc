@@ -19,8 +19,8 @@ using base::Code;
 
 constexpr int64_t kTestTimeoutMs = 60'000;
 
-// A daemon that serves from a thread of its own. A Call is answered with its selector as the report; `evict` with
-// as many megabytes as its selector says; an Open with its descriptors back.
+// A daemon that serves from a thread of its own. A Call is answered with its selector as the report; `evict`
+// with as many megabytes as its selector says; an Open with its descriptors back.
 class Daemon {
  public:
   explicit Daemon(ServerOptions options = {}) : loop_(Loop::open().value()) {
@@ -389,7 +389,7 @@ TEST(Server, a_client_that_dies_in_the_middle_of_a_frame_is_forgotten) {
   base::Pipe pipe = base::make_pipe().value();
   std::vector<std::byte> bytes;
   append_frame(open_frame(1, {"/m"}), bytes);
-  bytes.resize(bytes.size() - 1);
+  bytes.pop_back();
   send_fds(caller.socket.get(), bytes, pipe.write_end.get(), 1);
   pipe.write_end.reset();
   caller.socket.reset();
