@@ -5,6 +5,7 @@
 #include "daemon/serve.h"
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string_view(argv[1]) == "serve") return tensord::daemon::serve_main(argc - 1, argv + 1);
+  if (argc > 1 && std::string_view(argv[1]) == "serve")
+    return tensord::daemon::serve_main(argc - 1, argv + 1);
   return tensord::cli::cli_main(argc, argv);
 }

@@ -85,14 +85,15 @@ typedef enum tensord_state { TENSORD_FILLING = 0, TENSORD_READY = 1, TENSORD_FAI
 
 typedef struct tensord_open_options {
   uint32_t struct_bytes; /* sizeof(tensord_open_options) */
-  int32_t autostart;     /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
-  int32_t index_only;    /* 1: read the headers only; nothing is loaded, no bytes can be had */
+  int32_t
+      autostart; /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
+  int32_t index_only; /* 1: read the headers only; nothing is loaded, no bytes can be had */
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors
  * file in it), or several paths to files. Returns while the daemon's replica still fills. `options` may be NULL. */
-TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count, const tensord_open_options* options,
-                                tensord_model** model);
+TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count,
+                                const tensord_open_options* options, tensord_model** model);
 /* Frees the handle. Mappings that were retained stay valid. NULL is allowed. */
 TENSORD_EXPORT void tensord_close(tensord_model* model);
 
@@ -123,7 +124,8 @@ TENSORD_EXPORT int tensord_find_tensor(const tensord_model* model, const char* n
 TENSORD_EXPORT size_t tensord_file_count(const tensord_model* model);
 TENSORD_EXPORT const char* tensord_file_path(const tensord_model* model, size_t position);
 TENSORD_EXPORT size_t tensord_metadata_count(const tensord_model* model);
-TENSORD_EXPORT int tensord_metadata_at(const tensord_model* model, size_t position, const char** key, const char** value);
+TENSORD_EXPORT int tensord_metadata_at(const tensord_model* model, size_t position, const char** key,
+                                       const char** value);
 
 /* Waits until the bytes of tensor `name` (NULL: of all) are there and checked. timeout_ms -1: no limit; when it passes,
  * TENSORD_UNAVAILABLE. The error of a failed load is returned with its own code. */
@@ -170,8 +172,9 @@ typedef struct tensord_region {
 } tensord_region;
 
 /* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */
-TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
-                                   size_t item_count, tensord_region* region);
+TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name,
+                                   const tensord_index_item* items, size_t item_count,
+                                   tensord_region* region);
 
 /* One copy of a (slice of a) tensor into the caller's CPU memory. */
 typedef struct tensord_copy {
@@ -187,8 +190,9 @@ typedef struct tensord_copy {
 
 typedef struct tensord_copy_options {
   uint32_t struct_bytes; /* sizeof(tensord_copy_options) */
-  int32_t cast;          /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
-  int32_t thread_count;  /* 0: one per core */
+  int32_t
+      cast; /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
+  int32_t thread_count; /* 0: one per core */
   int32_t reserved;
 } tensord_copy_options;
 

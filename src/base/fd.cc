@@ -28,12 +28,15 @@ Result<Fd> duplicate(int fd) {
 Status read_exactly(int fd, uint64_t offset, std::span<std::byte> target, const std::string& what) {
   size_t done = 0;
   while (done < target.size()) {
-    const ssize_t got = ::pread(fd, target.data() + done, target.size() - done, static_cast<off_t>(offset + done));
+    const ssize_t got =
+        ::pread(fd, target.data() + done, target.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return tl::unexpected(errno_error("read " + what + " at " + std::to_string(offset + done), errno));
+    if (got < 0)
+      return tl::unexpected(errno_error("read " + what + " at " + std::to_string(offset + done), errno));
     if (got == 0) {
-      return fail(Code::corrupt, "read " + what + " at " + std::to_string(offset + done) + ": the file ends " +
-                                     std::to_string(target.size() - done) + " bytes early");
+      return fail(Code::corrupt, "read " + what + " at " + std::to_string(offset + done) +
+                                     ": the file ends " + std::to_string(target.size() - done) +
+                                     " bytes early");
     }
     done += static_cast<size_t>(got);
   }
@@ -44,7 +47,8 @@ Result<std::string> read_file(int fd, uint64_t size_bytes_max, const std::string
   TRY_ASSIGN(const FileIdentity identity, identify_file(fd, what));
   if (identity.size_bytes > size_bytes_max) {
     return fail(Code::invalid_argument, "read " + what + ": " + std::to_string(identity.size_bytes) +
-                                            " bytes, at most " + std::to_string(size_bytes_max) + " are allowed");
+                                            " bytes, at most " + std::to_string(size_bytes_max) +
+                                            " are allowed");
   }
   std::string text(identity.size_bytes, '\0');
   TRY(read_exactly(fd, 0, std::as_writable_bytes(std::span(text)), what));
@@ -69,7 +73,8 @@ Result<FileIdentity> identify_file(int fd, const std::string& what) {
   struct stat status;
   if (::fstat(fd, &status) != 0) return tl::unexpected(errno_error("stat " + what, errno));
   if (!S_ISREG(status.st_mode)) {
-    return fail(Code::invalid_argument, what + " is " + kind_of(status.st_mode) + ", a regular file is needed");
+    return fail(Code::invalid_argument,
+                what + " is " + kind_of(status.st_mode) + ", a regular file is needed");
   }
   return FileIdentity{status.st_dev, status.st_ino, static_cast<uint64_t>(status.st_size), mtime_of(status)};
 }

@@ -10,7 +10,8 @@
 namespace tensord::base {
 
 std::string state_folder() {
-  if (const char* folder = std::getenv("TENSORD_STATE_DIR"); folder != nullptr && *folder != '\0') return folder;
+  if (const char* folder = std::getenv("TENSORD_STATE_DIR"); folder != nullptr && *folder != '\0')
+    return folder;
   if (const char* home = std::getenv("XDG_STATE_HOME"); home != nullptr && *home != '\0') {
     return std::string(home) + "/tensord";
   }

@@ -7,16 +7,26 @@ namespace tensord::base {
 
 std::string_view code_name(Code code) {
   switch (code) {
-    case Code::not_found: return "not_found";
-    case Code::invalid_argument: return "invalid_argument";
-    case Code::exhausted: return "exhausted";
-    case Code::unavailable: return "unavailable";
-    case Code::cancelled: return "cancelled";
-    case Code::corrupt: return "corrupt";
-    case Code::changed: return "changed";
-    case Code::denied: return "denied";
-    case Code::unsupported: return "unsupported";
-    case Code::internal: return "internal";
+    case Code::not_found:
+      return "not_found";
+    case Code::invalid_argument:
+      return "invalid_argument";
+    case Code::exhausted:
+      return "exhausted";
+    case Code::unavailable:
+      return "unavailable";
+    case Code::cancelled:
+      return "cancelled";
+    case Code::corrupt:
+      return "corrupt";
+    case Code::changed:
+      return "changed";
+    case Code::denied:
+      return "denied";
+    case Code::unsupported:
+      return "unsupported";
+    case Code::internal:
+      return "internal";
   }
   return "internal";
 }
@@ -25,16 +35,21 @@ namespace {
 Code code_of(int errno_value) {
   switch (errno_value) {
     case ENOENT:
-    case ENOTDIR: return Code::not_found;
+    case ENOTDIR:
+      return Code::not_found;
     case EACCES:
-    case EPERM: return Code::denied;
+    case EPERM:
+      return Code::denied;
     case ENOMEM:
     case ENOSPC:
     case EDQUOT:
     case EMFILE:
-    case ENFILE: return Code::exhausted;
-    case EINVAL: return Code::invalid_argument;
-    default: return Code::unavailable;
+    case ENFILE:
+      return Code::exhausted;
+    case EINVAL:
+      return Code::invalid_argument;
+    default:
+      return Code::unavailable;
   }
 }
 }  // namespace

@@ -58,15 +58,15 @@ Error errno_error(std::string_view what, int errno_value);
 #define TENSORD_JOIN(a, b) TENSORD_JOIN_(a, b)
 
 // TRY(status_expression): returns its error from the calling function.
-#define TRY(expression)                                                                     \
-  do {                                                                                      \
+#define TRY(expression)                                                                           \
+  do {                                                                                            \
     if (auto try_status = (expression); !try_status) return ::tensord::base::pass_on(try_status); \
   } while (false)
 
 // TRY_ASSIGN(auto value, result_expression): as TRY, else moves the value out.
 #define TRY_ASSIGN(declaration, expression) \
   TRY_ASSIGN_(TENSORD_JOIN(try_result_, __LINE__), declaration, expression)
-#define TRY_ASSIGN_(name, declaration, expression)        \
-  auto name = (expression);                               \
-  if (!name) return ::tensord::base::pass_on(name);       \
+#define TRY_ASSIGN_(name, declaration, expression)  \
+  auto name = (expression);                         \
+  if (!name) return ::tensord::base::pass_on(name); \
   declaration = std::move(*name)

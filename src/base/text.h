@@ -9,8 +9,7 @@ namespace tensord::base {
 
 inline void append_text(std::string& out, std::string_view part) { out += part; }
 template <std::integral T>
-  requires(!std::same_as<T, char> && !std::same_as<T, bool>)
-void append_text(std::string& out, T part) {
+requires(!std::same_as<T, char> && !std::same_as<T, bool>) void append_text(std::string& out, T part) {
   out += std::to_string(part);
 }
 // Three significant decimals, for seconds and rates.

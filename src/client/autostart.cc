@@ -88,7 +88,8 @@ base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms)
   TRY(rpc::prepare_runtime_folder(runtime_folder));
   TRY_ASSIGN(const std::string binary, find_binary());
   const std::string folder = base::state_folder();
-  const bool writable = base::make_folders(folder) && ::access(folder.c_str(), W_OK) == 0;  // else a read-only home
+  const bool writable =
+      base::make_folders(folder) && ::access(folder.c_str(), W_OK) == 0;  // else a read-only home
   const std::string log_path = (writable ? folder : runtime_folder) + "/daemon.log";
   const int64_t deadline_ns = base::monotonic_ns() + timeout_ms * 1'000'000;
   TRY(spawn(binary, log_path));
@@ -97,8 +98,8 @@ base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms)
     if (socket) return {};
     if (socket.error().code != Code::unavailable) return base::pass_on(socket);
     if (base::monotonic_ns() > deadline_ns) {
-      return fail(Code::unavailable, base::text("started ", binary, ", but it does not listen after ", timeout_ms,
-                                                " ms; its log is ", log_path));
+      return fail(Code::unavailable, base::text("started ", binary, ", but it does not listen after ",
+                                                timeout_ms, " ms; its log is ", log_path));
     }
     ::poll(nullptr, 0, 5);
   }

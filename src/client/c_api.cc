@@ -82,12 +82,14 @@ void describe(const client::Model& model, const tensor::Tensor& tensor, tensord_
 }
 
 client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, size_t count) {
-  if (count > 4 * TENSORD_RANK_MAX) return tensord::base::fail(Code::invalid_argument, "too many index items");
+  if (count > 4 * TENSORD_RANK_MAX)
+    return tensord::base::fail(Code::invalid_argument, "too many index items");
   tensor::IndexItems out;
   for (size_t at = 0; at < count; ++at) {
     const tensord_index_item& item = items[at];
     if (item.kind > TENSORD_NEW_AXIS) {
-      return tensord::base::fail(Code::invalid_argument, tensord::base::text("index item of unknown kind ", item.kind));
+      return tensord::base::fail(Code::invalid_argument,
+                                 tensord::base::text("index item of unknown kind ", item.kind));
     }
     tensor::IndexItem one{.kind = static_cast<tensor::IndexItem::Kind>(item.kind)};
     if (item.kind == TENSORD_INTEGER) one.integer = item.start;
@@ -103,8 +105,10 @@ client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, siz
 
 client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   if (copy.name == nullptr) return tensord::base::fail(Code::invalid_argument, "a copy without a name");
-  if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) || copy.target_rank > TENSORD_RANK_MAX) {
-    return tensord::base::fail(Code::invalid_argument, tensord::base::text(copy.name, ": a target of unknown dtype or rank"));
+  if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) ||
+      copy.target_rank > TENSORD_RANK_MAX) {
+    return tensord::base::fail(Code::invalid_argument,
+                               tensord::base::text(copy.name, ": a target of unknown dtype or rank"));
   }
   client::CopyOrder order{.name = copy.name};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
@@ -122,7 +126,8 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   for (size_t at = copy.target_rank; at-- > 0;) {
     order.to.strides[at] = stride;
     if (__builtin_mul_overflow(stride, static_cast<int64_t>(order.to.shape[at]), &stride)) {
-      return tensord::base::fail(Code::invalid_argument, tensord::base::text(copy.name, ": a target shape too large"));
+      return tensord::base::fail(Code::invalid_argument,
+                                 tensord::base::text(copy.name, ": a target shape too large"));
     }
   }
   return order;
@@ -156,7 +161,8 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
     client::OpenOptions wishes;
     if (options != nullptr) {
       if (options->struct_bytes != sizeof(tensord_open_options)) {
-        return keep(Code::invalid_argument, "tensord_open_options of another size: header and library differ");
+        return keep(Code::invalid_argument,
+                    "tensord_open_options of another size: header and library differ");
       }
       wishes.autostart = autostart_of(options->autostart);
       wishes.index_only = options->index_only != 0;
@@ -236,8 +242,8 @@ int tensord_info(const tensord_model* model, char** json) {
   return guarded([&] { return give_text(model->model->info_json(), json); });
 }
 
-int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items, size_t item_count,
-                    tensord_region* region) {
+int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
+                    size_t item_count, tensord_region* region) {
   return guarded([&] {
     const auto found = model->model->find(name);
     if (!found) return keep(found.error());
@@ -263,7 +269,8 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
     client::CopyOrderOptions wishes;
     if (options != nullptr) {
       if (options->struct_bytes != sizeof(tensord_copy_options)) {
-        return keep(Code::invalid_argument, "tensord_copy_options of another size: header and library differ");
+        return keep(Code::invalid_argument,
+                    "tensord_copy_options of another size: header and library differ");
       }
       wishes = {.cast = options->cast != 0, .thread_count = options->thread_count};
     }
@@ -277,8 +284,9 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
     const auto loaded = model->model->load_into(orders, wishes);
     if (!loaded) return keep(loaded.error());
     if (report != nullptr) {
-      *report = {loaded->copy.target_bytes, loaded->record_count, loaded->copy.thread_count, 0, loaded->plan_ns,
-                 loaded->copy.wait_ns, loaded->copy_ns};
+      *report = {
+          loaded->copy.target_bytes, loaded->record_count, loaded->copy.thread_count, 0, loaded->plan_ns,
+          loaded->copy.wait_ns,      loaded->copy_ns};
     }
     return static_cast<int>(TENSORD_OK);
   });
@@ -291,7 +299,8 @@ int tensord_call(const char* verb, const char* selector, int autostart, char** j
     if (known == kVerbs.end()) {
       return keep(Code::invalid_argument, "no verb " + tensord::base::quoted(verb));
     }
-    const auto answer = client::call(known->second, selector == nullptr ? "" : selector, autostart_of(autostart));
+    const auto answer =
+        client::call(known->second, selector == nullptr ? "" : selector, autostart_of(autostart));
     if (!answer) return keep(answer.error());
     return give_text(*answer, json);
   });

@@ -26,7 +26,8 @@ constexpr uint64_t kShardIndexBytesMax = 100'000'000;
 // Absolute, with `.` and `..` left to the kernel; symbolic links stay as the caller wrote them.
 Result<std::string> absolute(const std::string& path) {
   if (path.empty()) return fail(Code::invalid_argument, "open: an empty path");
-  if (path.find('\0') != std::string::npos) return fail(Code::invalid_argument, "open: a path with a NUL byte");
+  if (path.find('\0') != std::string::npos)
+    return fail(Code::invalid_argument, "open: a path with a NUL byte");
   if (path[0] == '/') return path;
   char* folder = ::getcwd(nullptr, 0);
   if (folder == nullptr) return tl::unexpected(base::errno_error("find the working folder", errno));
@@ -84,10 +85,12 @@ Result<std::string> only_safetensors_in(const std::string& folder) {
   ::closedir(listing);
   if (found.size() == 1) return folder + "/" + found[0];
   if (found.empty()) {
-    return fail(Code::not_found, base::text(folder, " holds neither ", kShardIndexName, " nor a .safetensors file"));
+    return fail(Code::not_found,
+                base::text(folder, " holds neither ", kShardIndexName, " nor a .safetensors file"));
   }
-  return fail(Code::invalid_argument, base::text(folder, " holds ", found.size(), " .safetensors files and no ",
-                                                 kShardIndexName, "; name the files that belong together"));
+  return fail(Code::invalid_argument,
+              base::text(folder, " holds ", found.size(), " .safetensors files and no ", kShardIndexName,
+                         "; name the files that belong together"));
 }
 
 Result<Checkpoint> from_files(const std::vector<std::string>& paths, const std::string& shown) {
@@ -114,7 +117,8 @@ Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
   const std::string& first = whole.front();
   if (whole.size() > 1) return from_files(whole, first);
   if (!is_folder(first)) {
-    if (first.ends_with(".index.json")) return from_shard_index(first.substr(0, first.rfind('/')), first, first);
+    if (first.ends_with(".index.json"))
+      return from_shard_index(first.substr(0, first.rfind('/')), first, first);
     return from_files(whole, first);
   }
   const std::string index_path = first + "/" + kShardIndexName;

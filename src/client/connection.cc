@@ -85,7 +85,8 @@ Result<Answer> Connection::ask(protocol::RequestUnion request, const std::vector
   Answer answer{std::move(frame->bytes), std::move(frame->fds)};
   flatbuffers::Verifier verifier(reinterpret_cast<const uint8_t*>(answer.bytes.data()), answer.bytes.size());
   if (!verifier.VerifyBuffer<protocol::ReplyFrame>(nullptr) || answer.frame().id() != id) {
-    return broken({Code::corrupt, "the daemon's answer makes no sense; are daemon and client of one version?"});
+    return broken(
+        {Code::corrupt, "the daemon's answer makes no sense; are daemon and client of one version?"});
   }
   if (const auto* failure = answer.frame().reply_as_Failure()) {
     const bool known = failure->code() >= 1 && failure->code() <= static_cast<uint8_t>(Code::internal);

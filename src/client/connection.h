@@ -30,7 +30,9 @@ inline constexpr int64_t kAnswerTimeoutMs = 600'000;
 struct Answer {
   std::vector<std::byte> bytes;
   std::vector<base::Fd> fds;
-  const protocol::ReplyFrame& frame() const { return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data()); }
+  const protocol::ReplyFrame& frame() const {
+    return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data());
+  }
 };
 
 // Thread safe. Safe across fork: a child makes a connection of its own at its first call.

@@ -38,7 +38,8 @@ Result<memory::Mapped> map_segments(std::span<base::Fd> segments, const flatbuff
   if (total_bytes == 0) return memory::Mapped();
   void* range = ::mmap(nullptr, total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) {
-    return tl::unexpected(base::errno_error("reserve " + base::human_bytes(total_bytes) + " of addresses", errno));
+    return tl::unexpected(
+        base::errno_error("reserve " + base::human_bytes(total_bytes) + " of addresses", errno));
   }
   memory::Mapped memory(static_cast<std::byte*>(range), total_bytes);
   std::byte* address = memory.data();
@@ -105,8 +106,9 @@ struct AddressRange {
 
 Result<AddressRange> addresses_of(const CopyOrder& order) {
   if (order.to.shape.size() != order.to.strides.size()) {
-    return fail(Code::invalid_argument, base::text(base::quoted(order.name), ": target with ", order.to.shape.size(),
-                                                   " dimensions and ", order.to.strides.size(), " strides"));
+    return fail(Code::invalid_argument,
+                base::text(base::quoted(order.name), ": target with ", order.to.shape.size(),
+                           " dimensions and ", order.to.strides.size(), " strides"));
   }
   auto lowest = static_cast<__int128>(reinterpret_cast<uint64_t>(order.target));
   __int128 highest = lowest + order.to.element_bytes;
@@ -123,10 +125,11 @@ Result<AddressRange> addresses_of(const CopyOrder& order) {
 
 Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype target, bool cast) {
   if (target == tensor.dtype) return {};
-  const std::string pair =
-      base::text(base::quoted(tensor.name), " is ", tensor.dtype_text, ", its target ", tensor::dtype_name(target));
+  const std::string pair = base::text(base::quoted(tensor.name), " is ", tensor.dtype_text, ", its target ",
+                                      tensor::dtype_name(target));
   if (!cast) return fail(Code::invalid_argument, pair + "; ask for a cast to convert");
-  if (!tensor::can_cast(tensor.dtype, target)) return fail(Code::unsupported, pair + "; there is no such cast");
+  if (!tensor::can_cast(tensor.dtype, target))
+    return fail(Code::unsupported, pair + "; there is no such cast");
   return {};
 }
 
@@ -137,7 +140,8 @@ bool Mapping::daemon_lives() const {
   return ::poll(&lease, 1, 0) == 0;  // an error event: the daemon's read end is closed
 }
 
-Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths, const OpenOptions& options) {
+Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths,
+                                           const OpenOptions& options) {
   TRY_ASSIGN(Checkpoint checkpoint, find_checkpoint(paths));
   std::shared_ptr<Model> model(new Model);
   TRY_ASSIGN(model->connection_, Connection::open(options.autostart));
@@ -155,7 +159,8 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
 
   const int64_t begin_ns = base::monotonic_ns();
   const auto* opened = answer.frame().reply_as_Opened();
-  const size_t segment_count = opened == nullptr || opened->segment_bytes() == nullptr ? 0 : opened->segment_bytes()->size();
+  const size_t segment_count =
+      opened == nullptr || opened->segment_bytes() == nullptr ? 0 : opened->segment_bytes()->size();
   constexpr size_t kLeaseFillIndex = 3;
   const size_t fd_count = options.index_only ? 1 : kLeaseFillIndex + segment_count;
   if (opened == nullptr || answer.fds.size() != fd_count) {
@@ -177,7 +182,8 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
   const auto* sizes = segment_count == 0 ? kNone : opened->segment_bytes();
   memory::Mapped memory;
   if (sizes != nullptr) {
-    TRY_ASSIGN(memory, map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *sizes, model->image_bytes_));
+    TRY_ASSIGN(memory,
+               map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *sizes, model->image_bytes_));
   }
   model->mapping_ = std::make_shared<Mapping>(std::move(memory), std::move(answer.fds[0]));
   model->map_ns_ = base::monotonic_ns() - begin_ns;
@@ -222,12 +228,14 @@ Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
 Result<const tensor::Tensor*> Model::find(std::string_view name) const {
   const tensor::Tensor* tensor = index_.find(name);
   if (tensor == nullptr) {
-    return fail(Code::not_found, base::text(path_, " has no tensor ", base::quoted(name), suggestion(index_, name)));
+    return fail(Code::not_found,
+                base::text(path_, " has no tensor ", base::quoted(name), suggestion(index_, name)));
   }
   return tensor;
 }
 
-Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const {
+Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
+                                       const CopyOrderOptions& options) const {
   // All targets are one memory, from the lowest address to the highest: overlaps between orders show as in one target.
   AddressRange all;
   for (const CopyOrder& order : orders) {
@@ -273,7 +281,9 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
   report.plan_ns = base::monotonic_ns() - begin_ns;
   memory::CopyOptions run{.thread_count = options.thread_count, .keep_spans = connection_->keep_spans()};
   if (fill_->state() != memory::FillState::ready) {
-    run.ready = [this](uint32_t, uint64_t offset, uint64_t size_bytes) { return wait_for(offset, size_bytes, -1); };
+    run.ready = [this](uint32_t, uint64_t offset, uint64_t size_bytes) {
+      return wait_for(offset, size_bytes, -1);
+    };
   }
   const memory::CopySource sources[] = {{mapping_->data(), mapping_->size_bytes()}};
   const memory::CopyTarget targets[] = {prepared.target};
@@ -313,7 +323,8 @@ std::string Model::info_json() const {
                          {"tensor_count", index_.tensors.size()},
                          {"ready_bytes", ready_bytes()},
                          {"total_bytes", total_bytes()}};
-  info["artifact"] = state() == memory::FillState::ready ? nlohmann::json(artifact_id().to_text()) : nlohmann::json();
+  info["artifact"] =
+      state() == memory::FillState::ready ? nlohmann::json(artifact_id().to_text()) : nlohmann::json();
   for (const tensor::IndexFile& file : index_.files) info["files"].push_back(file.path);
   return info.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }

@@ -78,7 +78,8 @@ struct LoadReport {
 // Thread safe.
 class Model {
  public:
-  static Result<std::shared_ptr<Model>> open(const std::vector<std::string>& paths, const OpenOptions& options);
+  static Result<std::shared_ptr<Model>> open(const std::vector<std::string>& paths,
+                                             const OpenOptions& options);
 
   const std::string& path() const { return path_; }
   const tensor::Index& index() const { return index_; }

@@ -5,6 +5,7 @@
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
+#include <toml++/toml.h>
 #include <algorithm>
 #include <cctype>
 #include <charconv>
@@ -14,7 +15,6 @@
 #include <fstream>
 #include <iterator>
 #include <string_view>
-#include <toml++/toml.h>
 
 #include "base/bytes.h"
 #include "base/fd.h"
@@ -51,19 +51,24 @@ constexpr int kReadThreadsMax = 256;
 constexpr int64_t kDrainSecondsMax = 3600;
 
 constexpr Setting kSettings[] = {
-    {"runtime_dir", "FOLDER", "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
+    {"runtime_dir", "FOLDER",
+     "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
      [](Config& config, const std::string& value) -> Status { return config.runtime_dir = value, Status(); }},
-    {"state_dir", "FOLDER", "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
+    {"state_dir", "FOLDER",
+     "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
      [](Config& config, const std::string& value) -> Status { return config.state_dir = value, Status(); }},
-    {"host_memory", "SIZE", "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's)",
+    {"host_memory", "SIZE",
+     "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's)",
      [](Config& config, const std::string& value) { return set_bytes(config.host_memory, value); }},
-    {"prefault", "SIZE", "memory to touch in the background at start, so that loads find it warm (default: 0)",
+    {"prefault", "SIZE",
+     "memory to touch in the background at start, so that loads find it warm (default: 0)",
      [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
     {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
      [](Config& config, const std::string& value) {
        return set_number(config.read_threads, value, 1, kReadThreadsMax);
      }},
-    {"log_level", "LEVEL", "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
+    {"log_level", "LEVEL",
+     "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
      [](Config& config, const std::string& value) -> Status {
        TRY_ASSIGN(config.log_level, base::parse_log_level(value));
        return {};
@@ -112,7 +117,8 @@ Status apply_file(Config& config, const std::string& path) try {
   for (const auto& [key, node] : table) {
     const std::string where = base::text(path, ":", node.source().begin.line, ": ", std::string(key.str()));
     const Setting* setting = find_setting(key.str());
-    if (setting == nullptr) return fail(Code::invalid_argument, where + ": no such setting; see `tensord serve --help`");
+    if (setting == nullptr)
+      return fail(Code::invalid_argument, where + ": no such setting; see `tensord serve --help`");
     const std::string value = value_text(node);
     if (value.empty()) return fail(Code::invalid_argument, where + ": write a string or a whole number");
     TRY(apply(config, *setting, value, where));
@@ -189,7 +195,9 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments) {
     const auto* setting = std::find_if(std::begin(kSettings), std::end(kSettings),
                                        [&](const Setting& one) { return flag_of(one) == argument; });
     const bool known = setting != std::end(kSettings) || argument == "--config";
-    if (!known) return fail(Code::invalid_argument, base::text("no flag ", base::quoted(argument), "; see `tensord serve --help`"));
+    if (!known)
+      return fail(Code::invalid_argument,
+                  base::text("no flag ", base::quoted(argument), "; see `tensord serve --help`"));
     if (equals == std::string::npos) {
       if (++at == arguments.size()) return fail(Code::invalid_argument, argument + " needs a value");
       value = arguments[at];
@@ -217,14 +225,16 @@ Result<Config> make_config(const CommandLine& command_line) {
   if (file.valid() && base::identify_file(file.get(), path)) {
     TRY(apply_file(config, path));
   } else if (!named.empty()) {
-    return fail(Code::not_found, base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
+    return fail(Code::not_found,
+                base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
   }
   for (const Setting& setting : kSettings) {
     const std::string name = variable_of(setting);
     const char* value = std::getenv(name.c_str());
     if (value != nullptr && *value != '\0') TRY(apply(config, setting, value, "$" + name));
   }
-  for (const auto& [setting, value] : command_line.flags) TRY(apply(config, *setting, value, flag_of(*setting)));
+  for (const auto& [setting, value] : command_line.flags)
+    TRY(apply(config, *setting, value, flag_of(*setting)));
   // --detach leaves the working folder.
   for (std::string* one : {&config.runtime_dir, &config.state_dir, &config.log_file}) {
     if (!one->empty()) *one = std::filesystem::absolute(*one).string();
@@ -236,7 +246,8 @@ std::string serve_help() {
   std::string help =
       "tensord serve: run the daemon of this user in the foreground\n\n"
       "usage: tensord serve [flags]\n\n"
-      "  --config FILE          settings in TOML (default: $TENSORD_CONFIG, else ~/.config/tensord/tensord.toml)\n"
+      "  --config FILE          settings in TOML (default: $TENSORD_CONFIG, else "
+      "~/.config/tensord/tensord.toml)\n"
       "  --detach               go to the background once started\n";
   for (const Setting& setting : kSettings) {
     std::string flag = "  " + flag_of(setting) + " " + setting.value;
@@ -244,7 +255,8 @@ std::string serve_help() {
     help += flag + setting.meaning + "\n";
   }
   help +=
-      "\nEvery flag is also a name in the file (host_memory = \"64GiB\") and in the environment (TENSORD_HOST_MEMORY=64GiB).\n"
+      "\nEvery flag is also a name in the file (host_memory = \"64GiB\") and in the environment "
+      "(TENSORD_HOST_MEMORY=64GiB).\n"
       "SIGTERM and SIGINT end it: running loads may finish first; a second one ends it at once.\n\n"
       "example: tensord serve --host-memory 64GiB --prefault 32GiB\n"
       "exit status: 0 stopped, 1 could not start or run, 2 wrong flags or settings\n";

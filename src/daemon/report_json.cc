@@ -101,15 +101,21 @@ std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
   const int64_t check_ns = report.counters.check_ns / threads;
   const int64_t most = std::max({report.index_ns, report.memory_ns, read_ns, check_ns});
   if (most == report.index_ns && report.index_ns > 0) {
-    return {"index", "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
+    return {"index",
+            "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
   }
-  if (most == report.memory_ns) return {"memory", "Most of the time went into finding room: raise host_memory."};
-  if (most == check_ns) return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
+  if (most == report.memory_ns)
+    return {"memory", "Most of the time went into finding room: raise host_memory."};
+  if (most == check_ns)
+    return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
   if (report.disk_bytes > report.counters.bytes / 2) {
-    return {"disk", "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
+    return {
+        "disk",
+        "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
   }
   return {"page cache",
-          "The bytes came from the page cache into memory that was touched for the first time or recycled: `prefault` "
+          "The bytes came from the page cache into memory that was touched for the first time or recycled: "
+          "`prefault` "
           "and more read_threads would help."};
 }
 
@@ -140,21 +146,22 @@ json trace_value(const engine::LoadReport& report) {
 }  // namespace
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
-  return dump({{"pid", ::getpid()},
-               {"version", facts.version},
-               {"protocol", facts.protocol},
-               {"socket", facts.socket},
-               {"runtime_dir", facts.runtime_dir},
-               {"state_dir", facts.state_dir},
-               {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
-               {"limits",
-                {{"host_memory", engine.memory().limit_bytes()},
-                 {"read_threads", facts.read_threads},
-                 {"connections", facts.connection_count_max}}},
-               {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
-               {"replicas", engine.replicas().size()},
-               {"loads_running", engine.running_count()},
-               {"connections", connection_count}});
+  return dump(
+      {{"pid", ::getpid()},
+       {"version", facts.version},
+       {"protocol", facts.protocol},
+       {"socket", facts.socket},
+       {"runtime_dir", facts.runtime_dir},
+       {"state_dir", facts.state_dir},
+       {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
+       {"limits",
+        {{"host_memory", engine.memory().limit_bytes()},
+         {"read_threads", facts.read_threads},
+         {"connections", facts.connection_count_max}}},
+       {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
+       {"replicas", engine.replicas().size()},
+       {"loads_running", engine.running_count()},
+       {"connections", connection_count}});
 }
 
 std::string list_json(const engine::Engine& engine) {

@@ -28,8 +28,8 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   const protocol::Open& open = *request.frame().request_as_Open();
   const size_t file_count = open.paths()->size();
   if (request.fds.size() != file_count + (open.has_shard_index() ? 1 : 0)) {
-    return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count, " paths came with ",
-                                                   request.fds.size(), " descriptors"));
+    return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count,
+                                                   " paths came with ", request.fds.size(), " descriptors"));
   }
   engine::OpenOrder order{.path = open.path()->str(), .index_only = open.index_only()};
   order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
@@ -63,13 +63,18 @@ rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
 
 void Requests::handle(rpc::Request request) {
   switch (request.frame().request_type()) {
-    case protocol::Request::Open: return open(std::move(request));
-    case protocol::Request::Call: return call(request);
-    case protocol::Request::Used: return used(request);
-    default: break;
+    case protocol::Request::Open:
+      return open(std::move(request));
+    case protocol::Request::Call:
+      return call(request);
+    case protocol::Request::Used:
+      return used(request);
+    default:
+      break;
   }
   server_->reply(request.client.connection,
-                 rpc::reply_failure(request.frame().id(), {Code::unsupported, "this daemon does not know such a request"}));
+                 rpc::reply_failure(request.frame().id(),
+                                    {Code::unsupported, "this daemon does not know such a request"}));
 }
 
 void Requests::open(rpc::Request request) {
@@ -104,16 +109,20 @@ void Requests::call(const rpc::Request& request) {
 Result<std::string> Requests::answer(const protocol::Call& call) {
   const std::string selector = call.selector() == nullptr ? "" : call.selector()->str();
   switch (call.verb()) {
-    case Verb::status: return status_json(facts_, engine_, server_->connection_count());
-    case Verb::list: return list_json(engine_);
-    case Verb::stop: return stop_json();
+    case Verb::status:
+      return status_json(facts_, engine_, server_->connection_count());
+    case Verb::list:
+      return list_json(engine_);
+    case Verb::stop:
+      return stop_json();
     case Verb::explain: {
       const auto replica = engine_.find(selector);
-      const auto report = replica           ? engine_.load_report(*replica)
+      const auto report = replica              ? engine_.load_report(*replica)
                           : selector == "last" ? engine_.last_load_report()
                                                : std::nullopt;
       if (!report && !replica) return base::pass_on(replica);
-      if (!report) return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
+      if (!report)
+        return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
       return explain_json(*report);
     }
     case Verb::evict: {
@@ -128,7 +137,8 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
       engine_.set_pinned(replica, call.verb() == Verb::pin);
       return replica_json(engine_.replica(replica));
     }
-    default: return fail(Code::unsupported, "this daemon does not know such a verb");
+    default:
+      return fail(Code::unsupported, "this daemon does not know such a verb");
   }
 }
 
@@ -145,7 +155,8 @@ void Requests::used(const rpc::Request& request) {
   if (used.spans() != nullptr && facts_.keep_spans) {
     for (const protocol::Span* span : *used.spans()) {
       if (use.spans.size() == engine::kSpanCountMax) break;
-      use.spans.push_back({span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});
+      use.spans.push_back(
+          {span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});
     }
   }
   engine_.note_use(used.replica(), std::move(use));

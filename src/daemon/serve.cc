@@ -62,7 +62,8 @@ std::unique_ptr<catalog::Catalog> open_catalog(const std::string& state_dir) {
     if (opened) return std::move(*opened);
     folder = base::pass_on(opened);
   }
-  log(LogLevel::warning, "catalog: ", folder.error().message, "; digests are kept in memory only, until the daemon ends");
+  log(LogLevel::warning, "catalog: ", folder.error().message,
+      "; digests are kept in memory only, until the daemon ends");
   return catalog::make_memory_catalog();
 }
 
@@ -94,7 +95,8 @@ class Prefaulter {
         if (stop_) return;
         auto segment = memory::make_segment(size, ::getuid());
         if (!segment || ::madvise(segment->data(), size, MADV_POPULATE_WRITE) != 0) {
-          log(LogLevel::warning, "prefault: ", base::human_bytes(size), " could not be had; the rest is left out");
+          log(LogLevel::warning, "prefault: ", base::human_bytes(size),
+              " could not be had; the rest is left out");
           return;
         }
         auto shared = std::make_shared<memory::Segment>(std::move(*segment));
@@ -135,7 +137,8 @@ class Shutdown {
   void begin() {
     if (begun_) return engine_.cancel_loads();
     begun_ = true;
-    log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_, " s");
+    log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_,
+        " s");
     server_->stop_accepting();
     loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_loads(); });
     // Through the loop once more, so that the reply to `stop` is on its way first.
@@ -174,10 +177,11 @@ Status run(const Config& config) {
                     .connection_count_max = rpc::kConnectionCountMax,
                     .keep_spans = keep_spans};
   Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
-  TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
-             rpc::Server::start(*loop, std::move(listener),
-                                {.product_version = kVersion, .keep_spans = keep_spans, .user_id = ::getuid()},
-                                [&](rpc::Request request) { requests.handle(std::move(request)); }));
+  TRY_ASSIGN(
+      const std::unique_ptr<rpc::Server> server,
+      rpc::Server::start(*loop, std::move(listener),
+                         {.product_version = kVersion, .keep_spans = keep_spans, .user_id = ::getuid()},
+                         [&](rpc::Request request) { requests.handle(std::move(request)); }));
   requests.reply_through(*server);
   shutdown.watch(*server);
   TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {

@@ -52,8 +52,10 @@ LeafRange leaves_of_file(const Content& content, uint32_t file) {
   return {static_cast<uint32_t>(first - leaves.begin()), static_cast<uint32_t>(last - leaves.begin())};
 }
 
-Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const base::Fd& shard_index,
-                                                    const std::string& shard_index_path, uint64_t image_bytes_max) {
+Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
+                                                    const base::Fd& shard_index,
+                                                    const std::string& shard_index_path,
+                                                    uint64_t image_bytes_max) {
   const int64_t begin_ns = base::monotonic_ns();
   std::vector<tensor::IndexFile> named;
   std::vector<tensor::FileTensors> parts;
@@ -65,7 +67,8 @@ Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>&
   auto content = std::make_shared<Content>();
   TRY_ASSIGN(content->index, tensor::join_files(std::move(named), std::move(parts)));
   if (shard_index.valid()) {
-    TRY_ASSIGN(const std::string json, base::read_file(shard_index.get(), kShardIndexBytesMax, shard_index_path));
+    TRY_ASSIGN(const std::string json,
+               base::read_file(shard_index.get(), kShardIndexBytesMax, shard_index_path));
     TRY_ASSIGN(const tensor::ShardIndex shards, tensor::parse_shard_index(json, shard_index_path));
     TRY(tensor::check_shard_index(shards, content->index));
   }

@@ -30,17 +30,19 @@ struct OpenFile {
 struct Content {
   tensor::Index index;
   uint64_t image_bytes = 0;
-  tensor::ImageLayout layout;                   // empty when image_bytes is over what read_content was told to lay out
-  std::vector<base::FileIdentity> identities;   // one per file
-  std::vector<tensor::Digest> layout_digests;   // one per file: which bytes its leaves cover
-  int64_t index_ns = 0;                         // how long reading and checking the headers took
+  tensor::ImageLayout layout;  // empty when image_bytes is over what read_content was told to lay out
+  std::vector<base::FileIdentity> identities;  // one per file
+  std::vector<tensor::Digest> layout_digests;  // one per file: which bytes its leaves cover
+  int64_t index_ns = 0;                        // how long reading and checking the headers took
 };
 
 // Reads and checks the headers of all files, and the shard index when its descriptor is valid. Blocks on the disk: not
 // for the engine's thread. Errors name file and tensor. An image over `image_bytes_max` is not laid out: nobody can load
 // it, and a sparse file can claim any size.
-Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const base::Fd& shard_index,
-                                                    const std::string& shard_index_path, uint64_t image_bytes_max);
+Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
+                                                    const base::Fd& shard_index,
+                                                    const std::string& shard_index_path,
+                                                    uint64_t image_bytes_max);
 
 // The leaves of file `file` in ImageLayout::leaves: [first, last).
 struct LeafRange {

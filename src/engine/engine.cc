@@ -79,7 +79,8 @@ void Engine::index(Replica& replica, base::Fd shard_index) {
     base::Fd shard_index;
     Indexed outcome;
   };
-  auto job = std::make_shared<Job>(Job{replica.number, replica.path, &replica.files, std::move(shard_index), {}});
+  auto job =
+      std::make_shared<Job>(Job{replica.number, replica.path, &replica.files, std::move(shard_index), {}});
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
     outcome.content = read_content(*job->files, job->shard_index, job->path, options_.host_memory_bytes);
@@ -136,7 +137,8 @@ Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& hol
   }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
   const uint64_t lease = next_lease_++;
-  TRY(owner_.watch_hangup(pipe.read_end.get(), [this, number = replica.number, lease] { lease_ended(number, lease); }));
+  TRY(owner_.watch_hangup(pipe.read_end.get(),
+                          [this, number = replica.number, lease] { lease_ended(number, lease); }));
   replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns()};
   ++lease_count_;
   granted.lease = std::move(pipe.write_end);
@@ -202,8 +204,8 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   report.memory_ns = base::monotonic_ns() - begin_ns;
   reports_.push_back(std::move(report));
   if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
-  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path, ", ", base::human_bytes(total_bytes), " in ",
-      content.index.tensors.size(), " tensors");
+  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path, ", ", base::human_bytes(total_bytes),
+      " in ", content.index.tensors.size(), " tensors");
   return {};
 }
 
@@ -221,11 +223,11 @@ Status Engine::make_room(uint64_t memory_bytes) {
   }
   const auto victims = choose_victims(std::move(candidates), in_use_bytes + memory_bytes - limit_bytes);
   if (!victims) {
-    return fail(Code::exhausted,
-                base::text("it needs ", base::human_bytes(memory_bytes), ", but of host_memory ",
-                           base::human_bytes(limit_bytes), " only ", base::human_bytes(limit_bytes - in_use_bytes),
-                           " are free, and the rest cannot be evicted: ", holders_text(),
-                           "; close or unpin some of them, or raise host_memory"));
+    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes),
+                                            ", but of host_memory ", base::human_bytes(limit_bytes), " only ",
+                                            base::human_bytes(limit_bytes - in_use_bytes),
+                                            " are free, and the rest cannot be evicted: ", holders_text(),
+                                            "; close or unpin some of them, or raise host_memory"));
   }
   for (const uint64_t victim : *victims) {
     log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path, ") to make room");
@@ -242,7 +244,8 @@ std::string Engine::holders_text() const {
     if (!replica->held() || replica->memory.segments.empty()) continue;
     if (shown++ == kShownMax) return out + ", and others";
     if (!out.empty()) out += ", ";
-    out += base::text("replica ", number, " ", replica->path, " (", base::human_bytes(replica->memory.size_bytes()));
+    out += base::text("replica ", number, " ", replica->path, " (",
+                      base::human_bytes(replica->memory.size_bytes()));
     if (replica->pinned) out += ", pinned";
     if (replica->state == ReplicaState::filling) out += ", filling";
     for (const auto& [lease, held] : replica->leases) {
@@ -258,7 +261,8 @@ Engine::Digests Engine::known_digests(const Content& content) {
   for (uint32_t file = 0; file < content.layout_digests.size(); ++file) {
     auto record = catalog_.find_file(content.identities[file]);
     if (!record) {
-      log(LogLevel::warning, "catalog: ", record.error().message, "; loads are not checked against earlier ones");
+      log(LogLevel::warning, "catalog: ", record.error().message,
+          "; loads are not checked against earlier ones");
       break;
     }
     const auto [first, last] = leaves_of_file(content, file);
@@ -281,8 +285,9 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     report->state = result.status ? LoadState::ready : LoadState::failed;
     if (result.status) report->artifact = result.artifact_id;
     if (!result.status) report->error = result.status.error();
-    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",
-        base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9, " s");
+    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message,
+        ", ", base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9,
+        " s");
   }
   replica.last_used_ns = base::monotonic_ns();
   if (result.status) {
@@ -308,7 +313,9 @@ void Engine::remember(const Replica& replica) {
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
-    files.push_back({content.identities[file], content.index.files[file].path, content.layout_digests[file],
+    files.push_back({content.identities[file],
+                     content.index.files[file].path,
+                     content.layout_digests[file],
                      {replica.leaves.begin() + first, replica.leaves.begin() + last}});
   }
   ++remembering_count_;
@@ -346,21 +353,24 @@ void Engine::forget(uint64_t number) {
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
   if (replica.pinned) {
-    return fail(Code::denied, base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
+    return fail(Code::denied,
+                base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
   }
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
     const std::string others =
         replica.leases.size() == 1 ? "" : base::text(" and ", replica.leases.size() - 1, " more");
-    return fail(Code::denied, base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name,
-                                         " pid ", holder.process_id, others, "; close it there first"));
+    return fail(Code::denied,
+                base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name,
+                           " pid ", holder.process_id, others, "; close it there first"));
   }
   if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
     return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is busy; try again"));
   }
   if (replica.load) {
     replica.doomed = true;
-    replica.load->cancel({Code::cancelled, base::text("load of ", replica.path, ": evicted while it was filling")});
+    replica.load->cancel(
+        {Code::cancelled, base::text("load of ", replica.path, ": evicted while it was filling")});
     return {};
   }
   forget(number);
@@ -382,7 +392,8 @@ void Engine::end_drain() {
 void Engine::cancel_loads() {
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
-      replica->load->cancel({Code::cancelled, base::text("load of ", replica->path, ": the daemon was stopped")});
+      replica->load->cancel(
+          {Code::cancelled, base::text("load of ", replica->path, ": the daemon was stopped")});
     }
   }
 }

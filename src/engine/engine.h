@@ -27,8 +27,8 @@ inline constexpr size_t kLeaseCountMax = 100'000;
 
 // The owner's thread, as the engine needs it.
 struct Owner {
-  std::function<void(std::function<void()>)> post;                     // thread safe
-  std::function<Status(int fd, std::function<void()>)> watch_hangup;   // once, when the other end is gone
+  std::function<void(std::function<void()>)> post;                    // thread safe
+  std::function<Status(int fd, std::function<void()>)> watch_hangup;  // once, when the other end is gone
   std::function<void(int fd)> unwatch;
 };
 
@@ -69,8 +69,8 @@ class Engine {
  public:
   // All references must outlive the engine; the pools' threads must run. The catalog is used on `catalog_thread` alone, a
   // pool of one: its disk may stall for longer than a client should wait for a replica that is resident.
-  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread, storage::ReadPool& pool,
-         Owner owner);
+  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
+         storage::ReadPool& pool, Owner owner);
   // Every load must have ended (stop()).
   ~Engine();
 
@@ -113,7 +113,8 @@ class Engine {
  private:
   using Key = std::vector<base::FileIdentity>;
 
-  using Digests = std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; empty where the file is not known
+  using Digests =
+      std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; empty where the file is not known
 
   // What reading the headers came to, passed from thread to thread.
   struct Indexed {

@@ -23,7 +23,8 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
   constexpr size_t kIdDigitsMin = 4;
   uint64_t number = 0;
   const auto [rest, problem] = std::from_chars(selector.data(), selector.data() + selector.size(), number);
-  if (problem == std::errc() && rest == selector.data() + selector.size() && replicas_.contains(number)) return number;
+  if (problem == std::errc() && rest == selector.data() + selector.size() && replicas_.contains(number))
+    return number;
   if (selector == "last" && replicas_.contains(last_opened_)) return last_opened_;
   std::vector<uint64_t> found;
   for (const auto& [at, replica] : replicas_) {
@@ -34,7 +35,8 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     if (by_path || by_id) found.push_back(at);
   }
   if (found.empty()) {
-    return fail(Code::not_found, base::text("no replica of ", base::quoted(selector), " is resident; `tensord ls` lists them"));
+    return fail(Code::not_found, base::text("no replica of ", base::quoted(selector),
+                                            " is resident; `tensord ls` lists them"));
   }
   // Of one path there may be an old and a new replica when its files changed: the newest is meant.
   const bool one_path = std::all_of(found.begin(), found.end(), [&](uint64_t at) {
@@ -127,7 +129,8 @@ struct Verification {
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
-    return done(fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is not ready to be verified")));
+    return done(fail(Code::unavailable,
+                     base::text("replica ", number, " ", replica.path, " is not ready to be verified")));
   }
   ++replica.verify_count;
   auto job = std::make_shared<Verification>();

@@ -63,8 +63,9 @@ class EngineTest : public testing::Test {
   explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
       : catalog_thread_(storage::start_read_pool(1).value()),
         pool_(storage::start_read_pool(2).value()),
-        engine_({host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }}, *catalog_,
-                *catalog_thread_, *pool_, owner_.owner()) {
+        engine_(
+            {host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }},
+            *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
     std::string name = "/tmp/tensord-engine-test-XXXXXX";
     folder_ = ::mkdtemp(name.data());
   }
@@ -76,8 +77,8 @@ class EngineTest : public testing::Test {
   // A file with one U8 tensor "w" of `size_bytes` pseudo-random bytes.
   std::string write(const std::string& name, size_t size_bytes, unsigned seed = 1) {
     const std::string path = folder_ + "/" + name;
-    const std::string header = R"({"w":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) + R"(],"data_offsets":[0,)" +
-                               std::to_string(size_bytes) + "]}}";
+    const std::string header = R"({"w":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) +
+                               R"(],"data_offsets":[0,)" + std::to_string(size_bytes) + "]}}";
     std::mt19937 random(seed);
     std::string bytes(size_bytes, '\0');
     for (char& byte : bytes) byte = static_cast<char>(random());
@@ -178,7 +179,8 @@ TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {
   const Replica& replica = engine_.replica(grant.replica);
   EXPECT_EQ(replica.state, ReplicaState::failed);
   EXPECT_EQ(replica.error->code, Code::corrupt);
-  EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos) << replica.error->message;
+  EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos)
+      << replica.error->message;
 }
 
 TEST_F(EngineTest, least_recently_used_replicas_make_room_for_others) {
@@ -232,7 +234,8 @@ TEST_F(EngineTest, selectors_are_paths_ids_numbers_and_last) {
   const std::string path = write("a", 1000);
   const uint64_t replica = load(path).value().replica;
   const std::string id = engine_.replica(replica).artifact->to_text();
-  for (const std::string& selector : {path, id, id.substr(0, 4), std::to_string(replica), std::string("last")}) {
+  for (const std::string& selector :
+       {path, id, id.substr(0, 4), std::to_string(replica), std::string("last")}) {
     EXPECT_EQ(engine_.find(selector).value(), replica) << selector;
   }
   for (const std::string& selector : {std::string(""), id.substr(0, 3), path + "x", std::string("999")}) {

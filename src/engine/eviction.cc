@@ -4,7 +4,8 @@
 
 namespace tensord::engine {
 
-std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates, uint64_t needed_bytes) {
+std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
+                                                    uint64_t needed_bytes) {
   std::sort(candidates.begin(), candidates.end(), [](const EvictionCandidate& a, const EvictionCandidate& b) {
     return a.last_used_ns != b.last_used_ns ? a.last_used_ns < b.last_used_ns : a.replica < b.replica;
   });

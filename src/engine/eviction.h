@@ -15,6 +15,7 @@ struct EvictionCandidate {
 };
 
 // The least recently used replicas that nobody holds, as few as free `needed_bytes`; nullopt when all of them do not.
-std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates, uint64_t needed_bytes);
+std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
+                                                    uint64_t needed_bytes);
 
 }  // namespace tensord::engine

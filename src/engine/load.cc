@@ -115,12 +115,13 @@ Status Load::check_block(uint32_t number) {
     if (expected.empty()) continue;
     if (expected[at - leaves_of_file(*content_, block.file).first] == leaves_[at]) continue;
     const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
-    return base::fail(Code::corrupt,
-                      base::text(content_->index.files[block.file].path, ": tensor ", base::quoted(tensor.name),
-                                 ", leaf ", leaf.leaf, " (", leaf.size_bytes, " bytes at ",
-                                 leaf.image_offset - content_->layout.file_offsets[block.file],
-                                 "): the bytes differ from those first read from this file, though its size and mtime "
-                                 "are the same; restore it, or `touch` it if the change was meant"));
+    return base::fail(
+        Code::corrupt,
+        base::text(content_->index.files[block.file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
+                   leaf.leaf, " (", leaf.size_bytes, " bytes at ",
+                   leaf.image_offset - content_->layout.file_offsets[block.file],
+                   "): the bytes differ from those first read from this file, though its size and mtime "
+                   "are the same; restore it, or `touch` it if the change was meant"));
   }
   return {};
 }

@@ -22,11 +22,11 @@ namespace tensord::engine {
 struct LoadOrder {
   std::shared_ptr<const Content> content;
   std::unique_ptr<storage::Source> source;
-  std::byte* image = nullptr;        // layout.size_bytes; must outlive the load
-  memory::FillMap* fill = nullptr;   // must outlive the load
+  std::byte* image = nullptr;       // layout.size_bytes; must outlive the load
+  memory::FillMap* fill = nullptr;  // must outlive the load
   // What the leaves hashed to before, one entry per file; empty where the file was never read whole.
   std::vector<std::vector<tensor::Digest>> expected;
-  uint32_t depth = 4;                // blocks asked for at once
+  uint32_t depth = 4;  // blocks asked for at once
   bool keep_spans = false;
 };
 
@@ -81,7 +81,8 @@ class Load {
   std::optional<base::Error> error_ GUARDED_BY(mutex_);
   std::vector<LoadSpan> spans_ GUARDED_BY(mutex_);
 
-  std::unique_ptr<storage::Source> source_;  // last: its destructor waits for the threads that use all the others
+  std::unique_ptr<storage::Source>
+      source_;  // last: its destructor waits for the threads that use all the others
 };
 
 }  // namespace tensord::engine

@@ -70,7 +70,7 @@ struct Replica {
   uid_t owner = 0;
   ReplicaState state = ReplicaState::indexing;
   bool pinned = false;
-  bool doomed = false;      // evicted while it was filling: goes when the load has ended
+  bool doomed = false;  // evicted while it was filling: goes when the load has ended
   uint32_t verify_count = 0;
   int64_t last_used_ns = 0;
 
@@ -87,7 +87,9 @@ struct Replica {
   uint64_t load_number = 0;
   std::unique_ptr<Load> load;  // while filling; before memory and fill in destruction
 
-  bool held() const { return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::filling; }
+  bool held() const {
+    return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::filling;
+  }
 };
 
 }  // namespace tensord::engine

@@ -69,7 +69,8 @@ struct LoadReport {
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // finding room: eviction and new segments
   LoadCounters counters;
-  uint64_t disk_bytes = 0;  // what the device delivered meanwhile, to the whole daemon; the rest was in the page cache
+  uint64_t disk_bytes =
+      0;  // what the device delivered meanwhile, to the whole daemon; the rest was in the page cache
   uint32_t thread_count = 0;
   bool checked_against_record = false;  // else the digests of this load became the record
   std::vector<LoadSpan> spans;

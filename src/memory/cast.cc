@@ -118,7 +118,8 @@ constexpr std::array<float, 256> kE5m2 = float8_table<5, 2, true>();
 #define TENSORD_AVX2 __attribute__((target("avx2,f16c")))
 
 bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2");  // and so F16C, which is older; clang 14 cannot ask for it
+  static const bool has =
+      __builtin_cpu_supports("avx2");  // and so F16C, which is older; clang 14 cannot ask for it
   return has;
 }
 

@@ -107,7 +107,8 @@ class FillView {
 
  private:
   FillView() = default;
-  Status wait_until(const std::function<bool()>& reached, int64_t timeout_ms, const std::function<bool()>& alive) const;
+  Status wait_until(const std::function<bool()>& reached, int64_t timeout_ms,
+                    const std::function<bool()>& alive) const;
   FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
   Mapped mapped_;
 };

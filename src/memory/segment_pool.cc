@@ -24,7 +24,8 @@ Result<std::byte*> reserve_addresses(uint64_t size_bytes) {
   const uint64_t padded = size_bytes + kSegmentBytesMax;
   void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) {
-    return tl::unexpected(base::errno_error(base::text("reserve ", base::human_bytes(size_bytes), " of addresses"), errno));
+    return tl::unexpected(
+        base::errno_error(base::text("reserve ", base::human_bytes(size_bytes), " of addresses"), errno));
   }
   const auto begin = reinterpret_cast<uint64_t>(range);
   const uint64_t aligned = base::align_up(begin, kSegmentBytesMax);
@@ -128,9 +129,9 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
   const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
   if (size_bytes > limit_bytes_ || in_use_bytes_ > limit_bytes_ - size_bytes) {
-    return fail(Code::exhausted, base::text(base::human_bytes(size_bytes), " do not fit: ",
-                                            base::human_bytes(in_use_bytes_), " of host_memory ",
-                                            base::human_bytes(limit_bytes_), " are in use"));
+    return fail(Code::exhausted,
+                base::text(base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
+                           " of host_memory ", base::human_bytes(limit_bytes_), " are in use"));
   }
   SegmentRun run;
   for (const uint64_t size : sizes) {

@@ -59,20 +59,25 @@ bool without_overlap(const tensor::Index& index) {
   std::sort(in_order.begin(), in_order.end(), [](const tensor::Tensor* a, const tensor::Tensor* b) {
     return a->file != b->file ? a->file < b->file : a->offset < b->offset;
   });
-  return std::adjacent_find(in_order.begin(), in_order.end(), [](const tensor::Tensor* a, const tensor::Tensor* b) {
-           return a->file == b->file && a->offset + a->size_bytes > b->offset;
-         }) == in_order.end();
+  return std::adjacent_find(in_order.begin(), in_order.end(),
+                            [](const tensor::Tensor* a, const tensor::Tensor* b) {
+                              return a->file == b->file && a->offset + a->size_bytes > b->offset;
+                            }) == in_order.end();
 }
 
 bool makes_sense(const tensor::Index& index) {
   const auto by_name = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name < b.name; };
   if (!std::is_sorted(index.tensors.begin(), index.tensors.end(), by_name)) return false;
-  return std::all_of(index.tensors.begin(), index.tensors.end(), [&](const tensor::Tensor& tensor) {
-    if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount) return false;
-    const uint64_t file_bytes = index.files[tensor.file].size_bytes;
-    return tensor.shape.size() <= tensor::kRankMax && tensor.offset <= file_bytes &&
-           tensor.size_bytes <= file_bytes - tensor.offset;
-  }) && without_overlap(index);
+  return std::all_of(
+             index.tensors.begin(), index.tensors.end(),
+             [&](const tensor::Tensor& tensor) {
+               if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount)
+                 return false;
+               const uint64_t file_bytes = index.files[tensor.file].size_bytes;
+               return tensor.shape.size() <= tensor::kRankMax && tensor.offset <= file_bytes &&
+                      tensor.size_bytes <= file_bytes - tensor.offset;
+             }) &&
+         without_overlap(index);
 }
 
 }  // namespace
@@ -89,8 +94,8 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
     const auto name = builder.CreateString(tensor.name);
     const auto dtype_text = builder.CreateSharedString(tensor.dtype_text);
     const auto shape = builder.CreateVector(tensor.shape);
-    tensors.push_back(protocol::CreateTensorRow(builder, name, static_cast<uint8_t>(tensor.dtype), dtype_text, shape,
-                                                tensor.file, tensor.offset, tensor.size_bytes));
+    tensors.push_back(protocol::CreateTensorRow(builder, name, static_cast<uint8_t>(tensor.dtype), dtype_text,
+                                                shape, tensor.file, tensor.offset, tensor.size_bytes));
     if (builder.GetSize() > kIndexBytesMax) return fail(Code::exhausted, "the index is larger than 2 GB");
   }
   std::vector<flatbuffers::Offset<protocol::MetadataRow>> metadata;
@@ -98,9 +103,10 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
     metadata.push_back(
         protocol::CreateMetadataRow(builder, builder.CreateString(key), builder.CreateString(value)));
   }
-  builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files), builder.CreateVector(tensors),
-                                           builder.CreateVector(metadata)));
-  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)), builder.GetSize()};
+  builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files),
+                                           builder.CreateVector(tensors), builder.CreateVector(metadata)));
+  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)),
+                       builder.GetSize()};
   if (!encoded.fd.valid()) return tl::unexpected(base::errno_error("create memory for the index", errno));
   TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
   constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE | F_SEAL_SEAL;

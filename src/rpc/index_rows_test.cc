@@ -14,8 +14,19 @@ tensor::Index sample() {
   index.files = {{"/a", 1000}, {"/b", 50}};
   index.metadata = {{"format", "pt"}};
   index.tensors = {
-      {.name = "x", .dtype = tensor::Dtype::bf16, .dtype_text = "BF16", .shape = {2, 3}, .offset = 100, .size_bytes = 12},
-      {.name = "y", .dtype = tensor::Dtype::opaque, .dtype_text = "NEW", .shape = {}, .file = 1, .offset = 49, .size_bytes = 1},
+      {.name = "x",
+       .dtype = tensor::Dtype::bf16,
+       .dtype_text = "BF16",
+       .shape = {2, 3},
+       .offset = 100,
+       .size_bytes = 12},
+      {.name = "y",
+       .dtype = tensor::Dtype::opaque,
+       .dtype_text = "NEW",
+       .shape = {},
+       .file = 1,
+       .offset = 49,
+       .size_bytes = 1},
   };
   return index;
 }

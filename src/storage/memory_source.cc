@@ -82,7 +82,8 @@ class ScriptedSource final : public MemorySource {
  private:
   void run(ReadRequest request) {
     Status status = fill(request);
-    std::exchange(request.done, nullptr)(std::move(status), ReadTiming());  // what it captured goes before the source may
+    std::exchange(request.done, nullptr)(std::move(status),
+                                         ReadTiming());  // what it captured goes before the source may
     MutexLock lock(mutex_);
     if (--in_flight_count_ == 0) none_in_flight_.notify_all();
   }

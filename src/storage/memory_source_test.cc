@@ -36,8 +36,9 @@ TEST(MemorySource, held_reads_are_released_oldest_first) {
   Bytes read(3);
   std::string order;
   for (const size_t i : {0, 1, 2}) {
-    source->read({0, i, std::span(read).subspan(i, 1),
-                  [&order, i](Status status, ReadTiming) { order += std::to_string(i) + (status ? " " : " refused "); }});
+    source->read({0, i, std::span(read).subspan(i, 1), [&order, i](Status status, ReadTiming) {
+                    order += std::to_string(i) + (status ? " " : " refused ");
+                  }});
   }
   EXPECT_EQ(source->held_count(), 3u);
   source->release_reads(2);

@@ -119,12 +119,12 @@ TEST_P(FileOrMemory, done_is_called_once_for_each_read_of_many_threads) {
   for (int thread = 0; thread < kThreadCount; ++thread) {
     threads.emplace_back([&, thread] {
       for (int i = thread * kReadCount; i < (thread + 1) * kReadCount; ++i) {
-        source->read(
-            {0, static_cast<uint64_t>(i) * 64, std::span(target).subspan(i * 64, 64), [&, i](Status status, ReadTiming) {
-               EXPECT_TRUE(status);
-               ++called[i];
-               all_done.count_down();
-             }});
+        source->read({0, static_cast<uint64_t>(i) * 64, std::span(target).subspan(i * 64, 64),
+                      [&, i](Status status, ReadTiming) {
+                        EXPECT_TRUE(status);
+                        ++called[i];
+                        all_done.count_down();
+                      }});
       }
     });
   }
