@@ -258,10 +258,6 @@ Result<Verified> verify_text(std::string_view report) {
   });
 }
 
-Result<int> pid_in(std::string_view report) {
-  return read_report(report, [](const json& document) { return document.at("pid").get<int>(); });
-}
-
 Result<std::string> chrome_trace(std::string_view report) {
   TRY_ASSIGN(auto trace, read_report(report, traced));
   return trace;

@@ -27,9 +27,6 @@ struct Verified {
 };
 Result<Verified> verify_text(std::string_view report);
 
-// The pid in a report of `status` or `stop`.
-Result<int> pid_in(std::string_view report);
-
 // The spans of an `explain` report in the Trace Event Format that Chrome's tracing page and Perfetto read;
 // one track a thread. Code::not_found when the daemon kept none.
 Result<std::string> chrome_trace(std::string_view report);

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -85,18 +87,17 @@ Result<Output> run_ls(const Words&) {
   return Output{.json = std::move(report), .text = std::move(for_people)};
 }
 
+// By signal: also a daemon that speaks another version of the protocol can be stopped.
 Result<Output> run_stop(const Words&) {
-  TRY_ASSIGN(const std::string report, ask(protocol::Verb::status, ""));
-  TRY_ASSIGN(const int pid, pid_in(report));
-  // Taken before the daemon is told, so that its pid cannot have become another process's.
+  TRY_ASSIGN(const pid_t pid, client::daemon_process());
   const base::Fd process(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
-  TRY(ask(protocol::Verb::stop, ""));
-  if (process.valid()) {
-    pollfd ended = {.fd = process.get(), .events = POLLIN, .revents = 0};
-    if (poll(&ended, 1, kStopTimeoutMs) == 0) {
-      return fail(Code::internal, text("daemon ", pid, " was told to stop and still runs after ",
-                                       kStopTimeoutMs / 1000, " s; its log says what it waits for"));
-    }
+  if (!process.valid() || syscall(SYS_pidfd_send_signal, process.get(), SIGTERM, nullptr, 0) != 0) {
+    return tl::unexpected(base::errno_error(text("stop daemon ", pid), errno));
+  }
+  pollfd ended = {.fd = process.get(), .events = POLLIN, .revents = 0};
+  if (poll(&ended, 1, kStopTimeoutMs) == 0) {
+    return fail(Code::internal, text("daemon ", pid, " was told to stop and still runs after ",
+                                     kStopTimeoutMs / 1000, " s; its log says what it waits for"));
   }
   return Output{.json = json{{"pid", pid}}.dump(), .text = text("stopped daemon ", pid, "\n")};
 }

@@ -20,6 +20,10 @@ using base::MutexLock;
 namespace {
 constexpr int64_t kGreetTimeoutMs = 10'000;
 
+tl::unexpected<base::Error> no_daemon(const base::Error& why) {
+  return fail(Code::unavailable, why.message + "; start a daemon with `tensord serve`");
+}
+
 bool may_start(Autostart autostart) {
   if (autostart != Autostart::from_environment) return autostart == Autostart::yes;
   const char* wish = std::getenv("TENSORD_AUTOSTART");
@@ -40,7 +44,7 @@ Status Connection::connect() {
   auto socket = rpc::connect_socket(rpc::socket_path(folder));
   if (!socket && socket.error().code == Code::unavailable) {
     if (!may_start(autostart_)) {
-      return fail(Code::unavailable, socket.error().message + "; start a daemon with `tensord serve`");
+      return no_daemon(socket.error());
     }
     TRY(start_daemon(folder, kStartTimeoutMs));
     socket = rpc::connect_socket(rpc::socket_path(folder));
@@ -99,6 +103,14 @@ void Connection::tell(protocol::RequestUnion request) {
   MutexLock lock(mutex_);
   if (process_ != ::getpid()) autostart_ = Autostart::no;  // a report is no reason to start a daemon
   if (!send(std::move(request), {})) socket_.reset();
+}
+
+Result<pid_t> daemon_process() {
+  const auto socket = rpc::connect_socket(rpc::socket_path(rpc::runtime_folder()));
+  if (!socket && socket.error().code == Code::unavailable) return no_daemon(socket.error());
+  if (!socket) return base::pass_on(socket);
+  TRY_ASSIGN(const rpc::Peer peer, rpc::peer_of(socket->get()));
+  return peer.process_id;
 }
 
 Result<std::string> call(protocol::Verb verb, const std::string& selector, Autostart autostart) {

@@ -63,6 +63,10 @@ class Connection {
   uint64_t next_id_ GUARDED_BY(mutex_) = 1;
 };
 
+// The daemon's pid, as the kernel knows it: no message is exchanged, so a daemon of any version can be found. Code::unavailable
+// when none runs.
+Result<pid_t> daemon_process();
+
 // A management verb; the answer is JSON (docs/PROTOCOL.md).
 Result<std::string> call(protocol::Verb verb, const std::string& selector, Autostart autostart);
 
