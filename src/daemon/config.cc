@@ -235,6 +235,11 @@ Result<Config> make_config(const CommandLine& command_line) {
   }
   for (const auto& [setting, value] : command_line.flags)
     TRY(apply(config, *setting, value, flag_of(*setting)));
+  if (config.prefault > config.host_memory) {
+    return fail(Code::invalid_argument,
+                base::text("prefault (", base::human_bytes(config.prefault), ") is more than host_memory (",
+                           base::human_bytes(config.host_memory), ")"));
+  }
   // --detach leaves the working folder.
   for (std::string* one : {&config.runtime_dir, &config.state_dir, &config.log_file}) {
     if (!one->empty()) *one = std::filesystem::absolute(*one).string();

@@ -39,7 +39,7 @@ json replica_value(const engine::Replica& replica) {
                       {"held_s", static_cast<double>(now_ns - lease.since_ns) / 1e9}});
   }
   json value = {{"replica", replica.number},
-                {"path", replica.path},
+                {"path", replica.path()},
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
@@ -100,12 +100,13 @@ std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
   const int64_t read_ns = report.counters.read_ns / threads;
   const int64_t check_ns = report.counters.check_ns / threads;
   const int64_t most = std::max({report.index_ns, report.memory_ns, read_ns, check_ns});
-  if (most == report.index_ns && report.index_ns > 0) {
+  if (most > 0 && most == report.index_ns) {
     return {"index",
             "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
   }
-  if (most == report.memory_ns)
-    return {"memory", "Most of the time went into finding room: raise host_memory."};
+  if (most > 0 && most == report.memory_ns) {
+    return {"memory", "Most of the time went into waiting for room: raise host_memory."};
+  }
   if (most == check_ns)
     return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
   if (report.disk_bytes > report.counters.bytes / 2) {
@@ -119,9 +120,13 @@ std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
           "and more read_threads would help."};
 }
 
+// Keeps the report below what a frame can carry (64 MiB): about 130 bytes a span.
+constexpr size_t kTraceCountMax = 400'000;
+
 json trace_value(const engine::LoadReport& report) {
   json trace = json::array();
   for (const engine::LoadSpan& span : report.spans) {
+    if (trace.size() == kTraceCountMax) break;
     trace.push_back({{"name", span.kind == engine::LoadSpan::Kind::read ? "read" : "check"},
                      {"thread", "daemon read " + std::to_string(span.thread)},
                      {"begin_ns", span.begin_ns},
@@ -131,6 +136,7 @@ json trace_value(const engine::LoadReport& report) {
   }
   for (const engine::Use& use : report.uses) {
     for (const engine::UseSpan& span : use.spans) {
+      if (trace.size() == kTraceCountMax) break;
       trace.push_back({{"name", "copy"},
                        {"thread", use.process_name + " " + std::to_string(use.process_id) + " copy " +
                                       std::to_string(span.thread)},

@@ -2,6 +2,8 @@
 
 #include <fcntl.h>
 
+#include <algorithm>
+
 #include "base/log.h"
 #include "base/text.h"
 
@@ -44,6 +46,11 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   }
   return order;
 }
+
+// A client says what it likes of itself; what is summed over all uses must not overflow: 256 uses of 1024 threads for an
+// hour are 9.4e17 ns.
+constexpr uint32_t kUseThreadsMax = 1024;
+int64_t sane_ns(int64_t ns) { return std::clamp<int64_t>(ns, 0, int64_t{3600} * 1'000'000'000); }
 
 rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   protocol::OpenedT opened;
@@ -145,13 +152,13 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
 void Requests::used(const rpc::Request& request) {
   const protocol::Used& used = *request.frame().request_as_Used();
   engine::Use use{.process_id = request.client.process_id, .process_name = request.client.process_name};
-  use.map_ns = used.map_ns();
-  use.plan_ns = used.plan_ns();
-  use.wait_ns = used.wait_ns();
-  use.copy_ns = used.copy_ns();
-  use.copy_bytes = used.copy_bytes();
+  use.map_ns = sane_ns(used.map_ns());
+  use.plan_ns = sane_ns(used.plan_ns());
+  use.wait_ns = sane_ns(used.wait_ns());
+  use.copy_ns = sane_ns(used.copy_ns());
+  use.copy_bytes = std::min(used.copy_bytes(), tensor::kIndexBytesMax);
   use.record_count = used.record_count();
-  use.thread_count = used.thread_count();
+  use.thread_count = std::min(used.thread_count(), kUseThreadsMax);
   if (used.spans() != nullptr && facts_.keep_spans) {
     for (const protocol::Span* span : *used.spans()) {
       if (use.spans.size() == engine::kSpanCountMax) break;

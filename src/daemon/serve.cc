@@ -10,7 +10,7 @@
 
 #include <cerrno>
 #include <cstdio>
-#include <thread>
+#include <optional>
 
 #include "base/bytes.h"
 #include "base/clock.h"
@@ -80,36 +80,45 @@ base::Result<base::Fd> catch_signals() {
   return fd;
 }
 
-// Touches memory for loads to come on a thread of its own and hands it to the engine piece by piece.
+// Touches memory for loads to come, piece by piece: the loop claims room, a thread of its own touches it.
 class Prefaulter {
  public:
   Prefaulter(rpc::Loop& loop, engine::Engine& engine) : loop_(loop), engine_(engine) {}
-  ~Prefaulter() {
-    stop_ = true;
-    if (thread_.joinable()) thread_.join();
-  }
 
-  void start(uint64_t bytes) {
-    thread_ = std::thread([this, bytes] {
-      for (const uint64_t size : memory::segment_sizes(bytes)) {
-        if (stop_) return;
-        auto segment = memory::make_segment(size, ::getuid());
-        if (!segment || ::madvise(segment->data(), size, MADV_POPULATE_WRITE) != 0) {
-          log(LogLevel::warning, "prefault: ", base::human_bytes(size),
-              " could not be had; the rest is left out");
-          return;
-        }
-        auto shared = std::make_shared<memory::Segment>(std::move(*segment));
-        loop_.post([this, shared] { engine_.keep_segment(std::move(*shared)); });
-      }
-    });
+  Status start(uint64_t bytes) {
+    TRY_ASSIGN(thread_, storage::start_read_pool(1));
+    sizes_ = memory::segment_sizes(bytes);
+    touch_next();
+    return {};
   }
 
  private:
+  void touch_next() {
+    if (sizes_.empty()) return;
+    const uint64_t size = sizes_.back();
+    sizes_.pop_back();
+    if (!engine_.claim_memory(size)) {
+      log(LogLevel::info, "prefault: ends early, loads need the memory");
+      return;
+    }
+    thread_->post(this, [this, size] {
+      auto segment = memory::make_segment(size, ::getuid());
+      const bool touched = segment && ::madvise(segment->data(), size, MADV_POPULATE_WRITE) == 0;
+      auto shared = std::make_shared<std::optional<memory::Segment>>();
+      if (touched) *shared = std::move(*segment);
+      loop_.post([this, size, touched, shared] {
+        engine_.settle_claim(size, std::move(*shared));
+        if (touched) return touch_next();
+        log(LogLevel::warning, "prefault: ", base::human_bytes(size),
+            " could not be had; the rest is left out");
+      });
+    });
+  }
+
   rpc::Loop& loop_;
   engine::Engine& engine_;
-  std::atomic<bool> stop_{false};
-  std::thread thread_;
+  std::vector<uint64_t> sizes_;                // still to be touched, the largest first
+  std::unique_ptr<storage::ReadPool> thread_;  // last: it ends before what it uses
 };
 
 engine::Owner owner_over(rpc::Loop& loop) {
@@ -135,12 +144,12 @@ class Shutdown {
   void watch(rpc::Server& server) { server_ = &server; }
 
   void begin() {
-    if (begun_) return engine_.cancel_loads();
+    if (begun_) return engine_.cancel_all();
     begun_ = true;
     log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_,
         " s");
     server_->stop_accepting();
-    loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_loads(); });
+    loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_all(); });
     // Through the loop once more, so that the reply to `stop` is on its way first.
     engine_.drain([this] { loop_.post([this] { loop_.stop(); }); });
   }
@@ -189,7 +198,7 @@ Status run(const Config& config) {
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
   }));
   Prefaulter prefaulter(*loop, engine);
-  if (config.prefault > 0) prefaulter.start(config.prefault);
+  if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
       base::human_bytes(config.host_memory), ", ", config.read_threads, " read threads");
   loop->run();

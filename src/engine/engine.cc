@@ -48,6 +48,9 @@ void Engine::open(OpenOrder order, GrantDone done) {
   const auto known = by_key_.find(key);
   if (known != by_key_.end()) {
     Replica& replica = *replicas_.at(known->second);
+    const bool named =
+        std::find(replica.paths.begin(), replica.paths.end(), order.path) != replica.paths.end();
+    if (!named && replica.paths.size() < kPathCountMax) replica.paths.push_back(std::move(order.path));
     if (!order.index_only) last_opened_ = replica.number;
     if (replica.state == ReplicaState::indexing) {
       replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
@@ -59,11 +62,11 @@ void Engine::open(OpenOrder order, GrantDone done) {
   auto made = std::make_unique<Replica>();
   Replica& replica = *made;
   replica.number = next_replica_++;
-  replica.path = std::move(order.path);
+  replica.paths.push_back(std::move(order.path));
   replica.key = key;
   replica.owner = order.holder.user_id;
   replica.files = std::move(order.files);
-  replica.last_used_ns = base::monotonic_ns();
+  replica.asked_ns = replica.last_used_ns = base::monotonic_ns();
   if (!order.index_only) last_opened_ = replica.number;
   replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
   by_key_[std::move(key)] = replica.number;
@@ -80,11 +83,17 @@ void Engine::index(Replica& replica, base::Fd shard_index) {
     Indexed outcome;
   };
   auto job =
-      std::make_shared<Job>(Job{replica.number, replica.path, &replica.files, std::move(shard_index), {}});
+      std::make_shared<Job>(Job{replica.number, replica.path(), &replica.files, std::move(shard_index), {}});
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
     outcome.content = read_content(*job->files, job->shard_index, job->path, options_.host_memory_bytes);
     if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
+    // A header that was being rewritten looks corrupt: say what really happened.
+    for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
+      const OpenFile& file = (*job->files)[at];
+      const Status same = base::check_unchanged(file.fd.get(), file.identity, file.path);
+      if (!same) outcome.content = base::pass_on(same);
+    }
     catalog_thread_.post(this, [this, job] {
       if (job->outcome.content) job->outcome.known = known_digests(**job->outcome.content);
       owner_.post([this, job] { indexed(job->number, std::move(job->outcome)); });
@@ -98,19 +107,42 @@ void Engine::indexed(uint64_t number, Indexed outcome) {
   if (!outcome.index_file) return fail_waiters(replica, outcome.index_file.error());
   replica.content = std::move(*outcome.content);
   replica.index_file = std::move(*outcome.index_file);
+  begin(replica, std::move(outcome.known));
+}
+
+// From an index to a load that runs, to waiting for room, or to grants of the index alone.
+void Engine::begin(Replica& replica, Digests known) {
+  const uint64_t number = replica.number;
+  if (cancelling_) {
+    return fail_waiters(replica,
+                        {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
+  }
   const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
                                   [](const Waiter& waiter) { return !waiter.index_only; });
   if (wanted) {
-    const Status begun = begin_load(replica, std::move(outcome.known));
+    uint64_t memory_bytes = 0;
+    for (const uint64_t size : memory::segment_sizes(replica.content->image_bytes)) memory_bytes += size;
+    if (replica.room_ns == 0) replica.room_ns = base::monotonic_ns();
+    const Result<Room> room = make_room(memory_bytes);
+    if (!room) {
+      return fail_waiters(
+          replica, {room.error().code, base::text("open ", replica.path(), ": ", room.error().message)});
+    }
+    if (*room == Room::later) return parked_.push_back({number, std::move(known)});
+    const Status begun = begin_load(replica, std::move(known));
     if (!begun) return fail_waiters(replica, begun.error());
   }
-  // A callback may open and evict: the list is taken out first.
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
     waiter.done(grant(replica, waiter.index_only, waiter.holder));
   }
-  if (wanted) return replica.load->start();
+  if (wanted) return;
   forget(number);
   end_drain();
+}
+
+void Engine::retry_parked() {
+  for (Parked& parked : std::exchange(parked_, {}))
+    begin(*replicas_.at(parked.replica), std::move(parked.known));
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
@@ -129,8 +161,8 @@ Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& hol
   granted.index_bytes = replica.index_file.size_bytes;
   if (index_only) return granted;
   if (holder.user_id != replica.owner) {
-    return fail(Code::denied, base::text(replica.path, " was opened by uid ", replica.owner, ", you are uid ",
-                                         holder.user_id));
+    return fail(Code::denied, base::text(replica.path(), " was opened by uid ", replica.owner,
+                                         ", you are uid ", holder.user_id));
   }
   if (lease_count_ >= kLeaseCountMax) {
     return fail(Code::exhausted, base::text(lease_count_, " leases are held, no more are possible"));
@@ -165,21 +197,23 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
 // ---- loading ------------------------------------------------------------------------------------------------------
 
 Status Engine::begin_load(Replica& replica, Digests known) {
-  const int64_t begin_ns = base::monotonic_ns();
   const Content& content = *replica.content;
-  uint64_t memory_bytes = 0;
-  for (const uint64_t size : memory::segment_sizes(content.image_bytes)) memory_bytes += size;
-  if (const Status room = make_room(memory_bytes); !room) {
-    return fail(room.error().code, base::text("open ", replica.path, ": ", room.error().message));
+  TRY_ASSIGN(memory::SegmentPool::Allocation allocation,
+             pool_memory_.allocate(content.layout.size_bytes, replica.owner));
+  replica.memory = std::move(allocation.run);
+  if (replica.memory.segments.size() > kSegmentCountMax) {
+    return fail(Code::unsupported,
+                base::text("open ", replica.path(), ": ", replica.memory.segments.size(),
+                           " segments; a client can be handed at most ", kSegmentCountMax));
   }
-  TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
   uint64_t total_bytes = 0;
   for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
   TRY_ASSIGN(replica.fill, memory::FillMap::create(content.layout.blocks.size(), total_bytes));
 
-  LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path};
-  report.begin_ns = begin_ns - content.index_ns;
+  LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path()};
+  report.begin_ns = replica.asked_ns;
   report.index_ns = content.index_ns;
+  report.memory_ns = base::monotonic_ns() - replica.room_ns;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.checked_against_record =
@@ -201,27 +235,40 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   });
   replica.state = ReplicaState::filling;
   replica.load_number = report.load;
-  report.memory_ns = base::monotonic_ns() - begin_ns;
   reports_.push_back(std::move(report));
   if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
-  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path, ", ", base::human_bytes(total_bytes),
-      " in ", content.index.tensors.size(), " tensors");
+  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
+      base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
+  start_load(replica, std::move(allocation.surplus));
   return {};
 }
 
-Status Engine::make_room(uint64_t memory_bytes) {
+// What goes to make room is given back to the kernel first, on a pool thread.
+void Engine::start_load(Replica& replica, std::vector<memory::Segment> surplus) {
+  if (surplus.empty())
+    return owner_.post([this, number = replica.number] { replicas_.at(number)->load->start(); });
+  auto shared = std::make_shared<std::vector<memory::Segment>>(std::move(surplus));
+  pool_.post(this, [this, number = replica.number, shared] {
+    shared->clear();
+    owner_.post([this, number] { replicas_.at(number)->load->start(); });
+  });
+}
+
+Result<Engine::Room> Engine::make_room(uint64_t memory_bytes) {
   const uint64_t limit_bytes = pool_memory_.limit_bytes();
   if (memory_bytes > limit_bytes) {
     return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes), ", host_memory is ",
                                             base::human_bytes(limit_bytes), "; raise host_memory"));
   }
   const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
-  if (in_use_bytes + memory_bytes <= limit_bytes) return {};
+  if (in_use_bytes + memory_bytes <= limit_bytes) return Room::now;
+  const uint64_t needed_bytes = in_use_bytes + memory_bytes - limit_bytes;
+  if (needed_bytes <= claimed_bytes_) return Room::later;
   std::vector<EvictionCandidate> candidates;
   for (const auto& [number, replica] : replicas_) {
     candidates.push_back({number, replica->memory.size_bytes(), replica->last_used_ns, replica->held()});
   }
-  const auto victims = choose_victims(std::move(candidates), in_use_bytes + memory_bytes - limit_bytes);
+  const auto victims = choose_victims(std::move(candidates), needed_bytes - claimed_bytes_);
   if (!victims) {
     return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes),
                                             ", but of host_memory ", base::human_bytes(limit_bytes), " only ",
@@ -229,11 +276,25 @@ Status Engine::make_room(uint64_t memory_bytes) {
                                             " are free, and the rest cannot be evicted: ", holders_text(),
                                             "; close or unpin some of them, or raise host_memory"));
   }
+  Room room = claimed_bytes_ > 0 ? Room::later : Room::now;
   for (const uint64_t victim : *victims) {
-    log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path, ") to make room");
-    forget(victim);
+    log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path(), ") to make room");
+    if (replicas_.at(victim)->abandoned()) room = Room::later;
+    CHECK(evict(victim));
   }
-  return {};
+  return room;
+}
+
+bool Engine::claim_memory(uint64_t size_bytes) {
+  if (!parked_.empty() || !pool_memory_.claim(size_bytes)) return false;
+  claimed_bytes_ += size_bytes;
+  return true;
+}
+
+void Engine::settle_claim(uint64_t size_bytes, std::optional<memory::Segment> segment) {
+  claimed_bytes_ -= size_bytes;
+  pool_memory_.settle_claim(size_bytes, std::move(segment));
+  retry_parked();
 }
 
 std::string Engine::holders_text() const {
@@ -244,7 +305,7 @@ std::string Engine::holders_text() const {
     if (!replica->held() || replica->memory.segments.empty()) continue;
     if (shown++ == kShownMax) return out + ", and others";
     if (!out.empty()) out += ", ";
-    out += base::text("replica ", number, " ", replica->path, " (",
+    out += base::text("replica ", number, " ", replica->path(), " (",
                       base::human_bytes(replica->memory.size_bytes()));
     if (replica->pinned) out += ", pinned";
     if (replica->state == ReplicaState::filling) out += ", filling";
@@ -300,7 +361,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     replica.state = ReplicaState::failed;
     replica.error = result.status.error();
     replica.fill->end_failed(result.status.error());
-    by_key_.erase(replica.key);  // the next open tries again
+    unlist(replica);  // the next open tries again
   }
   settle(replica);
   end_drain();
@@ -308,7 +369,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
 
 void Engine::remember(const Replica& replica) {
   const Content& content = *replica.content;
-  catalog::ArtifactRecord artifact{*replica.artifact, replica.path, content.index.payload_bytes(),
+  catalog::ArtifactRecord artifact{*replica.artifact, replica.path(), content.index.payload_bytes(),
                                    content.index.tensors.size(), content.identities};
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {
@@ -340,37 +401,45 @@ void Engine::settle(Replica& replica) {
   if (replica.state == ReplicaState::failed || replica.doomed) forget(replica.number);
 }
 
+// Nobody finds it by its files any more.
+void Engine::unlist(const Replica& replica) {
+  const auto key = by_key_.find(replica.key);
+  if (key != by_key_.end() && key->second == replica.number) by_key_.erase(key);
+}
+
 void Engine::forget(uint64_t number) {
   const auto found = replicas_.find(number);
   Replica& replica = *found->second;
   CHECK(!replica.load && replica.leases.empty());
-  const auto key = by_key_.find(replica.key);
-  if (key != by_key_.end() && key->second == number) by_key_.erase(key);
+  unlist(replica);
   pool_memory_.free(std::move(replica.memory));
   replicas_.erase(found);
+  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
 }
 
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
   if (replica.pinned) {
     return fail(Code::denied,
-                base::text("replica ", number, " ", replica.path, " is pinned; unpin it first"));
+                base::text("replica ", number, " ", replica.path(), " is pinned; unpin it first"));
   }
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
     const std::string others =
         replica.leases.size() == 1 ? "" : base::text(" and ", replica.leases.size() - 1, " more");
     return fail(Code::denied,
-                base::text("replica ", number, " ", replica.path, " is leased by ", holder.process_name,
+                base::text("replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
                            " pid ", holder.process_id, others, "; close it there first"));
   }
   if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
-    return fail(Code::unavailable, base::text("replica ", number, " ", replica.path, " is busy; try again"));
+    return fail(Code::unavailable,
+                base::text("replica ", number, " ", replica.path(), " is busy; try again"));
   }
   if (replica.load) {
     replica.doomed = true;
+    unlist(replica);
     replica.load->cancel(
-        {Code::cancelled, base::text("load of ", replica.path, ": evicted while it was filling")});
+        {Code::cancelled, base::text("load of ", replica.path(), ": evicted while it was filling")});
     return {};
   }
   forget(number);
@@ -389,11 +458,13 @@ void Engine::end_drain() {
   if (drained_ && running_count() == 0) std::exchange(drained_, nullptr)();
 }
 
-void Engine::cancel_loads() {
+void Engine::cancel_all() {
+  cancelling_ = true;
+  retry_parked();
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
       replica->load->cancel(
-          {Code::cancelled, base::text("load of ", replica->path, ": the daemon was stopped")});
+          {Code::cancelled, base::text("load of ", replica->path(), ": the daemon was stopped")});
     }
   }
 }

@@ -6,6 +6,7 @@
 // Everything here runs on one thread, the owner's; work for other threads comes back through Owner::post.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <map>
@@ -24,6 +25,8 @@ namespace tensord::engine {
 
 inline constexpr size_t kLoadReportCountMax = 64;
 inline constexpr size_t kLeaseCountMax = 100'000;
+// What one reply to a client can carry, less lease, fill map and index (rpc/frame.h: 2048 descriptors).
+inline constexpr size_t kSegmentCountMax = 2000;
 
 // The owner's thread, as the engine needs it.
 struct Owner {
@@ -65,13 +68,15 @@ struct VerifyReport {
 };
 inline constexpr size_t kFaultCountMax = 100;
 
+struct Verification;  // in engine_queries.cc
+
 class Engine {
  public:
   // All references must outlive the engine; the pools' threads must run. The catalog is used on `catalog_thread` alone, a
   // pool of one: its disk may stall for longer than a client should wait for a replica that is resident.
   Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
          storage::ReadPool& pool, Owner owner);
-  // Every load must have ended (stop()).
+  // Every load must have ended (drain()).
   ~Engine();
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
@@ -83,18 +88,21 @@ class Engine {
   // Code::not_found; Code::invalid_argument when it is ambiguous.
   Result<uint64_t> find(const std::string& selector) const;
 
-  // Code::denied, naming the holders, when the replica is leased or pinned. A filling one is cancelled.
+  // Code::denied, naming the holders, when the replica is leased or pinned. A filling one is cancelled; the next open
+  // of its files begins anew.
   Status evict(uint64_t replica);
   void set_pinned(uint64_t replica, bool pinned);
 
-  // Hashes every leaf again and compares with what the load recorded. Code::unavailable unless the replica is ready.
+  // Hashes every leaf again and compares with what the load recorded. Code::unavailable unless the replica is ready,
+  // Code::cancelled after cancel_all().
   void verify(uint64_t replica, std::function<void(Result<VerifyReport>)> done);
 
   // Adds a client's figures to the report of the load that filled `replica`.
   void note_use(uint64_t replica, Use use);
 
-  // Free, pre-faulted memory for loads to come.
-  void keep_segment(memory::Segment segment) { pool_memory_.keep(std::move(segment)); }
+  // Room for a segment to be pre-faulted for loads to come. False when there is none, or when a load waits for memory.
+  bool claim_memory(uint64_t size_bytes);
+  void settle_claim(uint64_t size_bytes, std::optional<memory::Segment> segment);
 
   const Replica& replica(uint64_t number) const;
   const std::map<uint64_t, std::unique_ptr<Replica>>& replicas() const { return replicas_; }
@@ -107,8 +115,8 @@ class Engine {
 
   // No new loads from now on (Code::unavailable); `done` is called when none runs any more.
   void drain(std::function<void()> done);
-  // Ends running loads with Code::cancelled.
-  void cancel_loads();
+  // Ends all that runs or waits with Code::cancelled, now and from now on.
+  void cancel_all();
 
  private:
   using Key = std::vector<base::FileIdentity>;
@@ -125,8 +133,12 @@ class Engine {
 
   void index(Replica& replica, base::Fd shard_index);
   void indexed(uint64_t number, Indexed outcome);
+  void begin(Replica& replica, Digests known);
   Status begin_load(Replica& replica, Digests known);
-  Status make_room(uint64_t memory_bytes);
+  void start_load(Replica& replica, std::vector<memory::Segment> surplus);
+  enum class Room { now, later };
+  Result<Room> make_room(uint64_t memory_bytes);
+  void retry_parked();
   Digests known_digests(const Content& content);  // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
   void remember(const Replica& replica);
@@ -134,10 +146,13 @@ class Engine {
   void lease_ended(uint64_t number, uint64_t lease);
   void fail_waiters(Replica& replica, const base::Error& error);
   void end_drain();
+  void verify_portion(std::shared_ptr<Verification> job, std::function<void()> finish);
+  void unlist(const Replica& replica);
   void forget(uint64_t number);
   void settle(Replica& replica);  // frees a replica that nobody can use any more
   std::string holders_text() const;
   LoadReport* report_of(uint64_t replica);
+  const LoadReport* report_of(uint64_t replica) const;
 
   const EngineOptions options_;
   catalog::Catalog& catalog_;
@@ -148,6 +163,13 @@ class Engine {
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;
   std::map<Key, uint64_t> by_key_;
+  // Indexed, but there is no room until an abandoned load has ended or a claim is settled.
+  struct Parked {
+    uint64_t replica = 0;
+    Digests known;
+  };
+  std::vector<Parked> parked_;
+  uint64_t claimed_bytes_ = 0;
   std::deque<LoadReport> reports_;  // newest last
   uint64_t next_replica_ = 1;
   uint64_t next_load_ = 1;
@@ -155,7 +177,8 @@ class Engine {
   uint64_t last_opened_ = 0;
   size_t lease_count_ = 0;
   size_t remembering_count_ = 0;
-  bool catalog_failed_ = false;  // said once; belongs to the catalog thread
+  bool catalog_failed_ = false;          // said once; belongs to the catalog thread
+  std::atomic<bool> cancelling_{false};  // also read by threads that verify
   std::function<void()> drained_;
   bool draining_ = false;
 };

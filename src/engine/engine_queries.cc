@@ -5,6 +5,7 @@
 #include <atomic>
 #include <charconv>
 #include <cstdio>
+#include <utility>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -19,20 +20,27 @@ using base::fail;
 
 const Replica& Engine::replica(uint64_t number) const { return *replicas_.at(number); }
 
-Result<uint64_t> Engine::find(const std::string& selector) const {
+namespace {
+bool is_named(const Replica& replica, const std::string& selector) {
   constexpr size_t kIdDigitsMin = 4;
+  if (std::find(replica.paths.begin(), replica.paths.end(), selector) != replica.paths.end()) return true;
+  const auto& files = replica.content->index.files;
+  if (files.size() == 1 && files[0].path == selector) return true;
+  return selector.size() >= kIdDigitsMin && replica.artifact &&
+         replica.artifact->to_text().starts_with(selector);
+}
+}  // namespace
+
+Result<uint64_t> Engine::find(const std::string& selector) const {
   uint64_t number = 0;
   const auto [rest, problem] = std::from_chars(selector.data(), selector.data() + selector.size(), number);
-  if (problem == std::errc() && rest == selector.data() + selector.size() && replicas_.contains(number))
-    return number;
-  if (selector == "last" && replicas_.contains(last_opened_)) return last_opened_;
+  const bool is_number = problem == std::errc() && rest == selector.data() + selector.size();
+  if (selector == "last") number = last_opened_;
   std::vector<uint64_t> found;
   for (const auto& [at, replica] : replicas_) {
     if (replica->state == ReplicaState::indexing) continue;
-    const bool by_path = replica->path == selector;
-    const bool by_id = selector.size() >= kIdDigitsMin && replica->artifact &&
-                       replica->artifact->to_text().starts_with(selector);
-    if (by_path || by_id) found.push_back(at);
+    if (at == number && (is_number || selector == "last")) return at;
+    if (is_named(*replica, selector)) found.push_back(at);
   }
   if (found.empty()) {
     return fail(Code::not_found, base::text("no replica of ", base::quoted(selector),
@@ -40,7 +48,7 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
   }
   // Of one path there may be an old and a new replica when its files changed: the newest is meant.
   const bool one_path = std::all_of(found.begin(), found.end(), [&](uint64_t at) {
-    return replicas_.at(at)->path == replicas_.at(found.front())->path;
+    return replicas_.at(at)->path() == replicas_.at(found.front())->path();
   });
   if (!one_path) {
     return fail(Code::invalid_argument, base::text(base::quoted(selector), " stands for ", found.size(),
@@ -49,14 +57,18 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
   return found.back();
 }
 
-LoadReport* Engine::report_of(uint64_t number) {
+const LoadReport* Engine::report_of(uint64_t number) const {
   const auto found = std::find_if(reports_.rbegin(), reports_.rend(),
                                   [&](const LoadReport& report) { return report.replica == number; });
   return found == reports_.rend() ? nullptr : &*found;
 }
 
+LoadReport* Engine::report_of(uint64_t number) {
+  return const_cast<LoadReport*>(std::as_const(*this).report_of(number));
+}
+
 std::optional<LoadReport> Engine::load_report(uint64_t number) const {
-  const LoadReport* found = const_cast<Engine*>(this)->report_of(number);
+  const LoadReport* found = report_of(number);
   if (found == nullptr) return std::nullopt;
   LoadReport report = *found;
   const auto replica = replicas_.find(number);
@@ -75,7 +87,11 @@ std::optional<LoadReport> Engine::last_load_report() const {
 
 void Engine::note_use(uint64_t number, Use use) {
   LoadReport* report = report_of(number);
-  if (report != nullptr && report->uses.size() < kUseCountMax) report->uses.push_back(std::move(use));
+  if (report == nullptr || report->uses.size() == kUseCountMax) return;
+  size_t span_count = report->spans.size();
+  for (const Use& earlier : report->uses) span_count += earlier.spans.size();
+  if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
+  report->uses.push_back(std::move(use));
 }
 
 uint64_t disk_bytes_read() {
@@ -90,10 +106,10 @@ uint64_t disk_bytes_read() {
   return bytes;
 }
 
-namespace {
-
-// Shared by the pool's threads; the last one to finish reports.
+// A check of all leaves, in portions that leave the pool's threads to others in between.
 struct Verification {
+  static constexpr size_t kPortion = 64;  // leaves of up to 1 MiB: some milliseconds
+
   std::shared_ptr<const Content> content;
   const std::byte* image = nullptr;
   const std::vector<tensor::Digest>* leaves = nullptr;
@@ -112,10 +128,12 @@ struct Verification {
                              leaf.image_offset - content->layout.file_offsets[tensor.file], leaf.size_bytes});
   }
 
-  // True for the thread that is done last.
-  bool run() {
-    for (size_t at = next++; at < leaves->size(); at = next++) check_leaf(at);
-    return running.fetch_sub(1) == 1;
+  // False when nothing is left.
+  bool check_portion() {
+    const size_t begin = next.fetch_add(kPortion);
+    const size_t end = std::min(begin + kPortion, leaves->size());
+    for (size_t at = begin; at < end; ++at) check_leaf(at);
+    return end < leaves->size();
   }
 
   VerifyReport take_report() {
@@ -124,13 +142,11 @@ struct Verification {
   }
 };
 
-}  // namespace
-
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
     return done(fail(Code::unavailable,
-                     base::text("replica ", number, " ", replica.path, " is not ready to be verified")));
+                     base::text("replica ", number, " ", replica.path(), " is not ready to be verified")));
   }
   ++replica.verify_count;
   auto job = std::make_shared<Verification>();
@@ -141,27 +157,34 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
   {
     base::MutexLock lock(job->mutex);
     job->report.replica = number;
-    job->report.path = replica.path;
+    job->report.path = replica.path();
     job->report.artifact = *replica.artifact;
     job->report.leaf_count = replica.leaves.size();
     job->report.bytes = replica.content->index.payload_bytes();
   }
   const int64_t begin_ns = base::monotonic_ns();
-  for (int thread = 0; thread < pool_.thread_count(); ++thread) {
-    pool_.post(this, [this, job, number, done, begin_ns] {
-      if (!job->run()) return;
-      owner_.post([this, job, number, done, begin_ns] {
-        Replica& verified = *replicas_.at(number);
-        --verified.verify_count;
-        verified.last_used_ns = base::monotonic_ns();
-        VerifyReport report = job->take_report();
-        report.ns = base::monotonic_ns() - begin_ns;
-        settle(verified);
-        done(std::move(report));
-        end_drain();
-      });
-    });
-  }
+  auto finish = [this, job, number, done = std::move(done), begin_ns] {
+    Replica& verified = *replicas_.at(number);
+    --verified.verify_count;
+    verified.last_used_ns = base::monotonic_ns();
+    VerifyReport report = job->take_report();
+    report.ns = base::monotonic_ns() - begin_ns;
+    Result<VerifyReport> result = std::move(report);
+    if (cancelling_) {
+      result = fail(Code::cancelled, base::text("verify ", verified.path(), ": the daemon was stopped"));
+    }
+    settle(verified);
+    done(std::move(result));
+    end_drain();
+  };
+  for (int thread = 0; thread < pool_.thread_count(); ++thread) verify_portion(job, finish);
+}
+
+void Engine::verify_portion(std::shared_ptr<Verification> job, std::function<void()> finish) {
+  pool_.post(this, [this, job, finish] {
+    if (!cancelling_ && job->check_portion()) return verify_portion(job, finish);
+    if (job->running.fetch_sub(1) == 1) owner_.post(finish);
+  });
 }
 
 }  // namespace tensord::engine

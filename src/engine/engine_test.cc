@@ -36,15 +36,19 @@ class TestOwner {
   }
 
   void run_until(const std::function<bool()>& reached) {
-    while (!reached()) {
-      std::vector<std::function<void()>> now;
-      {
-        base::MutexLock lock(mutex_);
-        while (posted_.empty()) lock.wait(changed_);
-        now = std::exchange(posted_, {});
-      }
-      for (auto& work : now) work();
+    while (!reached()) run_one();
+  }
+
+  // Waits for work and runs it.
+  void run_one() {
+    std::function<void()> work;
+    {
+      base::MutexLock lock(mutex_);
+      while (posted_.empty()) lock.wait(changed_);
+      work = std::move(posted_.front());
+      posted_.pop_front();
     }
+    work();
   }
 
   void hang_up_all() {
@@ -54,7 +58,7 @@ class TestOwner {
  private:
   base::Mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::function<void()>> posted_ GUARDED_BY(mutex_);
+  std::deque<std::function<void()>> posted_ GUARDED_BY(mutex_);
   std::map<int, std::function<void()>> hangups_;
 };
 
@@ -205,6 +209,61 @@ TEST_F(EngineTest, a_refusal_names_what_holds_the_memory) {
             std::string::npos)
       << refused.error().message;
   EXPECT_EQ(engine_.replica(held.replica).state, ReplicaState::ready);
+}
+
+TEST_F(EngineTest, a_load_whose_clients_are_gone_gives_way_to_one_that_is_wanted) {
+  const uint64_t abandoned = open(write("a", 5 << 20)).value().replica;
+  owner_.hang_up_all();
+  const uint64_t wanted = load(write("b", 5 << 20)).value().replica;
+  EXPECT_FALSE(engine_.replicas().contains(abandoned));
+  EXPECT_EQ(engine_.replica(wanted).state, ReplicaState::ready);
+}
+
+TEST_F(EngineTest, what_was_evicted_while_it_was_filling_is_loaded_anew_by_the_next_open) {
+  const std::string path = write("a", 1 << 20);
+  const uint64_t evicted = open(path).value().replica;
+  EXPECT_EQ(engine_.replica(evicted).state, ReplicaState::filling);
+  owner_.hang_up_all();
+  ASSERT_TRUE(engine_.evict(evicted));
+  const uint64_t anew = load(path).value().replica;
+  EXPECT_NE(anew, evicted);
+  EXPECT_EQ(engine_.replica(anew).state, ReplicaState::ready);
+  EXPECT_FALSE(engine_.replicas().contains(evicted));
+}
+
+TEST_F(EngineTest, a_load_waits_for_memory_that_is_being_pre_faulted) {
+  ASSERT_TRUE(engine_.claim_memory(4 << 20));
+  std::optional<Result<Grant>> granted;
+  engine_.open(order(write("a", 6 << 20)), [&](Result<Grant> grant) { granted = std::move(grant); });
+  // The catalog's thread comes after the index: once it is through, the request has been looked at.
+  bool looked_at = false;
+  while (!looked_at) {
+    looked_at = !engine_.claim_memory(256 << 10);
+    if (!looked_at) engine_.settle_claim(256 << 10, std::nullopt);
+    if (!looked_at) owner_.run_one();
+  }
+  EXPECT_FALSE(granted);
+  engine_.settle_claim(4 << 20, memory::make_segment(4 << 20, 0).value());
+  owner_.run_until([&] { return granted.has_value(); });
+  EXPECT_TRUE(*granted);
+}
+
+TEST_F(EngineTest, a_stopped_daemon_begins_no_load_that_was_still_being_indexed) {
+  std::optional<Result<Grant>> granted;
+  engine_.open(order(write("a", 1000)), [&](Result<Grant> grant) { granted = std::move(grant); });
+  engine_.cancel_all();
+  owner_.run_until([&] { return granted.has_value(); });
+  EXPECT_EQ(granted->error().code, Code::cancelled);
+  EXPECT_EQ(engine_.running_count(), 0u);
+}
+
+TEST_F(EngineTest, a_replica_is_found_by_every_name_it_was_opened_by) {
+  const std::string path = write("a", 1000);
+  const std::string link = folder_ + "/link";
+  ASSERT_EQ(::symlink(path.c_str(), link.c_str()), 0);
+  const uint64_t replica = load(path).value().replica;
+  EXPECT_EQ(load(link).value().replica, replica);
+  EXPECT_EQ(engine_.find(link).value(), replica);
 }
 
 TEST_F(EngineTest, an_artifact_above_the_limit_is_refused_but_its_index_can_be_read) {

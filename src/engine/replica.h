@@ -1,7 +1,7 @@
 // Replica: one resident copy of an artifact in host memory, possibly still filling. Owned by the engine's thread.
 //
-//   indexing ──► filling ──► ready ──► (evicted)
-//       └───────────┴──────► failed ──► (gone with its last lease)
+//   indexing ──(room)──► filling ──► ready ──► (evicted)
+//       └───────────────────┴──────► failed ──► (gone with its last lease)
 #pragma once
 
 #include <functional>
@@ -34,6 +34,9 @@ struct Lease {
   int64_t since_ns = 0;
 };
 
+// Names of one replica that selectors know: links and lists of files can name it in many ways.
+inline constexpr size_t kPathCountMax = 16;
+
 enum class ReplicaState : uint8_t { indexing, filling, ready, failed };
 
 // What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
@@ -65,13 +68,15 @@ struct Waiter {
 
 struct Replica {
   uint64_t number = 0;
-  std::string path;
+  std::vector<std::string> paths;  // as clients named it, the first one first; at most kPathCountMax
   std::vector<base::FileIdentity> key;
   uid_t owner = 0;
   ReplicaState state = ReplicaState::indexing;
   bool pinned = false;
   bool doomed = false;  // evicted while it was filling: goes when the load has ended
   uint32_t verify_count = 0;
+  int64_t asked_ns = 0;  // when it was opened first
+  int64_t room_ns = 0;   // when memory for it was first asked for
   int64_t last_used_ns = 0;
 
   std::vector<OpenFile> files;  // until the load begins
@@ -87,8 +92,11 @@ struct Replica {
   uint64_t load_number = 0;
   std::unique_ptr<Load> load;  // while filling; before memory and fill in destruction
 
+  const std::string& path() const { return paths.front(); }
+  // Nobody waits for it any more: its clients went while it was filling.
+  bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
   bool held() const {
-    return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::filling;
+    return !leases.empty() || pinned || verify_count > 0 || state == ReplicaState::indexing;
   }
 };
 

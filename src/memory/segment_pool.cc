@@ -104,8 +104,12 @@ namespace {
 Status place(SegmentRun& run) {
   if (run.segments.empty()) return {};
   TRY_ASSIGN(std::byte * address, reserve_addresses(run.size_bytes()));
+  std::byte* const end = address + run.size_bytes();
   for (Segment& segment : run.segments) {
-    TRY(segment.move_to(address));
+    if (const Status moved = segment.move_to(address); !moved) {
+      ::munmap(address, static_cast<size_t>(end - address));
+      return base::pass_on(moved);
+    }
     address += segment.size_bytes();
   }
   return {};
@@ -125,7 +129,7 @@ Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   return make_segment(size_bytes, owner);
 }
 
-Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
+Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
   const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
   if (size_bytes > limit_bytes_ || in_use_bytes_ > limit_bytes_ - size_bytes) {
@@ -133,7 +137,8 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
                 base::text(base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
                            " of host_memory ", base::human_bytes(limit_bytes_), " are in use"));
   }
-  SegmentRun run;
+  Allocation allocation;
+  SegmentRun& run = allocation.run;
   for (const uint64_t size : sizes) {
     auto segment = take(size, owner);
     if (!segment) {
@@ -143,17 +148,28 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
     run.segments.push_back(std::move(*segment));
   }
   in_use_bytes_ += size_bytes;
-  trim(limit_bytes_ - in_use_bytes_);  // before any fresh page is touched
   if (const Status placed = place(run); !placed) {
     free(std::move(run));
     return base::pass_on(placed);
   }
-  return run;
+  allocation.surplus = trim(limit_bytes_ - in_use_bytes_);
+  return allocation;
 }
 
 void SegmentPool::free(SegmentRun run) {
   in_use_bytes_ -= run.size_bytes();
   for (Segment& segment : run.segments) keep(std::move(segment));
+}
+
+bool SegmentPool::claim(uint64_t size_bytes) {
+  if (in_use_bytes_ + kept_bytes_ + size_bytes > limit_bytes_) return false;
+  in_use_bytes_ += size_bytes;
+  return true;
+}
+
+void SegmentPool::settle_claim(uint64_t size_bytes, std::optional<Segment> segment) {
+  in_use_bytes_ -= size_bytes;
+  if (segment) keep(std::move(*segment));
 }
 
 void SegmentPool::keep(Segment segment) {
@@ -162,14 +178,17 @@ void SegmentPool::keep(Segment segment) {
   kept_.push_back(std::move(segment));
 }
 
-void SegmentPool::trim(uint64_t kept_bytes_max) {
+std::vector<Segment> SegmentPool::trim(uint64_t kept_bytes_max) {
+  std::vector<Segment> oldest;
   auto first_to_stay = kept_.begin();
   while (kept_bytes_ > kept_bytes_max) {
     CHECK(first_to_stay != kept_.end());
     kept_bytes_ -= first_to_stay->size_bytes();
+    oldest.push_back(std::move(*first_to_stay));
     ++first_to_stay;
   }
   kept_.erase(kept_.begin(), first_to_stay);
+  return oldest;
 }
 
 }  // namespace tensord::memory

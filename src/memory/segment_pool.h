@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "base/fd.h"
@@ -66,19 +67,24 @@ class SegmentPool {
  public:
   explicit SegmentPool(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
 
-  // Memory for `image_bytes`, for artifacts of `owner`. Kept segments of the same owner are used first; kept segments
-  // that do not fit are closed when the limit would be exceeded. Code::exhausted when segments in use leave too little
-  // room, or the system has none. Pages of fresh segments hold zeros and cost their first touch.
-  Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
+  struct Allocation {
+    SegmentRun run;
+    // Kept segments that had to go to stay under the limit. To be destroyed before a page of `run` is touched, and not
+    // on a thread that must not wait: giving back 512 MiB takes the kernel a tenth of a second.
+    std::vector<Segment> surplus;
+  };
+  // Memory for `image_bytes`, for artifacts of `owner`. Kept segments of the same owner are used first. Code::exhausted
+  // when segments in use leave too little room, or the system has none. Pages of fresh segments hold zeros and cost
+  // their first touch.
+  Result<Allocation> allocate(uint64_t image_bytes, uid_t owner);
 
   // The run's segments are free again, and kept with their pages for artifacts of the same owner.
   void free(SegmentRun run);
 
-  // Adds a pre-faulted segment to those kept; closes it when there is no room under the limit.
-  void keep(Segment segment);
-
-  // Closes kept segments until at most `kept_bytes_max` are kept.
-  void trim(uint64_t kept_bytes_max);
+  // Room for a segment that is pre-faulted elsewhere counts as in use until it is kept. False when there is none.
+  bool claim(uint64_t size_bytes);
+  // Ends a claim; nullopt when the segment could not be made.
+  void settle_claim(uint64_t size_bytes, std::optional<Segment> segment);
 
   uint64_t limit_bytes() const { return limit_bytes_; }
   uint64_t in_use_bytes() const { return in_use_bytes_; }
@@ -86,6 +92,9 @@ class SegmentPool {
 
  private:
   Result<Segment> take(uint64_t size_bytes, uid_t owner);
+  void keep(Segment segment);
+  // Takes the oldest kept segments out until at most `kept_bytes_max` are kept.
+  std::vector<Segment> trim(uint64_t kept_bytes_max);
 
   const uint64_t limit_bytes_;
   uint64_t in_use_bytes_ = 0;

@@ -35,7 +35,7 @@ TEST(SegmentSizes, waste_little_and_fall_in_size) {
 
 TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(11 * kMiB, 1).value();
+  SegmentRun run = pool.allocate(11 * kMiB, 1).value().run;
   ASSERT_EQ(run.segments.size(), 3u);
   for (size_t at = 1; at < run.segments.size(); ++at) {
     EXPECT_EQ(run.segments[at].data(), run.segments[at - 1].data() + run.segments[at - 1].size_bytes());
@@ -46,27 +46,47 @@ TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
 
 TEST(SegmentPool, a_recycled_segment_keeps_its_pages_for_its_owner_only) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(8 * kMiB, 1).value();
+  SegmentRun run = pool.allocate(8 * kMiB, 1).value().run;
   run.data()[5] = std::byte{42};
   pool.free(std::move(run));
   EXPECT_EQ(pool.kept_bytes(), 8 * kMiB);
-  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value();
+  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value().run;
   EXPECT_EQ(of_another.data()[5], std::byte{0});
-  SegmentRun again = pool.allocate(8 * kMiB, 1).value();
+  SegmentRun again = pool.allocate(8 * kMiB, 1).value().run;
   EXPECT_EQ(again.data()[5], std::byte{42});
   EXPECT_EQ(pool.kept_bytes(), 0u);
 }
 
 TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
   SegmentPool pool(16 * kMiB);
-  pool.free(pool.allocate(16 * kMiB, 1).value());
+  pool.free(pool.allocate(16 * kMiB, 1).value().run);
   EXPECT_EQ(pool.kept_bytes(), 16 * kMiB);
-  SegmentRun run = pool.allocate(4 * kMiB, 1).value();
+  SegmentRun run = pool.allocate(4 * kMiB, 1).value().run;
   EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), 16 * kMiB);
   const auto refused = pool.allocate(13 * kMiB, 1);
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code, base::Code::exhausted);
   EXPECT_EQ(pool.in_use_bytes(), 4 * kMiB);
+}
+
+TEST(SegmentPool, what_is_kept_goes_out_with_an_allocation_that_needs_its_room) {
+  SegmentPool pool(16 * kMiB);
+  pool.free(pool.allocate(8 * kMiB, 1).value().run);
+  const SegmentPool::Allocation large = pool.allocate(12 * kMiB, 2).value();
+  ASSERT_EQ(large.surplus.size(), 1u);
+  EXPECT_EQ(large.surplus[0].size_bytes(), 8 * kMiB);
+  EXPECT_EQ(pool.kept_bytes(), 0u);
+}
+
+TEST(SegmentPool, a_claim_counts_until_it_is_settled) {
+  SegmentPool pool(16 * kMiB);
+  ASSERT_TRUE(pool.claim(8 * kMiB));
+  EXPECT_FALSE(pool.claim(16 * kMiB));
+  EXPECT_FALSE(pool.allocate(16 * kMiB, 1));
+  pool.settle_claim(8 * kMiB, make_segment(8 * kMiB, 1).value());
+  EXPECT_EQ(pool.in_use_bytes(), 0u);
+  EXPECT_EQ(pool.kept_bytes(), 8 * kMiB);
+  EXPECT_TRUE(pool.allocate(16 * kMiB, 1));
 }
 
 TEST(SegmentPool, nobody_else_can_write_resize_or_unseal_a_segment) {
