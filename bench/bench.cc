@@ -92,10 +92,11 @@ void Bench::add(Figure figure) {
   } else {
     line.resize(std::max<size_t>(line.size(), 64), ' ');
     line += base::text(" ", figure.value, " ", figure.unit);
-    if (figure.spread) line += base::text(" +- ", *figure.spread * 50, " %");
+    if (figure.spread) line += base::text(", spread ", *figure.spread * 100, " %");
     for (const char* rate : {"product_gb_s", "ceiling_gb_s", "p99_ms"}) {
       if (figure.details.contains(rate)) line += base::text("  ", rate, " ", figure.details[rate]);
     }
+    if (!figure.note.empty()) line += base::text("  (", figure.note, ")");
     if (figure.is_void()) line += "  VOID: too wide a spread";
     if (figure.goal) line += base::text("  goal ", sign(*figure.goal), " ", figure.goal->value);
     if (!figure.meets_goal()) line += "  MISSED";
@@ -114,6 +115,7 @@ Status Bench::write_json(const std::string& path) const {
     value["goal"] =
         figure.goal ? json({{"sign", sign(*figure.goal)}, {"value", figure.goal->value}}) : json();
     value["met"] = figure.goal ? json(figure.meets_goal() && !figure.is_void()) : json();
+    if (!figure.note.empty()) value["note"] = figure.note;
     if (!figure.samples.empty()) value["samples"] = figure.samples;
     figures.push_back(std::move(value));
   }

@@ -37,6 +37,7 @@ struct Figure {
   std::optional<Goal> goal;
   std::map<std::string, double> details;
   std::vector<double> samples;
+  std::string note;
 
   bool is_void() const { return spread && *spread > kSpreadMax; }
   bool meets_goal() const;

@@ -71,29 +71,33 @@ struct StridedShape {
 Status race_sheet(Bench& bench, const std::string& path, std::span<const StridedShape> shapes) {
   TRY_ASSIGN(const auto model, open_ready(path));
   TRY_ASSIGN(const tensor::Tensor* matrix, model->find("w"));
-  std::vector<double> rates;
+  std::vector<Gather> gathers;
   for (const StridedShape& shape : shapes) {
     const uint64_t columns = shape.row_bytes / kElementBytes;
     TRY_ASSIGN(Gather gather, Gather::make(model, {{"w", 0, matrix->shape[0], columns, columns}}));
-    TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
-    Figure figure =
-        race_figure(base::text("rows of ", shape.row_bytes, " B, pitch ", shape.pitch_factor, " x"), raced,
-                    static_cast<double>(gather.bytes()), at_least(0.85));
+    const std::string name = base::text("rows of ", shape.row_bytes, " B, pitch ", shape.pitch_factor, " x");
+    TRY_ASSIGN(Figure figure, race_gather(bench, gather, name, path));
     figure.details["row_bytes"] = static_cast<double>(shape.row_bytes);
     figure.details["pitch_factor"] = static_cast<double>(shape.pitch_factor);
-    figure.details["threads"] = gather.last_report().copy.thread_count;
-    rates.push_back(figure.details["product_gb_s"]);
     bench.add(std::move(figure));
+    if (shape.row_bytes * shape.pitch_factor == kQwenRowBytes) gathers.push_back(std::move(gather));
   }
-  if (shapes[0].row_bytes * shapes[0].pitch_factor != kQwenRowBytes) return {};
-  bench.add({.name = "rows of 2560 B",
-             .unit = "of the rate of rows of 5120 B",
-             .value = rates[1] / rates[0],
-             .goal = at_least(0.8)});
-  bench.add({.name = "rows of 1280 B",
-             .unit = "of the rate of rows of 5120 B",
-             .value = rates[2] / rates[0],
-             .goal = at_least(0.7)});
+  if (gathers.empty()) return {};
+  const double goals[] = {0.8, 0.7};
+  for (size_t narrow = 1; narrow < gathers.size(); ++narrow) {
+    const auto rate_of = [](Gather& gather) -> Result<double> {
+      TRY_ASSIGN(const double seconds, gather.run_product());
+      return seconds / static_cast<double>(gather.bytes());
+    };
+    const Act wide[] = {[&] { return rate_of(gathers[0]); }};
+    TRY_ASSIGN(const Race raced, race(bench.options(), wide, [&] { return rate_of(gathers[narrow]); }));
+    bench.add({.name = base::text("product, rows of ", shapes[narrow].row_bytes, " B"),
+               .unit = "of its rate at 5120 B",
+               .value = median(raced.ratios),
+               .spread = spread(raced.ratios),
+               .goal = at_least(goals[narrow - 1]),
+               .samples = raced.ratios});
+  }
   return {};
 }
 
@@ -218,13 +222,11 @@ Status run_tensor_parallel(Bench& bench) {
   for (const Part part : {Part::all, Part::columns}) {
     for (const uint64_t rank_count : {2, 4, 8}) {
       TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, part)));
-      TRY_ASSIGN(const Race raced, race_gather(bench, gather, path));
-      Figure figure =
-          race_figure(base::text("tp", rank_count, ", ", part == Part::all ? "all tensors" : "column slices"),
-                      raced, static_cast<double>(gather.bytes()), at_least(0.85));
+      const std::string name =
+          base::text("tp", rank_count, part == Part::all ? ", all tensors" : ", column slices");
+      TRY_ASSIGN(Figure figure, race_gather(bench, gather, name, path));
       figure.details["records"] = static_cast<double>(gather.last_report().record_count);
       figure.details["plan_ms"] = static_cast<double>(gather.last_report().plan_ns) / 1e6;
-      figure.details["threads"] = gather.last_report().copy.thread_count;
       bench.add(std::move(figure));
     }
   }

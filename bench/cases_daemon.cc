@@ -90,8 +90,12 @@ Figure attach_figure(std::string name, const AttachTimes& times, std::optional<G
 // The file into memory that was touched before, by as many threads as the daemon has.
 class RawReader {
  public:
-  // `huge`: anonymous memory, in huge pages where the system gives them; else a memfd as the daemon's segments are.
-  static Result<RawReader> make(const std::string& path, int thread_count, bool anonymous) {
+  enum class Memory {
+    shared,  // a memfd, as the daemon's segments are
+    huge     // private to this process, in huge pages where the system gives them: nobody else could map it
+  };
+  static Result<RawReader> make(const std::string& path, int thread_count, Memory kind) {
+    const bool anonymous = kind == Memory::huge;
     RawReader reader;
     reader.thread_count_ = thread_count;
     reader.file_.reset(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -132,33 +136,6 @@ class RawReader {
   int thread_count_ = 1;
 };
 
-// The fastest way to read by hand that we know: over both kinds of memory and several sizes of pieces.
-struct BestReader {
-  RawReader reader;
-  uint64_t piece_bytes = 0;
-  bool anonymous = false;
-};
-Result<BestReader> find_best_reader(const Bench& bench, const std::string& path, int thread_count) {
-  std::optional<BestReader> best;
-  double best_s = 0;
-  for (const bool anonymous : {false, true}) {
-    TRY_ASSIGN(RawReader reader, RawReader::make(path, thread_count, anonymous));
-    std::optional<uint64_t> chosen;
-    for (const uint64_t piece_bytes : {kMiB / 4, kMiB, 4 * kMiB, 16 * kMiB}) {
-      std::vector<double> seconds;
-      for (int round = 0; round < (bench.tiny() ? 1 : 3); ++round) {
-        TRY_ASSIGN(const double one_s, reader.read(piece_bytes));
-        seconds.push_back(one_s);
-      }
-      if (best_s > 0 && median(seconds) >= best_s) continue;
-      best_s = median(seconds);
-      chosen = piece_bytes;
-    }
-    if (chosen) best = BestReader{std::move(reader), *chosen, anonymous};
-  }
-  return std::move(*best);
-}
-
 // Shares of the thread time of reading and checking that went into checking, load by load.
 struct HotLoads {
   const Daemon& daemon;
@@ -193,34 +170,29 @@ struct ClientMemory {
 }  // namespace
 
 Status run_attach(Bench& bench) {
-  struct Size {
-    const char* name;
-    const char* file;
-    Qwen qwen;
-  };
   const Qwen large = large_qwen(bench);
-  const uint64_t cut =
-      bench.tiny() ? 1 : 32;  // of the intermediate size: 2 GB become 50 MB with the same tensors
-  const Qwen small{.hidden = large.hidden / 5,
-                   .intermediate = large.intermediate / cut * 3,
-                   .queries = large.queries / 5,
-                   .key_values = large.key_values / 4,
-                   .layers = 3,
-                   .vocabulary = 0};
+  // The same tensors in a fortieth of the bytes, and those bytes in thirteen times as many tensors.
+  Qwen small{.hidden = large.hidden / 5,
+             .intermediate = large.intermediate / 17,
+             .queries = large.queries / 5,
+             .key_values = large.key_values / 4,
+             .layers = 3,
+             .vocabulary = 0};
   Qwen many = small;
+  small.intermediate *= bench.tiny() ? 1 : 2;
+  many.hidden /= 2;
+  many.queries /= 2;
   many.layers = bench.tiny() ? 4 : 40;
-  many.intermediate /= 17;
-  const Size sizes[] = {{"50 MB", "small.safetensors", small},
-                        {"2 GB", "large.safetensors", large},
-                        {"13 times as many tensors", "many.safetensors", many}};
+  const std::pair<const char*, Qwen> files[] = {
+      {"small.safetensors", small}, {"large.safetensors", large}, {"many.safetensors", many}};
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
-  for (const Size& size : sizes) {
-    const auto shapes = qwen_shapes(size.qwen);
-    TRY_ASSIGN(const std::string path, make_checkpoint(bench, size.file, shapes));
+  for (const auto& [file, qwen] : files) {
+    const auto shapes = qwen_shapes(qwen);
+    TRY_ASSIGN(const std::string path, make_checkpoint(bench, file, shapes));
     TRY_ASSIGN(std::shared_ptr<client::Model> holder, open_ready(path));
     const auto named = [&](const std::string& name) {
-      return base::text(size.name, " (", holder->index().payload_bytes() / 1'000'000, " MB, ", shapes.size(),
-                        " tensors), ", name);
+      return base::text(holder->index().payload_bytes() / 1'000'000, " MB in ", shapes.size(), " tensors, ",
+                        name);
     };
     const int client_count = bench.tiny() ? 4 : 100;
     TRY_ASSIGN(const AttachTimes alone, attach_at_once(path, 1, bench.tiny() ? 3 : 1000));
@@ -281,32 +253,33 @@ Status run_hot_load(Bench& bench) {
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   HotLoads loads{daemon, path, {}, {}};
   TRY(loads.load());  // makes the segments and the record of digests
-  TRY_ASSIGN(const BestReader best, find_best_reader(bench, path, daemon.read_thread_count()));
-  TRY_ASSIGN(const Race raced, race(
-                                   bench.options(), [&] { return best.reader.read(best.piece_bytes); },
-                                   [&] { return loads.load(); }));
-  // The ceiling's memory now holds the file; so must the replica.
-  TRY_ASSIGN(const auto model, open_ready(path));
-  if (std::memcmp(model->mapping()->data(), best.reader.memory().data(), best.reader.memory().size_bytes()) !=
-      0) {
-    return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
+  for (const auto memory : {RawReader::Memory::shared, RawReader::Memory::huge}) {
+    TRY_ASSIGN(const RawReader reader, RawReader::make(path, daemon.read_thread_count(), memory));
+    static constexpr uint64_t kPieces[] = {kMiB / 4, kMiB, 4 * kMiB, 16 * kMiB};
+    std::vector<Act> ceilings;
+    for (const uint64_t piece_bytes : kPieces)
+      ceilings.push_back([&, piece_bytes] { return reader.read(piece_bytes); });
+    TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, [&] { return loads.load(); }));
+    // The ceiling's memory now holds the file; so must the replica.
+    TRY_ASSIGN(const auto model, open_ready(path));
+    const uint64_t bytes = reader.memory().size_bytes();
+    if (std::memcmp(model->mapping()->data(), reader.memory().data(), bytes) != 0) {
+      return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
+    }
+    const bool is_like = memory == RawReader::Memory::shared;
+    Figure figure = race_figure(
+        is_like ? "verified load, pread into a memfd" : "verified load, pread into private huge pages", raced,
+        static_cast<double>(bytes), is_like ? std::optional(at_least(0.85)) : std::nullopt);
+    figure.note = base::text("pieces of ", kPieces[raced.ceiling] / base::kKiB, " KiB");
+    figure.details["threads"] = daemon.read_thread_count();
+    bench.add(std::move(figure));
   }
-  const auto bytes = static_cast<double>(best.reader.memory().size_bytes());
-  Figure figure = race_figure("page cache to replica, verified", raced, bytes, at_least(0.85));
-  figure.details["ceiling_piece_bytes"] = static_cast<double>(best.piece_bytes);
-  figure.details["ceiling_anonymous_memory"] = best.anonymous;
-  figure.details["threads"] = daemon.read_thread_count();
-  bench.add(std::move(figure));
-
-  Figure share{.name = "verification's share of the load", .unit = "of read + check"};
+  Figure share{.name = "verification", .unit = "of the load's thread time"};
   share.value = median(loads.check_shares);
   share.spread = spread(loads.check_shares);
   share.goal = at_most(0.10);
   share.details["check_gb_s_per_thread"] = median(loads.check_gb_s);
   bench.add(std::move(share));
-  bench.add({.name = "estimate without verification",
-             .unit = "of ceiling",
-             .value = median(raced.ratios) / (1 - median(loads.check_shares))});
   return {};
 }
 

@@ -1,5 +1,6 @@
 #include "bench/gather.h"
 
+#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -34,10 +35,42 @@ void cut(const Rows& rows, std::vector<Rows>& pieces) {
   }
 }
 
-void copy(const Rows& rows) {
+void copy_memcpy(const Rows& rows) {
   for (uint64_t row = 0; row < rows.row_count; ++row) {
     std::memcpy(rows.target + row * rows.target_pitch, rows.source + row * rows.source_pitch, rows.row_bytes);
   }
+}
+
+// With 64-byte registers; `kStream`: past the caches, where the target's alignment allows.
+template <bool kStream>
+__attribute__((target("avx512f"))) void copy_wide(const Rows& rows) {
+  const uint64_t wide_bytes = rows.row_bytes & ~uint64_t{63};
+  if (kStream && (reinterpret_cast<uint64_t>(rows.target) | rows.target_pitch) % 64 != 0)
+    return copy_memcpy(rows);
+  for (uint64_t row = 0; row < rows.row_count; ++row) {
+    const std::byte* source = rows.source + row * rows.source_pitch;
+    std::byte* target = rows.target + row * rows.target_pitch;
+    for (uint64_t at = 0; at < wide_bytes; at += 64) {
+      if (kStream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), _mm512_loadu_si512(source + at));
+      } else {
+        _mm512_storeu_si512(target + at, _mm512_loadu_si512(source + at));
+      }
+    }
+    std::memcpy(target + wide_bytes, source + wide_bytes, rows.row_bytes - wide_bytes);
+  }
+  _mm_sfence();
+  _mm256_zeroupper();
+}
+
+struct Loop {
+  const char* name;
+  void (*copy)(const Rows& rows);
+};
+std::span<const Loop> usable_loops() {
+  static constexpr Loop kLoops[] = {
+      {"memcpy", copy_memcpy}, {"AVX-512", copy_wide<false>}, {"AVX-512 streaming", copy_wide<true>}};
+  return std::span(kLoops).first(__builtin_cpu_supports("avx512f") ? 3 : 1);
 }
 
 tensor::IndexItem range(uint64_t begin, uint64_t count) {
@@ -104,9 +137,10 @@ Result<double> Gather::run_product() {
   return static_cast<double>(base::monotonic_ns() - begin_ns) / 1e9;
 }
 
-Result<double> Gather::run_ceiling() const {
+double Gather::run_loop(size_t loop) const {
   std::atomic<size_t> next{0};
   const int thread_count = std::max(1, static_cast<int>(last_report_.copy.thread_count));
+  const auto copy = usable_loops()[loop].copy;
   return run_on_threads(thread_count, [&] {
     for (size_t at; (at = next.fetch_add(1)) < pieces_.size();) copy(pieces_[at]);
   });
@@ -129,10 +163,17 @@ Status Gather::check(const std::string& path) {
   return {};
 }
 
-Result<Race> race_gather(const Bench& bench, Gather& gather, const std::string& path) {
+Result<Figure> race_gather(const Bench& bench, Gather& gather, std::string name, const std::string& path) {
   TRY(gather.check(path));
-  return race(
-      bench.options(), [&] { return gather.run_ceiling(); }, [&] { return gather.run_product(); });
+  std::vector<Act> ceilings;
+  for (size_t loop = 0; loop < usable_loops().size(); ++loop) {
+    ceilings.push_back([&gather, loop] { return Result<double>(gather.run_loop(loop)); });
+  }
+  TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, [&] { return gather.run_product(); }));
+  Figure figure = race_figure(std::move(name), raced, static_cast<double>(gather.bytes()), at_least(0.85));
+  figure.note = base::text("loop of ", usable_loops()[raced.ceiling].name);
+  figure.details["threads"] = gather.last_report().copy.thread_count;
+  return figure;
 }
 
 }  // namespace tensord::bench

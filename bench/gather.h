@@ -41,8 +41,9 @@ class Gather {
   uint64_t bytes() const { return target_.size_bytes(); }
   // By load_into, with as many threads as it likes.
   Result<double> run_product();
-  // By hand, with as many threads as load_into last used; pieces of about 1 MiB are taken one by one.
-  Result<double> run_ceiling() const;
+  // By hand, with as many threads as load_into last used; pieces of about 1 MiB are taken one by one. There are several
+  // such loops; which one is fastest depends on the rows and on the machine.
+  double run_loop(size_t loop) const;
   // Runs the product over a target of other bytes and compares each byte with the file's.
   Status check(const std::string& path);
 
@@ -57,8 +58,8 @@ class Gather {
   client::LoadReport last_report_;
 };
 
-// Both in turns, after a check of every byte.
-Result<Race> race_gather(const Bench& bench, Gather& gather, const std::string& path);
+// The product and the loops in turns, after a check of every byte.
+Result<Figure> race_gather(const Bench& bench, Gather& gather, std::string name, const std::string& path);
 
 // Reads a byte of every page, so that no fault is left to be timed.
 void touch(const std::byte* data, uint64_t size_bytes);

@@ -48,32 +48,34 @@ double run_on_threads(int thread_count, const std::function<void()>& work) {
 }
 
 namespace {
-Result<Race> race_once(const Options& options, const Act& ceiling, const Act& product) {
-  Race race;
-  for (int pair = 0; pair < options.pair_count; ++pair) {
-    double ceiling_s = 0;
-    if (pair % 2 == 0) {
-      TRY_ASSIGN(ceiling_s, ceiling());
+Result<Race> race_once(const Options& options, std::span<const Act> ceilings, const Act& product) {
+  std::vector<std::vector<double>> seconds(ceilings.size() + 1);  // the product's last
+  for (size_t round = 0; round < static_cast<size_t>(options.pair_count); ++round) {
+    for (size_t turn = 0; turn < seconds.size(); ++turn) {
+      const size_t act = (round + turn) % seconds.size();
+      TRY_ASSIGN(const double one_s, act < ceilings.size() ? ceilings[act]() : product());
+      seconds[act].push_back(one_s);
     }
-    TRY_ASSIGN(const double product_s, product());
-    if (pair % 2 == 1) {
-      TRY_ASSIGN(ceiling_s, ceiling());
-    }
-    race.ceiling_s.push_back(ceiling_s);
-    race.product_s.push_back(product_s);
-    race.ratios.push_back(ceiling_s / product_s);
+  }
+  const auto faster = [](const auto& a, const auto& b) { return median(a) < median(b); };
+  const auto best = std::min_element(seconds.begin(), seconds.end() - 1, faster);
+  Race race{.ceiling = static_cast<size_t>(best - seconds.begin()),
+            .ceiling_s = *best,
+            .product_s = seconds.back()};
+  for (size_t round = 0; round < best->size(); ++round) {
+    race.ratios.push_back(race.ceiling_s[round] / race.product_s[round]);
   }
   return race;
 }
 }  // namespace
 
-Result<Race> race(const Options& options, const Act& ceiling, const Act& product) {
-  TRY(ceiling());
+Result<Race> race(const Options& options, std::span<const Act> ceilings, const Act& product) {
   TRY(product());
+  for (const Act& ceiling : ceilings) TRY(ceiling());
   Race best;
   int tries = 0;
   do {
-    TRY_ASSIGN(Race now, race_once(options, ceiling, product));
+    TRY_ASSIGN(Race now, race_once(options, ceilings, product));
     ++tries;
     if (best.ratios.empty() || spread(now.ratios) < spread(best.ratios)) best = std::move(now);
   } while (spread(best.ratios) > kSpreadMax && tries < options.try_count);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "bench/bench.h"
@@ -21,15 +22,16 @@ double run_on_threads(int thread_count, const std::function<void()>& work);
 using Act = std::function<Result<double>()>;
 
 struct Race {
+  size_t ceiling = 0;  // which of the ceilings was the fastest, by its median; the others do not count
   std::vector<double> ceiling_s;
   std::vector<double> product_s;
-  std::vector<double> ratios;  // ceiling_s / product_s, pair by pair: 1 is as fast as the ceiling
+  std::vector<double> ratios;  // ceiling_s / product_s, round by round: 1 is as fast as the ceiling
   int try_count = 0;
 };
 
-// Both once to warm up, then pairs in turns, each second pair the other way round. Repeated while the spread of the
-// ratios is too wide, as often as the options say; the try with the smallest spread counts.
-Result<Race> race(const Options& options, const Act& ceiling, const Act& product);
+// All once to warm up, then rounds of all in turns, each round beginning with another one. Repeated while the spread of
+// the ratios is too wide, as often as the options say; the try with the smallest spread counts.
+Result<Race> race(const Options& options, std::span<const Act> ceilings, const Act& product);
 
 // The race as a figure "of ceiling"; `bytes` per act gives the rates.
 Figure race_figure(std::string name, const Race& race, double bytes, std::optional<Goal> goal);

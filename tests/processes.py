@@ -137,6 +137,14 @@ def descriptor_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
 
 
+def has_ended(pid: int) -> bool:
+    """Also when nobody has asked for its status yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def is_sanitized(binary: Path) -> bool:
     """Whether its memory is not its own alone, but also that of a sanitizer."""
     with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -174,12 +182,13 @@ def stopped(daemon: Daemon) -> Iterator[None]:
         until(lambda: _all_stopped(pid), "all threads of the daemon are stopped")
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
 def halfway(daemon: Daemon, path: Path, *workers: Worker) -> Iterator[tensord.Model]:
-    """The model of a load that is not over; inside, the daemon is stopped. Each worker has it open too, as `m`."""
+    """The model of a load that is not over, with the daemon stopped inside. Workers have it too, as `m`."""
     for _ in range(HALFWAY_ATTEMPT_COUNT):
         for worker in workers:
             worker.tell(f"m = tensord.open({str(path)!r}, 'np')")

@@ -5,7 +5,9 @@
  * bad input, none leaves a thread behind. After fork() the child may go on using its handles: mappings and leases are
  * inherited, the connection is made anew.
  *
- * Strings are UTF-8 and end with NUL. Sizes are bytes, shapes are elements, strides are bytes.
+ * Strings are UTF-8 and end with NUL. Sizes are bytes, shapes are elements, strides are bytes. A pointer that must not
+ * be NULL and is gives TENSORD_INVALID_ARGUMENT. A struct with struct_bytes may be larger than this library knows it (of
+ * a newer header): the fields behind are ignored; a smaller one is refused.
  */
 #ifndef TENSORD_TENSORD_H_
 #define TENSORD_TENSORD_H_
@@ -84,7 +86,7 @@ typedef struct tensord_mapping tensord_mapping;
 typedef enum tensord_state { TENSORD_FILLING = 0, TENSORD_READY = 1, TENSORD_FAILED = 2 } tensord_state;
 
 typedef struct tensord_open_options {
-  uint32_t struct_bytes; /* sizeof(tensord_open_options) */
+  uint32_t struct_bytes; /* sizeof(tensord_open_options); fields are only ever appended */
   int32_t
       autostart; /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
   int32_t index_only; /* 1: read the headers only; nothing is loaded, no bytes can be had */
@@ -97,9 +99,10 @@ TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count,
 /* Frees the handle. Mappings that were retained stay valid. NULL is allowed. */
 TENSORD_EXPORT void tensord_close(tensord_model* model);
 
-/* The memory that holds the tensors, private copy-on-write: a write into it changes this process's copy only. Retains
- * it; it is unmapped, and the daemon's lease ends, when the model is closed and every retained reference (in every
- * process, after fork) is released. */
+/* The memory that holds the tensors, private copy-on-write: a write into it changes this process's copy only. (Where
+ * the kernel's strict overcommit refuses so much private memory it is read-only, a write is a SIGSEGV, and tensord_info
+ * says "copy_on_write": false.) Retains it; it is unmapped, and the daemon's lease ends, when the model is closed and
+ * every retained reference (in every process, after fork) is released. NULL with index_only, and when it fails. */
 TENSORD_EXPORT tensord_mapping* tensord_retain_mapping(tensord_model* model);
 TENSORD_EXPORT void tensord_release_mapping(tensord_mapping* mapping);
 
@@ -141,7 +144,8 @@ typedef struct tensord_progress {
 TENSORD_EXPORT int tensord_get_progress(const tensord_model* model, tensord_progress* progress);
 
 /* What is known of the model as a JSON object: path, files, state, artifact (id, once ready), replica, payload_bytes,
- * image_bytes, tensor_count, ready_bytes, total_bytes. Free it with tensord_free. */
+ * image_bytes, tensor_count, ready_bytes, total_bytes, copy_on_write (see tensord_retain_mapping; false with
+ * index_only). Free it with tensord_free. */
 TENSORD_EXPORT int tensord_info(const tensord_model* model, char** json);
 
 /* ---- slices and copies ------------------------------------------------------------------------------------------- */
@@ -189,7 +193,7 @@ typedef struct tensord_copy {
 } tensord_copy;
 
 typedef struct tensord_copy_options {
-  uint32_t struct_bytes; /* sizeof(tensord_copy_options) */
+  uint32_t struct_bytes; /* sizeof(tensord_copy_options); fields are only ever appended */
   int32_t
       cast; /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
   int32_t thread_count; /* 0: one per core */

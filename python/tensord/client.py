@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NoReturn, Union
 
 from . import _library
@@ -606,7 +605,7 @@ def open(
 
 def _open_error(code: int, error: Error, names: list[str]) -> Error:
     """The built-in OSErrors tell which file it was."""
-    missing = next((name for name in names if not Path(name).exists()), names[0] if names else "")
+    missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")
     if code == _library.NOT_FOUND:
         return MissingFileError(error.message, filename=missing)
     if code == _library.DENIED:

@@ -1,7 +1,6 @@
 #include <gtest/gtest.h>
 
 #include "base/bytes.h"
-#include "base/queue.h"
 #include "base/result.h"
 
 namespace tensord::base {
@@ -27,19 +26,20 @@ TEST(Bytes, sizes_are_written_with_two_decimals) {
   EXPECT_EQ(human_bytes(3 * kMiB / 2), "1.50 MiB");
 }
 
-TEST(Queue, hands_out_what_is_left_after_close) {
-  Queue<int> queue(2);
-  EXPECT_TRUE(queue.push(1));
-  queue.close();
-  EXPECT_FALSE(queue.push(2));
-  EXPECT_EQ(queue.pop(), 1);
-  EXPECT_EQ(queue.pop(), std::nullopt);
-}
-
 TEST(Result, errno_becomes_a_code_that_callers_can_act_on) {
   EXPECT_EQ(errno_error("open x", ENOENT).code, Code::not_found);
   EXPECT_EQ(errno_error("open x", ENOSPC).code, Code::exhausted);
   EXPECT_EQ(errno_error("open x", EACCES).code, Code::denied);
+  EXPECT_EQ(errno_error("open x", EROFS).code, Code::denied);
+  for (const int value : {ELOOP, ENAMETOOLONG, ENXIO, EISDIR}) {
+    EXPECT_EQ(errno_error("open x", value).code, Code::invalid_argument);
+  }
+}
+
+TEST(Result, a_code_that_came_as_an_unknown_number_is_internal) {
+  EXPECT_EQ(code_from(1), Code::not_found);
+  EXPECT_EQ(code_from(10), Code::internal);
+  for (const uint32_t number : {0u, 11u, 257u}) EXPECT_EQ(code_from(number), Code::internal);
 }
 
 }  // namespace tensord::base

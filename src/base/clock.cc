@@ -10,6 +10,4 @@ int64_t monotonic_ns() {
   return static_cast<int64_t>(now.tv_sec) * 1'000'000'000 + now.tv_nsec;
 }
 
-int64_t MonotonicClock::now_ns() const { return monotonic_ns(); }
-
 }  // namespace tensord::base

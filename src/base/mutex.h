@@ -1,4 +1,4 @@
-// A mutex that clang's thread-safety analysis understands, and a queue between threads over it.
+// A mutex that clang's thread-safety analysis understands.
 #pragma once
 
 #include <condition_variable>

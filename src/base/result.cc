@@ -31,6 +31,11 @@ std::string_view code_name(Code code) {
   return "internal";
 }
 
+Code code_from(uint32_t number) {
+  const bool known = number >= 1 && number <= static_cast<uint32_t>(Code::internal);
+  return known ? static_cast<Code>(number) : Code::internal;
+}
+
 namespace {
 Code code_of(int errno_value) {
   switch (errno_value) {
@@ -38,6 +43,7 @@ Code code_of(int errno_value) {
     case ENOTDIR:
       return Code::not_found;
     case EACCES:
+    case EROFS:
     case EPERM:
       return Code::denied;
     case ENOMEM:
@@ -47,6 +53,10 @@ Code code_of(int errno_value) {
     case ENFILE:
       return Code::exhausted;
     case EINVAL:
+    case EISDIR:
+    case ELOOP:
+    case ENAMETOOLONG:
+    case ENXIO:
       return Code::invalid_argument;
     default:
       return Code::unavailable;

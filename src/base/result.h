@@ -24,6 +24,8 @@ enum class Code : uint8_t {
 };
 
 std::string_view code_name(Code code);
+// The code of a number from outside; Code::internal for one that is none.
+Code code_from(uint32_t number);
 
 // Whether a failed copy left the caller's memory as it was.
 enum class TargetState : uint8_t { untouched = 0, dirty = 1 };
@@ -49,7 +51,7 @@ tl::unexpected<Error> pass_on(T&& failed) {
 }
 
 // "what: <errno text>", with the code that fits errno (ENOENT not_found, EACCES denied, ENOMEM/ENOSPC/EMFILE
-// exhausted, others unavailable).
+// exhausted, ENAMETOOLONG/ELOOP/EISDIR invalid_argument, others unavailable).
 Error errno_error(std::string_view what, int errno_value);
 
 }  // namespace tensord::base

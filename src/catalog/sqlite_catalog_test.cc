@@ -98,7 +98,7 @@ TEST_F(SqliteCatalog, a_missing_folder_is_not_found) {
 
 TEST_F(SqliteCatalog, a_folder_in_its_place_is_refused) {
   ASSERT_EQ(::mkdir(path_.c_str(), 0700), 0);
-  EXPECT_EQ(failure(open()).substr(0, 33), "unavailable: catalog PATH: open: ");
+  EXPECT_EQ(failure(open()).substr(0, 38), "invalid_argument: catalog PATH: open: ");
 }
 
 TEST_F(SqliteCatalog, garbage_is_corrupt_and_said_to_be_deletable) {

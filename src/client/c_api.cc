@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <unordered_map>
 
@@ -63,6 +64,19 @@ int give_text(const std::string& text, char** out) {
   return TENSORD_OK;
 }
 
+// The first argument that must not be NULL and is; its code, or TENSORD_OK.
+struct Argument {
+  const char* name;
+  const void* pointer;
+};
+int refuse_null(std::initializer_list<Argument> arguments) {
+  for (const Argument& argument : arguments) {
+    if (argument.pointer == nullptr)
+      return keep(Code::invalid_argument, std::string(argument.name) + " is NULL");
+  }
+  return TENSORD_OK;
+}
+
 client::Autostart autostart_of(int32_t wish) {
   if (wish < 0) return client::Autostart::from_environment;
   return wish == 0 ? client::Autostart::no : client::Autostart::yes;
@@ -82,6 +96,7 @@ void describe(const client::Model& model, const tensor::Tensor& tensor, tensord_
 }
 
 client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, size_t count) {
+  if (count > 0 && items == nullptr) return tensord::base::fail(Code::invalid_argument, "items is NULL");
   if (count > 4 * TENSORD_RANK_MAX)
     return tensord::base::fail(Code::invalid_argument, "too many index items");
   tensor::IndexItems out;
@@ -109,6 +124,10 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
       copy.target_rank > TENSORD_RANK_MAX) {
     return tensord::base::fail(Code::invalid_argument,
                                tensord::base::text(copy.name, ": a target of unknown dtype or rank"));
+  }
+  if (copy.target_rank > 0 && copy.target_shape == nullptr) {
+    return tensord::base::fail(Code::invalid_argument,
+                               tensord::base::text(copy.name, ": target_shape is NULL"));
   }
   client::CopyOrder order{.name = copy.name};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
@@ -156,13 +175,16 @@ void tensord_free(char* text) { std::free(text); }
 
 int tensord_open(const char* const* paths, size_t path_count, const tensord_open_options* options,
                  tensord_model** model) {
+  if (const int refused = refuse_null({{"paths", paths}, {"model", model}})) return refused;
   return guarded([&]() -> int {
     *model = nullptr;
+    for (size_t at = 0; at < path_count; ++at) {
+      if (paths[at] == nullptr) return keep(Code::invalid_argument, "a path is NULL");
+    }
     client::OpenOptions wishes;
     if (options != nullptr) {
-      if (options->struct_bytes != sizeof(tensord_open_options)) {
-        return keep(Code::invalid_argument,
-                    "tensord_open_options of another size: header and library differ");
+      if (options->struct_bytes < sizeof(tensord_open_options)) {
+        return keep(Code::invalid_argument, "tensord_open_options is too small: is struct_bytes set?");
       }
       wishes.autostart = autostart_of(options->autostart);
       wishes.index_only = options->index_only != 0;
@@ -182,13 +204,19 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
 void tensord_close(tensord_model* model) { std::unique_ptr<tensord_model> gone(model); }
 
 tensord_mapping* tensord_retain_mapping(tensord_model* model) {
-  return std::make_unique<tensord_mapping>(tensord_mapping{model->model->mapping()}).release();
+  if (model == nullptr || model->model->mapping() == nullptr) return nullptr;
+  auto made = std::unique_ptr<tensord_mapping>(new (std::nothrow) tensord_mapping{model->model->mapping()});
+  if (made == nullptr) keep(Code::exhausted, "out of memory");
+  return made.release();
 }
 void tensord_release_mapping(tensord_mapping* mapping) { std::unique_ptr<tensord_mapping> gone(mapping); }
 
-size_t tensord_tensor_count(const tensord_model* model) { return model->model->index().tensors.size(); }
+size_t tensord_tensor_count(const tensord_model* model) {
+  return model == nullptr ? 0 : model->model->index().tensors.size();
+}
 
 int tensord_tensor_at(const tensord_model* model, size_t position, tensord_tensor* tensor) {
+  if (const int refused = refuse_null({{"model", model}, {"tensor", tensor}})) return refused;
   const auto& tensors = model->model->index().tensors;
   if (position >= tensors.size()) return keep(Code::not_found, "no tensor at this position");
   describe(*model->model, tensors[position], tensor);
@@ -196,6 +224,7 @@ int tensord_tensor_at(const tensord_model* model, size_t position, tensord_tenso
 }
 
 int tensord_find_tensor(const tensord_model* model, const char* name, tensord_tensor* tensor) {
+  if (const int refused = refuse_null({{"model", model}, {"name", name}, {"tensor", tensor}})) return refused;
   return guarded([&] {
     const auto found = model->model->find(name);
     if (!found) return keep(found.error());
@@ -204,13 +233,19 @@ int tensord_find_tensor(const tensord_model* model, const char* name, tensord_te
   });
 }
 
-size_t tensord_file_count(const tensord_model* model) { return model->model->index().files.size(); }
+size_t tensord_file_count(const tensord_model* model) {
+  return model == nullptr ? 0 : model->model->index().files.size();
+}
 const char* tensord_file_path(const tensord_model* model, size_t position) {
+  if (model == nullptr) return nullptr;
   const auto& files = model->model->index().files;
   return position < files.size() ? files[position].path.c_str() : nullptr;
 }
-size_t tensord_metadata_count(const tensord_model* model) { return model->metadata.size(); }
+size_t tensord_metadata_count(const tensord_model* model) {
+  return model == nullptr ? 0 : model->metadata.size();
+}
 int tensord_metadata_at(const tensord_model* model, size_t position, const char** key, const char** value) {
+  if (const int refused = refuse_null({{"model", model}, {"key", key}, {"value", value}})) return refused;
   if (position >= model->metadata.size()) return keep(Code::not_found, "no metadata at this position");
   *key = model->metadata[position].first;
   *value = model->metadata[position].second;
@@ -218,6 +253,7 @@ int tensord_metadata_at(const tensord_model* model, size_t position, const char*
 }
 
 int tensord_wait(tensord_model* model, const char* name, int64_t timeout_ms) {
+  if (const int refused = refuse_null({{"model", model}})) return refused;
   return guarded([&] {
     const tensor::Tensor* wanted = nullptr;
     if (name != nullptr) {
@@ -231,6 +267,7 @@ int tensord_wait(tensord_model* model, const char* name, int64_t timeout_ms) {
 }
 
 int tensord_get_progress(const tensord_model* model, tensord_progress* progress) {
+  if (const int refused = refuse_null({{"model", model}, {"progress", progress}})) return refused;
   progress->state = static_cast<uint32_t>(model->model->state());
   progress->reserved = 0;
   progress->ready_bytes = model->model->ready_bytes();
@@ -239,11 +276,13 @@ int tensord_get_progress(const tensord_model* model, tensord_progress* progress)
 }
 
 int tensord_info(const tensord_model* model, char** json) {
+  if (const int refused = refuse_null({{"model", model}, {"json", json}})) return refused;
   return guarded([&] { return give_text(model->model->info_json(), json); });
 }
 
 int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
                     size_t item_count, tensord_region* region) {
+  if (const int refused = refuse_null({{"model", model}, {"name", name}, {"region", region}})) return refused;
   return guarded([&] {
     const auto found = model->model->find(name);
     if (!found) return keep(found.error());
@@ -265,15 +304,16 @@ int tensord_resolve(const tensord_model* model, const char* name, const tensord_
 
 int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t copy_count,
                       const tensord_copy_options* options, tensord_copy_report* report) {
+  if (const int refused = refuse_null({{"model", model}})) return refused;
   return guarded([&] {
     client::CopyOrderOptions wishes;
     if (options != nullptr) {
-      if (options->struct_bytes != sizeof(tensord_copy_options)) {
-        return keep(Code::invalid_argument,
-                    "tensord_copy_options of another size: header and library differ");
+      if (options->struct_bytes < sizeof(tensord_copy_options)) {
+        return keep(Code::invalid_argument, "tensord_copy_options is too small: is struct_bytes set?");
       }
       wishes = {.cast = options->cast != 0, .thread_count = options->thread_count};
     }
+    if (copy_count > 0 && copies == nullptr) return keep(Code::invalid_argument, "copies is NULL");
     std::vector<client::CopyOrder> orders;
     orders.reserve(copy_count);
     for (size_t at = 0; at < copy_count; ++at) {
@@ -293,6 +333,7 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
 }
 
 int tensord_call(const char* verb, const char* selector, int autostart, char** json) {
+  if (const int refused = refuse_null({{"verb", verb}, {"json", json}})) return refused;
   return guarded([&] {
     const auto known = std::find_if(kVerbs.begin(), kVerbs.end(),
                                     [&](const auto& entry) { return std::strcmp(entry.first, verb) == 0; });

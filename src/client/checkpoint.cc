@@ -57,10 +57,9 @@ Result<Checkpoint> from_shard_index(const std::string& folder, const std::string
                                     const std::string& shown) {
   Checkpoint checkpoint;
   checkpoint.path = shown;
-  TRY_ASSIGN(checkpoint.shard_index, open_regular(index_path));
-  TRY_ASSIGN(const std::string json,
-             base::read_file(checkpoint.shard_index.get(), kShardIndexBytesMax, index_path));
-  TRY_ASSIGN(const tensor::ShardIndex shards, tensor::parse_shard_index(json, index_path));
+  TRY_ASSIGN(const base::Fd index_file, open_regular(index_path));
+  TRY_ASSIGN(const std::string json, base::read_file(index_file.get(), kShardIndexBytesMax, index_path));
+  TRY_ASSIGN(tensor::ShardIndex shards, tensor::parse_shard_index(json, index_path));
   if (shards.files.empty()) return fail(Code::corrupt, index_path + ": the weight_map names no file");
   for (const std::string& name : shards.files) {
     const std::string path = folder + "/" + name;
@@ -71,6 +70,7 @@ Result<Checkpoint> from_shard_index(const std::string& folder, const std::string
     checkpoint.files.push_back(path);
     checkpoint.fds.push_back(std::move(*fd));
   }
+  checkpoint.shards = std::move(shards);
   return checkpoint;
 }
 

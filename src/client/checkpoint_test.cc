@@ -44,7 +44,7 @@ TEST_F(CheckpointTest, a_file_stands_for_itself) {
   const Checkpoint checkpoint = find_checkpoint({path}).value();
   EXPECT_EQ(checkpoint.path, path);
   EXPECT_EQ(checkpoint.files, std::vector<std::string>{path});
-  EXPECT_FALSE(checkpoint.shard_index.valid());
+  EXPECT_FALSE(checkpoint.shards.has_value());
 }
 
 TEST_F(CheckpointTest, a_folder_stands_for_its_shards_its_model_or_its_only_file) {
@@ -56,7 +56,7 @@ TEST_F(CheckpointTest, a_folder_stands_for_its_shards_its_model_or_its_only_file
         R"({"weight_map":{"a":"model.safetensors","b":"adapter.safetensors"}})");
   const Checkpoint sharded = find_checkpoint({folder_}).value();
   EXPECT_EQ(sharded.files, (std::vector<std::string>{only, model}));
-  EXPECT_TRUE(sharded.shard_index.valid());
+  EXPECT_TRUE(sharded.shards.has_value());
   EXPECT_EQ(find_checkpoint({folder_ + "/model.safetensors.index.json"}).value().files, sharded.files);
 }
 

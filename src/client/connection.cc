@@ -8,7 +8,7 @@
 #include "base/text.h"
 #include "client/autostart.h"
 #include "client/version.h"
-#include "rpc/server.h"
+#include "rpc/messages.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::client {
@@ -19,6 +19,7 @@ using base::MutexLock;
 
 namespace {
 constexpr int64_t kGreetTimeoutMs = 10'000;
+constexpr int64_t kTellTimeoutMs = 100;
 
 tl::unexpected<base::Error> no_daemon(const base::Error& why) {
   return fail(Code::unavailable, why.message + "; start a daemon with `tensord serve`");
@@ -35,74 +36,75 @@ Result<std::unique_ptr<Connection>> Connection::open(Autostart autostart) {
   std::unique_ptr<Connection> connection(new Connection);
   connection->autostart_ = autostart;
   MutexLock lock(connection->mutex_);
-  TRY(connection->connect());
+  TRY_ASSIGN(const protocol::HelloT hello, connection->connect(autostart, kGreetTimeoutMs));
+  connection->keep_spans_ = hello.keep_spans;
+  connection->daemon_ = hello.process_id;
   return connection;
 }
 
-Status Connection::connect() {
+Result<protocol::HelloT> Connection::connect(Autostart autostart, int64_t timeout_ms) {
   const std::string folder = rpc::runtime_folder();
-  auto socket = rpc::connect_socket(rpc::socket_path(folder));
+  auto socket = rpc::connect_socket(rpc::socket_path(folder), timeout_ms);
   if (!socket && socket.error().code == Code::unavailable) {
-    if (!may_start(autostart_)) {
-      return no_daemon(socket.error());
-    }
+    if (!may_start(autostart)) return no_daemon(socket.error());
     TRY(start_daemon(folder, kStartTimeoutMs));
     socket = rpc::connect_socket(rpc::socket_path(folder));
   }
   if (!socket) return base::pass_on(socket);
   rpc::FrameReader reader;
-  TRY_ASSIGN(const protocol::HelloT hello, rpc::greet(socket->get(), reader, kVersion, kGreetTimeoutMs));
+  TRY_ASSIGN(protocol::HelloT hello, rpc::greet(socket->get(), reader, kVersion, timeout_ms));
   socket_ = std::move(*socket);
   reader_ = std::move(reader);
   process_ = ::getpid();
-  keep_spans_ = hello.keep_spans;
-  return {};
+  if (daemon_ != 0 && hello.process_id != daemon_) telling_ = false;
+  return hello;
 }
 
-Status Connection::send(protocol::RequestUnion request, const std::vector<int>& fds) {
-  if (process_ != ::getpid() || !socket_.valid()) TRY(connect());
+Status Connection::send(protocol::RequestUnion request, std::vector<base::Fd> fds, int64_t timeout_ms) {
   protocol::RequestFrameT frame;
   frame.id = next_id_++;
   frame.request = std::move(request);
   flatbuffers::FlatBufferBuilder builder;
   builder.Finish(protocol::RequestFrame::Pack(builder, &frame));
-  rpc::Frame out;
+  rpc::Frame out{.fds = std::move(fds)};
   const auto* bytes = reinterpret_cast<const std::byte*>(builder.GetBufferPointer());
   out.bytes.assign(bytes, bytes + builder.GetSize());
-  for (const int fd : fds) {
-    TRY_ASSIGN(base::Fd copy, base::duplicate(fd));
-    out.fds.push_back(std::move(copy));
-  }
-  return rpc::send_frame(socket_.get(), std::move(out), kAnswerTimeoutMs);
+  return rpc::send_frame(socket_.get(), std::move(out), timeout_ms);
 }
 
-Result<Answer> Connection::ask(protocol::RequestUnion request, const std::vector<int>& fds) {
-  MutexLock lock(mutex_);
-  const uint64_t id = next_id_;
-  const auto broken = [&](base::Error error) {
-    socket_.reset();  // the next call begins anew
-    return tl::unexpected(std::move(error));
-  };
-  if (Status sent = send(std::move(request), fds); !sent) return broken(sent.error());
-  auto frame = rpc::receive_frame(socket_.get(), reader_, kAnswerTimeoutMs);
-  if (!frame) return broken(frame.error());
-  Answer answer{std::move(frame->bytes), std::move(frame->fds)};
+Result<Answer> Connection::receive(uint64_t id) {
+  TRY_ASSIGN(rpc::Frame frame, rpc::receive_frame(socket_.get(), reader_, kAnswerTimeoutMs));
+  Answer answer{std::move(frame.bytes), std::move(frame.fds)};
   flatbuffers::Verifier verifier(reinterpret_cast<const uint8_t*>(answer.bytes.data()), answer.bytes.size());
   if (!verifier.VerifyBuffer<protocol::ReplyFrame>(nullptr) || answer.frame().id() != id) {
-    return broken(
-        {Code::corrupt, "the daemon's answer makes no sense; are daemon and client of one version?"});
+    return fail(Code::corrupt, "the daemon's answer makes no sense; are daemon and client of one version?");
   }
-  if (const auto* failure = answer.frame().reply_as_Failure()) {
-    const bool known = failure->code() >= 1 && failure->code() <= static_cast<uint8_t>(Code::internal);
-    return fail(known ? static_cast<Code>(failure->code()) : Code::internal, failure->message()->str());
+  return answer;
+}
+
+Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base::Fd> fds) {
+  MutexLock lock(mutex_);
+  if (process_ != ::getpid() || !socket_.valid()) TRY(connect(autostart_, kGreetTimeoutMs));
+  const uint64_t id = next_id_;
+  const Status sent = send(std::move(request), std::move(fds), kAnswerTimeoutMs);
+  Result<Answer> answer = sent ? receive(id) : base::pass_on(sent);
+  if (!answer) {
+    socket_.reset();  // the next call begins anew
+    return answer;
+  }
+  if (const auto* failure = answer->frame().reply_as_Failure()) {
+    return fail(base::code_from(failure->code()), failure->message()->str());
   }
   return answer;
 }
 
 void Connection::tell(protocol::RequestUnion request) {
   MutexLock lock(mutex_);
-  if (process_ != ::getpid()) autostart_ = Autostart::no;  // a report is no reason to start a daemon
-  if (!send(std::move(request), {})) socket_.reset();
+  if (telling_ && process_ != ::getpid()) {  // a forked child
+    if (!connect(Autostart::no, kTellTimeoutMs)) telling_ = false;
+  }
+  telling_ = telling_ && socket_.valid() && send(std::move(request), {}, kTellTimeoutMs);
+  if (!telling_) socket_.reset();
 }
 
 Result<pid_t> daemon_process() {

@@ -21,7 +21,7 @@ using base::Status;
 enum class Autostart : uint8_t { from_environment, yes, no };  // $TENSORD_AUTOSTART, 1 when unset
 
 // How long a started daemon may take until it listens.
-inline constexpr int64_t kStartTimeoutMs = 10'000;
+inline constexpr int64_t kStartTimeoutMs = 15'000;  // one that is stopping may take 10 s to let go
 // How long a daemon may take to answer. Opening waits for the headers of all files, which may lie on a slow disk;
 // verifying reads every byte of an artifact.
 inline constexpr int64_t kAnswerTimeoutMs = 600'000;
@@ -40,27 +40,30 @@ class Connection {
  public:
   static Result<std::unique_ptr<Connection>> open(Autostart autostart);
 
-  // Sends a request with descriptors (duplicated by the kernel; they stay the caller's) and waits for its answer. A
-  // Failure comes back as its error.
-  Result<Answer> ask(protocol::RequestUnion request, const std::vector<int>& fds);
+  // Sends a request with descriptors and waits for its answer. A Failure comes back as its error.
+  Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds);
 
-  // Sends a request that has no answer; what goes wrong is forgotten.
+  // Sends a request that has no answer, to the daemon that this connection was opened to and to no other. What goes
+  // wrong is forgotten, and ends the telling: a statistic is not worth waiting for, nor a daemon to be started.
   void tell(protocol::RequestUnion request);
 
   bool keep_spans() const { return keep_spans_; }  // constant after open()
 
  private:
   Connection() = default;
-  Status connect() REQUIRES(mutex_);
-  Status send(protocol::RequestUnion request, const std::vector<int>& fds) REQUIRES(mutex_);
+  Result<protocol::HelloT> connect(Autostart autostart, int64_t timeout_ms) REQUIRES(mutex_);
+  Status send(protocol::RequestUnion request, std::vector<base::Fd> fds, int64_t timeout_ms) REQUIRES(mutex_);
+  Result<Answer> receive(uint64_t id) REQUIRES(mutex_);
 
-  Autostart autostart_ = Autostart::from_environment;
+  Autostart autostart_ = Autostart::from_environment;  // constant after open(), as the next two
   bool keep_spans_ = false;
+  uint32_t daemon_ = 0;  // its pid, as it says: replica numbers are its own
   base::Mutex mutex_;
   base::Fd socket_ GUARDED_BY(mutex_);
   rpc::FrameReader reader_ GUARDED_BY(mutex_);
   pid_t process_ GUARDED_BY(mutex_) = 0;  // who made the socket
   uint64_t next_id_ GUARDED_BY(mutex_) = 1;
+  bool telling_ GUARDED_BY(mutex_) = true;
 };
 
 // The daemon's pid, as the kernel knows it: no message is exchanged, so a daemon of any version can be found. Code::unavailable

@@ -1,5 +1,6 @@
 #include "client/model.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -21,47 +22,61 @@ using base::fail;
 
 namespace {
 
+struct MappedSegments {
+  memory::Mapped memory;
+  bool writable = true;
+};
+
 // Maps the segments one after another, private copy-on-write. Where strict overcommit refuses so much writable
 // private memory, read-only.
-Result<memory::Mapped> map_segments(std::span<base::Fd> segments, const flatbuffers::Vector<uint64_t>& sizes,
+Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuffers::Vector<uint64_t>& sizes,
                                     uint64_t image_bytes) {
   uint64_t total_bytes = 0;
   for (size_t at = 0; at < segments.size(); ++at) {
     struct stat status;
     const auto wanted = static_cast<off_t>(sizes[at]);
-    if (::fstat(segments[at].get(), &status) != 0 || status.st_size != wanted || sizes[at] % 4096 != 0) {
-      return fail(Code::corrupt, "the daemon sent a segment of another size than it tells");
+    constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK;
+    const int seals = ::fcntl(segments[at].get(), F_GET_SEALS);
+    const auto sum = base::checked_add(total_bytes, sizes[at]);
+    if (::fstat(segments[at].get(), &status) != 0 || status.st_size != wanted || sizes[at] % 4096 != 0 ||
+        (seals & kSeals) != kSeals || seals < 0 || !sum) {
+      return fail(Code::corrupt,
+                  "the daemon sent a segment that is not sealed, or of another size than it tells");
     }
-    total_bytes += sizes[at];
+    total_bytes = *sum;
   }
   if (total_bytes < image_bytes) return fail(Code::corrupt, "the daemon sent too few segments");
-  if (total_bytes == 0) return memory::Mapped();
+  if (total_bytes == 0) return MappedSegments();
   void* range = ::mmap(nullptr, total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) {
     return tl::unexpected(
         base::errno_error("reserve " + base::human_bytes(total_bytes) + " of addresses", errno));
   }
-  memory::Mapped memory(static_cast<std::byte*>(range), total_bytes);
-  std::byte* address = memory.data();
+  MappedSegments mapped{memory::Mapped(static_cast<std::byte*>(range), total_bytes)};
+  std::byte* address = mapped.memory.data();
   for (size_t at = 0; at < segments.size(); ++at) {
     constexpr int kFlags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
-    void* mapped = ::mmap(address, sizes[at], PROT_READ | PROT_WRITE, kFlags, segments[at].get(), 0);
-    if (mapped == MAP_FAILED) mapped = ::mmap(address, sizes[at], PROT_READ, kFlags, segments[at].get(), 0);
-    if (mapped == MAP_FAILED) return tl::unexpected(base::errno_error("map a segment", errno));
+    const int fd = segments[at].get();
+    if (::mmap(address, sizes[at], PROT_READ | PROT_WRITE, kFlags, fd, 0) == MAP_FAILED) {
+      mapped.writable = false;
+      if (::mmap(address, sizes[at], PROT_READ, kFlags, fd, 0) == MAP_FAILED)
+        return tl::unexpected(base::errno_error("map a segment", errno));
+    }
     address += sizes[at];
   }
-  return memory;
+  return mapped;
 }
 
-// Files begin at multiples of the image alignment (tensor/blocks.h), in the index's order.
-std::vector<uint64_t> file_offsets(const tensor::Index& index) {
-  std::vector<uint64_t> offsets;
-  uint64_t at = 0;
-  for (const tensor::IndexFile& file : index.files) {
-    offsets.push_back(at);
-    at += base::align_up(file.size_bytes, tensor::kImageAlignment);
+// The daemon names files as their first client did; here they are named as this one does, and held against its index.json.
+Status adopt_names(const Checkpoint& checkpoint, tensor::Index& index) {
+  if (index.files.size() != checkpoint.files.size()) {
+    return fail(Code::corrupt, "the daemon's index has another number of files than were opened");
   }
-  return offsets;
+  for (size_t at = 0; at < index.files.size(); ++at) index.files[at].path = checkpoint.files[at];
+  if (!checkpoint.shards) return {};
+  const Status fits = tensor::check_shard_index(*checkpoint.shards, index);
+  if (!fits) return fail(fits.error().code, checkpoint.path + ": " + fits.error().message);
+  return {};
 }
 
 uint64_t edit_distance(std::string_view a, std::string_view b) {
@@ -110,12 +125,13 @@ Result<AddressRange> addresses_of(const CopyOrder& order) {
                 base::text(base::quoted(order.name), ": target with ", order.to.shape.size(),
                            " dimensions and ", order.to.strides.size(), " strides"));
   }
+  if (order.to.element_count() == 0) return AddressRange{};
+  constexpr __int128 kFarMax = static_cast<__int128>(1) << 64;  // 64 dimensions of it do not overflow
   auto lowest = static_cast<__int128>(reinterpret_cast<uint64_t>(order.target));
   __int128 highest = lowest + order.to.element_bytes;
   for (size_t dimension = 0; dimension < order.to.shape.size(); ++dimension) {
-    if (order.to.shape[dimension] == 0) return AddressRange{};
     const __int128 reach = static_cast<__int128>(order.to.shape[dimension] - 1) * order.to.strides[dimension];
-    (reach < 0 ? lowest : highest) += reach;
+    (reach < 0 ? lowest : highest) += std::clamp(reach, -kFarMax, kFarMax);
   }
   if (order.target == nullptr || lowest <= 0 || highest > UINT64_MAX) {
     return fail(Code::invalid_argument, base::text(base::quoted(order.name), ": the target is no memory"));
@@ -148,14 +164,10 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
   protocol::OpenT body;
   body.path = checkpoint.path;
   body.paths = checkpoint.files;
-  body.has_shard_index = checkpoint.shard_index.valid();
   body.index_only = options.index_only;
-  std::vector<int> fds;
-  for (const base::Fd& fd : checkpoint.fds) fds.push_back(fd.get());
-  if (body.has_shard_index) fds.push_back(checkpoint.shard_index.get());
   protocol::RequestUnion request;
   request.Set(std::move(body));
-  TRY_ASSIGN(Answer answer, model->connection_->ask(std::move(request), fds));
+  TRY_ASSIGN(Answer answer, model->connection_->ask(std::move(request), std::move(checkpoint.fds)));
 
   const int64_t begin_ns = base::monotonic_ns();
   const auto* opened = answer.frame().reply_as_Opened();
@@ -171,21 +183,22 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
   model->image_bytes_ = opened->image_bytes();
   const base::Fd& index_fd = answer.fds[options.index_only ? 0 : kLeaseFillIndex - 1];
   TRY_ASSIGN(model->index_, rpc::decode_index(index_fd, opened->index_bytes()));
-  model->file_offsets_ = file_offsets(model->index_);
+  TRY(adopt_names(checkpoint, model->index_));
+  model->file_offsets_ = tensor::file_offsets(model->index_);
   if (options.index_only) return model;
-  const tensor::IndexFile& last = model->index_.files.back();
-  if (model->file_offsets_.back() + last.size_bytes > model->image_bytes_) {
-    return fail(Code::corrupt, "the daemon's image is smaller than the files in it");
+  if (model->file_offsets_.back() != model->image_bytes_) {
+    return fail(Code::corrupt, "the daemon's image is of another size than the files in it");
   }
   TRY_ASSIGN(model->fill_, memory::FillView::open(answer.fds[1]));
   static const flatbuffers::Vector<uint64_t>* const kNone = nullptr;
   const auto* sizes = segment_count == 0 ? kNone : opened->segment_bytes();
-  memory::Mapped memory;
+  MappedSegments mapped;
   if (sizes != nullptr) {
-    TRY_ASSIGN(memory,
+    TRY_ASSIGN(mapped,
                map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *sizes, model->image_bytes_));
   }
-  model->mapping_ = std::make_shared<Mapping>(std::move(memory), std::move(answer.fds[0]));
+  model->mapping_ =
+      std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
   model->map_ns_ = base::monotonic_ns() - begin_ns;
   return model;
 }
@@ -294,6 +307,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
 }
 
 void Model::report_use(const LoadReport& report) {
+  if (!mapping_->daemon_lives()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
   used.map_ns = map_ns_;
@@ -322,7 +336,8 @@ std::string Model::info_json() const {
                          {"image_bytes", image_bytes_},
                          {"tensor_count", index_.tensors.size()},
                          {"ready_bytes", ready_bytes()},
-                         {"total_bytes", total_bytes()}};
+                         {"total_bytes", total_bytes()},
+                         {"copy_on_write", mapping_ != nullptr && mapping_->writable()}};
   info["artifact"] =
       state() == memory::FillState::ready ? nlohmann::json(artifact_id().to_text()) : nlohmann::json();
   for (const tensor::IndexFile& file : index_.files) info["files"].push_back(file.path);

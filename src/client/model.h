@@ -16,6 +16,7 @@
 #include "tensor/blocks.h"
 #include "tensor/index.h"
 #include "tensor/plan.h"
+#include "tensor/safetensors.h"
 #include "tensor/view.h"
 
 namespace tensord::client {
@@ -24,23 +25,27 @@ namespace tensord::client {
 // them in the daemon. Both go with the last reference. Thread safe; may outlive its Model.
 class Mapping {
  public:
-  Mapping(memory::Mapped memory, base::Fd lease) : memory_(std::move(memory)), lease_(std::move(lease)) {}
+  Mapping(memory::Mapped memory, bool writable, base::Fd lease)
+      : memory_(std::move(memory)), writable_(writable), lease_(std::move(lease)) {}
   std::byte* data() const { return memory_.data(); }
   uint64_t size_bytes() const { return memory_.size_bytes(); }
+  // False where strict overcommit refused so much private memory: a write into it is a SIGSEGV.
+  bool writable() const { return writable_; }
   // False once the daemon that holds the other end of the lease is gone.
   bool daemon_lives() const;
 
  private:
   memory::Mapped memory_;
+  bool writable_;
   base::Fd lease_;
 };
 
 // The files behind what a caller named.
 struct Checkpoint {
-  std::string path;                // absolute, as the caller named it (the first file of a list)
-  std::vector<std::string> files;  // absolute
-  std::vector<base::Fd> fds;       // of the files, open for reading
-  base::Fd shard_index;            // of model.safetensors.index.json, when there is one
+  std::string path;                          // absolute, as the caller named it (the first file of a list)
+  std::vector<std::string> files;            // absolute
+  std::vector<base::Fd> fds;                 // of the files, open for reading
+  std::optional<tensor::ShardIndex> shards;  // of model.safetensors.index.json, when there is one
 };
 
 // One path: a file, an index.json, or a folder that holds model.safetensors.index.json, model.safetensors, or exactly
@@ -126,7 +131,7 @@ class Model {
   uint64_t replica_ = 0;
   uint64_t image_bytes_ = 0;
   int64_t map_ns_ = 0;
-  std::vector<uint64_t> file_offsets_;
+  std::vector<uint64_t> file_offsets_;  // and behind them the size of the image
   std::unique_ptr<Connection> connection_;
   std::shared_ptr<Mapping> mapping_;
   std::optional<memory::FillView> fill_;

@@ -29,7 +29,7 @@ Result<engine::OpenFile> accept_file(base::Fd fd, std::string path) {
 Result<engine::OpenOrder> to_order(rpc::Request& request) {
   const protocol::Open& open = *request.frame().request_as_Open();
   const size_t file_count = open.paths()->size();
-  if (request.fds.size() != file_count + (open.has_shard_index() ? 1 : 0)) {
+  if (request.fds.size() != file_count) {
     return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count,
                                                    " paths came with ", request.fds.size(), " descriptors"));
   }
@@ -39,10 +39,6 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
     TRY_ASSIGN(engine::OpenFile file,
                accept_file(std::move(request.fds[at]), open.paths()->Get(static_cast<uint32_t>(at))->str()));
     order.files.push_back(std::move(file));
-  }
-  if (open.has_shard_index()) {
-    TRY_ASSIGN(engine::OpenFile shard_index, accept_file(std::move(request.fds.back()), order.path));
-    order.shard_index = std::move(shard_index.fd);
   }
   return order;
 }

@@ -53,8 +53,6 @@ LeafRange leaves_of_file(const Content& content, uint32_t file) {
 }
 
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
-                                                    const base::Fd& shard_index,
-                                                    const std::string& shard_index_path,
                                                     uint64_t image_bytes_max) {
   const int64_t begin_ns = base::monotonic_ns();
   std::vector<tensor::IndexFile> named;
@@ -66,12 +64,6 @@ Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>&
   }
   auto content = std::make_shared<Content>();
   TRY_ASSIGN(content->index, tensor::join_files(std::move(named), std::move(parts)));
-  if (shard_index.valid()) {
-    TRY_ASSIGN(const std::string json,
-               base::read_file(shard_index.get(), kShardIndexBytesMax, shard_index_path));
-    TRY_ASSIGN(const tensor::ShardIndex shards, tensor::parse_shard_index(json, shard_index_path));
-    TRY(tensor::check_shard_index(shards, content->index));
-  }
   for (const OpenFile& file : files) {
     content->identities.push_back(file.identity);
     content->image_bytes += base::align_up(file.identity.size_bytes, tensor::kImageAlignment);

@@ -19,7 +19,6 @@ using base::Status;
 
 // More files than any published checkpoint has; a request over it is refused.
 inline constexpr size_t kFileCountMax = 1024;
-inline constexpr uint64_t kShardIndexBytesMax = 100'000'000;
 
 struct OpenFile {
   base::Fd fd;  // open for reading
@@ -36,12 +35,10 @@ struct Content {
   int64_t index_ns = 0;                        // how long reading and checking the headers took
 };
 
-// Reads and checks the headers of all files, and the shard index when its descriptor is valid. Blocks on the disk: not
-// for the engine's thread. Errors name file and tensor. An image over `image_bytes_max` is not laid out: nobody can load
-// it, and a sparse file can claim any size.
+// Reads and checks the headers of all files. Blocks on the disk: not for the engine's thread. Errors name file
+// and tensor. An image over `image_bytes_max` is not laid out: nobody can load it, and a sparse file can claim
+// any size.
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
-                                                    const base::Fd& shard_index,
-                                                    const std::string& shard_index_path,
                                                     uint64_t image_bytes_max);
 
 // The leaves of file `file` in ImageLayout::leaves: [first, last).

@@ -71,22 +71,19 @@ void Engine::open(OpenOrder order, GrantDone done) {
   replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
   by_key_[std::move(key)] = replica.number;
   replicas_[replica.number] = std::move(made);
-  index(replica, std::move(order.shard_index));
+  index(replica);
 }
 
-void Engine::index(Replica& replica, base::Fd shard_index) {
+void Engine::index(Replica& replica) {
   struct Job {
     uint64_t number;
-    std::string path;
     const std::vector<OpenFile>* files;  // not touched by the owner while indexing
-    base::Fd shard_index;
     Indexed outcome;
   };
-  auto job =
-      std::make_shared<Job>(Job{replica.number, replica.path(), &replica.files, std::move(shard_index), {}});
+  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, {}});
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
-    outcome.content = read_content(*job->files, job->shard_index, job->path, options_.host_memory_bytes);
+    outcome.content = read_content(*job->files, options_.host_memory_bytes);
     if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
     // A header that was being rewritten looks corrupt: say what really happened.
     for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
@@ -322,8 +319,7 @@ Engine::Digests Engine::known_digests(const Content& content) {
   for (uint32_t file = 0; file < content.layout_digests.size(); ++file) {
     auto record = catalog_.find_file(content.identities[file]);
     if (!record) {
-      log(LogLevel::warning, "catalog: ", record.error().message,
-          "; loads are not checked against earlier ones");
+      note_catalog(base::pass_on(record));
       break;
     }
     const auto [first, last] = leaves_of_file(content, file);
@@ -367,6 +363,15 @@ void Engine::loaded(uint64_t number, LoadResult result) {
   end_drain();
 }
 
+// Says it once when the catalog begins to fail: the daemon serves without it.
+void Engine::note_catalog(const Status& status) {
+  if (!status && !catalog_failed_) {
+    log(LogLevel::warning, "catalog: ", status.error().message,
+        "; the digests of loads are not kept, later ones cannot be checked against them");
+  }
+  catalog_failed_ = !status;
+}
+
 void Engine::remember(const Replica& replica) {
   const Content& content = *replica.content;
   catalog::ArtifactRecord artifact{*replica.artifact, replica.path(), content.index.payload_bytes(),
@@ -381,12 +386,7 @@ void Engine::remember(const Replica& replica) {
   }
   ++remembering_count_;
   catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)] {
-    const Status kept = catalog_.remember(artifact, files);
-    if (!kept && !catalog_failed_) {
-      log(LogLevel::warning, "catalog: ", kept.error().message,
-          "; the digests of this load are not kept, the next one cannot be checked against it");
-    }
-    catalog_failed_ = !kept;
+    note_catalog(catalog_.remember(artifact, files));
     owner_.post([this] {
       --remembering_count_;
       end_drain();

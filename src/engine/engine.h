@@ -45,7 +45,6 @@ struct EngineOptions {
 struct OpenOrder {
   std::string path;  // what the client opened; for people and selectors
   std::vector<OpenFile> files;
-  base::Fd shard_index;
   bool index_only = false;
   Holder holder;
 };
@@ -131,7 +130,7 @@ class Engine {
     Digests known;
   };
 
-  void index(Replica& replica, base::Fd shard_index);
+  void index(Replica& replica);
   void indexed(uint64_t number, Indexed outcome);
   void begin(Replica& replica, Digests known);
   Status begin_load(Replica& replica, Digests known);
@@ -140,6 +139,7 @@ class Engine {
   Result<Room> make_room(uint64_t memory_bytes);
   void retry_parked();
   Digests known_digests(const Content& content);  // on the catalog thread
+  void note_catalog(const Status& status);        // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
   void remember(const Replica& replica);
   Result<Grant> grant(Replica& replica, bool index_only, const Holder& holder);

@@ -130,10 +130,8 @@ tensor::Digest FillView::artifact_id() const {
 }
 
 base::Error FillView::error() const {
-  const uint32_t code = header().error_code;
-  const bool known = code >= 1 && code <= static_cast<uint32_t>(Code::internal);
   const char* message = header().error_message;
-  return base::Error{known ? static_cast<Code>(code) : Code::internal,
+  return base::Error{base::code_from(header().error_code),
                      std::string(message, ::strnlen(message, sizeof(FillHeader::error_message)))};
 }
 
@@ -161,8 +159,8 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
   const int64_t begin_ns = base::monotonic_ns();
   for (;;) {
     const uint32_t sequence = header().sequence.load(std::memory_order_acquire);
-    if (reached()) return {};
     if (state() == FillState::failed) return tl::unexpected(error());
+    if (reached()) return {};
     int64_t nap_ms = kAliveCheckMs;
     if (timeout_ms >= 0) {
       const int64_t left_ms = timeout_ms - (base::monotonic_ns() - begin_ns) / 1'000'000;

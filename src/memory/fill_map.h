@@ -98,7 +98,8 @@ class FillView {
 
   bool has_blocks(uint64_t first, uint64_t last) const;
 
-  // Waits until blocks [first, last) are there. Returns the load's own error when it failed before, Code::unavailable
+  // Waits until blocks [first, last) are there. Returns the load's own error once it has failed, also for blocks
+  // that were there before: of a file that changed nobody knows which bytes are old and which are new; Code::unavailable
   // when `timeout_ms` (-1: none) passes or `alive` (asked ten times a second) says that the daemon is gone.
   Status wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<bool()>& alive) const;
 

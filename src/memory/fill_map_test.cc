@@ -35,12 +35,12 @@ TEST(FillMap, a_waiting_reader_is_woken_by_the_last_block) {
   writer.join();
 }
 
-TEST(FillMap, a_failed_load_gives_its_own_error_but_keeps_what_was_there) {
+TEST(FillMap, a_failed_load_gives_its_own_error_for_every_block) {
   FillMap map = FillMap::create(2, 20).value();
   const FillView view = FillView::open(descriptor_of(map)).value();
   map.mark_block(0, 10);
   map.end_failed(base::Error{base::Code::corrupt, std::string(5000, 'x')});
-  EXPECT_TRUE(view.wait(0, 1, -1, daemon_lives));
+  EXPECT_EQ(view.wait(0, 1, -1, daemon_lives).error().code, base::Code::corrupt);
   const Status failed = view.wait(0, 2, -1, daemon_lives);
   ASSERT_FALSE(failed);
   EXPECT_EQ(failed.error().code, base::Code::corrupt);

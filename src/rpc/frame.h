@@ -22,7 +22,7 @@ using base::Status;
 inline constexpr uint32_t kFrameMagic = 0x31445354;  // "TSD1"
 inline constexpr size_t kFrameHeaderBytes = 16;
 inline constexpr uint32_t kFrameBytesMax = 64 << 20;  // spans of a traced load are the largest
-inline constexpr uint32_t kFrameFdsMax = 2048;        // 2 TiB in segments of 1 GiB
+inline constexpr uint32_t kFrameFdsMax = 2048;        // 1 TiB in segments of 512 MiB
 inline constexpr size_t kFdsPerMessage = 250;         // below the kernel's SCM_MAX_FD, 253
 
 struct Frame {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "base/bytes.h"
 #include "protocol/tensord_generated.h"
 
 namespace tensord::rpc {
@@ -19,6 +20,7 @@ namespace {
 
 constexpr uint64_t kIndexBytesMax = 2'000'000'000;  // FlatBuffers' own limit is 2 GiB
 constexpr uint32_t kTableCountMax = 100'000'000;
+constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE;
 
 base::Status write_all(int fd, const uint8_t* data, size_t size_bytes) {
   while (size_bytes > 0) {
@@ -65,19 +67,42 @@ bool without_overlap(const tensor::Index& index) {
                             }) == in_order.end();
 }
 
+bool files_fit(const std::vector<tensor::IndexFile>& files) {
+  uint64_t sum_bytes = 0;
+  for (const tensor::IndexFile& file : files) {
+    const auto sum = base::checked_add(sum_bytes, file.size_bytes);
+    if (!sum || *sum > tensor::kIndexBytesMax) return false;
+    sum_bytes = *sum;
+  }
+  return !files.empty();
+}
+
+// Of types that are no whole number of bytes, only the parser knows how they are packed.
+bool shape_fits(const tensor::Tensor& tensor) {
+  if (tensor.shape.size() > tensor::kRankMax) return false;
+  std::optional<uint64_t> bytes = tensor::dtype_bytes(tensor.dtype);
+  if (!bytes) return true;
+  if (std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end())
+    return tensor.size_bytes == 0;
+  for (const uint64_t extent : tensor.shape) {
+    if (bytes) bytes = base::checked_multiply(*bytes, extent);
+  }
+  return bytes == tensor.size_bytes;
+}
+
 bool makes_sense(const tensor::Index& index) {
-  const auto by_name = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name < b.name; };
-  if (!std::is_sorted(index.tensors.begin(), index.tensors.end(), by_name)) return false;
-  return std::all_of(
-             index.tensors.begin(), index.tensors.end(),
-             [&](const tensor::Tensor& tensor) {
-               if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount)
-                 return false;
-               const uint64_t file_bytes = index.files[tensor.file].size_bytes;
-               return tensor.shape.size() <= tensor::kRankMax && tensor.offset <= file_bytes &&
-                      tensor.size_bytes <= file_bytes - tensor.offset;
-             }) &&
-         without_overlap(index);
+  const auto out_of_order = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name >= b.name; };
+  const auto fits = [&](const tensor::Tensor& tensor) {
+    if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount)
+      return false;
+    const uint64_t file_bytes = index.files[tensor.file].size_bytes;
+    return tensor.offset <= file_bytes && tensor.size_bytes <= file_bytes - tensor.offset &&
+           shape_fits(tensor);
+  };
+  const auto& tensors = index.tensors;
+  return files_fit(index.files) &&
+         std::adjacent_find(tensors.begin(), tensors.end(), out_of_order) == tensors.end() &&
+         std::all_of(tensors.begin(), tensors.end(), fits) && without_overlap(index);
 }
 
 }  // namespace
@@ -109,8 +134,7 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
                        builder.GetSize()};
   if (!encoded.fd.valid()) return tl::unexpected(base::errno_error("create memory for the index", errno));
   TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
-  constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE | F_SEAL_SEAL;
-  if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals) != 0) {
+  if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {
     return tl::unexpected(base::errno_error("seal the index", errno));
   }
   return encoded;
@@ -119,7 +143,7 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
 Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes) {
   struct stat status;
   const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || ::fstat(fd.get(), &status) != 0 ||
+  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 ||
       static_cast<uint64_t>(status.st_size) != size_bytes || size_bytes == 0) {
     return fail(Code::corrupt, "the daemon's index is not a sealed memory file of the size it tells");
   }

@@ -36,19 +36,46 @@ base::Result<tensor::Index> round_trip(const tensor::Index& index) {
   return decode_index(encoded.fd, encoded.size_bytes);
 }
 
+bool refused(void (*spoil)(tensor::Index&)) {
+  tensor::Index index = sample();
+  spoil(index);
+  const auto decoded = round_trip(index);
+  return !decoded && decoded.error().code == base::Code::corrupt;
+}
+
 }  // namespace
 
 TEST(IndexRows, an_index_comes_back_as_it_went) { EXPECT_EQ(round_trip(sample()).value(), sample()); }
 
-TEST(IndexRows, an_empty_index_comes_back_empty) { EXPECT_EQ(round_trip({}).value(), tensor::Index{}); }
+TEST(IndexRows, files_without_tensors_come_back_too) {
+  const tensor::Index index{.files = {{"/a", tensor::kIndexBytesMax}}};
+  EXPECT_EQ(round_trip(index).value(), index);
+}
+
+TEST(IndexRows, no_files_and_files_too_large_to_be_mapped_are_refused) {
+  EXPECT_FALSE(round_trip({}));
+  EXPECT_TRUE(refused([](tensor::Index& index) { index.files[1].size_bytes = tensor::kIndexBytesMax; }));
+  EXPECT_TRUE(refused([](tensor::Index& index) { index.files[1].size_bytes = UINT64_MAX; }));
+}
+
+TEST(IndexRows, a_shape_of_another_size_than_the_tensor_is_refused) {
+  EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[0].shape = {2, 4}; }));
+  EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[0].shape = {2, 0}; }));
+  EXPECT_TRUE(refused([](tensor::Index& index) {
+    index.tensors[0].shape = {1ull << 32, 1ull << 32};  // 2^64 elements
+    index.tensors[0].size_bytes = 0;
+  }));
+  tensor::Index index = sample();
+  index.tensors[0].shape = {UINT64_MAX, 0, 3};
+  index.tensors[0].size_bytes = 0;
+  EXPECT_EQ(round_trip(index).value(), index);
+}
+
+TEST(IndexRows, one_name_twice_is_refused) {
+  EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[0].name = index.tensors[1].name; }));
+}
 
 TEST(IndexRows, tensors_outside_of_their_file_or_over_each_other_are_refused) {
-  const auto refused = [](void (*spoil)(tensor::Index&)) {
-    tensor::Index index = sample();
-    spoil(index);
-    const auto decoded = round_trip(index);
-    return !decoded && decoded.error().code == base::Code::corrupt;
-  };
   EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[0].file = 2; }));
   EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[1].size_bytes = 2; }));
   EXPECT_TRUE(refused([](tensor::Index& index) { index.tensors[1].offset = UINT64_MAX; }));

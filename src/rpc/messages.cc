@@ -67,8 +67,7 @@ base::Error error_in(std::span<const std::byte> bytes) {
                                          ? root_of<protocol::ReplyFrame>(bytes).reply_as_Failure()
                                          : nullptr;
   if (failure == nullptr) return {Code::corrupt, "the daemon says something unasked instead of serving"};
-  const bool known = failure->code() >= 1 && failure->code() <= static_cast<uint8_t>(Code::internal);
-  return {known ? static_cast<Code>(failure->code()) : Code::internal, failure->message()->str()};
+  return {base::code_from(failure->code()), failure->message()->str()};
 }
 
 }  // namespace

@@ -25,8 +25,6 @@ using base::text;
 
 namespace {
 
-constexpr time_t kConnectSeconds = 10;  // how long a connect may wait for a daemon that does not accept
-
 Result<sockaddr_un> address_of(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
@@ -153,13 +151,13 @@ void Listener::close_socket() {
   socket_.reset();
 }
 
-Result<base::Fd> connect_socket(const std::string& path) {
+Result<base::Fd> connect_socket(const std::string& path, int64_t timeout_ms) {
   TRY_ASSIGN(const sockaddr_un address, address_of(path));
   TRY(check_folder_owner(path));
   base::Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!socket.valid()) return tl::unexpected(errno_error("make a socket", errno));
   // Blocking with a limit: a non-blocking connect would fail at once while many clients wait to be accepted.
-  const timeval limit{kConnectSeconds, 0};
+  const timeval limit{timeout_ms / 1000, timeout_ms % 1000 * 1000};
   ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
   int failed;
   do {

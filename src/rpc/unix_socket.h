@@ -45,9 +45,12 @@ class Listener {
   std::string path_;
 };
 
-// Code::unavailable when nobody listens (the caller may start a daemon), Code::denied when the socket's
+inline constexpr int64_t kConnectTimeoutMs = 10'000;
+
+// Waits at most `timeout_ms` for a daemon that does not accept. Code::unavailable when nobody listens (the caller may
+// start a daemon) or accepts, Code::denied when the socket's
 // folder or the process at the other end belongs to neither this uid nor root. Non-blocking, close-on-exec.
-Result<base::Fd> connect_socket(const std::string& path);
+Result<base::Fd> connect_socket(const std::string& path, int64_t timeout_ms = kConnectTimeoutMs);
 
 struct Peer {
   pid_t process_id = 0;  // 0 when it cannot be seen from this pid namespace

@@ -19,7 +19,6 @@ class BlockCutter {
     close();
     file_ = file;
     cursor_ = image_offset;
-    layout_.file_offsets.push_back(image_offset);
   }
 
   // Bytes of no tensor up to `image_end`: cut wherever a block is full.
@@ -91,15 +90,26 @@ ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_
   return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
 }
 
+std::vector<uint64_t> file_offsets(const Index& index) {
+  std::vector<uint64_t> offsets = {0};
+  for (const IndexFile& file : index.files) {
+    offsets.push_back(base::align_up(offsets.back() + file.size_bytes, kImageAlignment));
+  }
+  return offsets;
+}
+
 ImageLayout lay_out(const Index& index) {
   const std::vector<Place> places = places_in_order(index.tensors);
   ImageLayout layout;
+  layout.file_offsets = file_offsets(index);
+  layout.size_bytes = layout.file_offsets.back();
+  layout.file_offsets.pop_back();
   layout.leaves.reserve(index.payload_bytes() / kLeafBytes + places.size());
   layout.blocks.reserve(layout.leaves.capacity() + index.files.size());
   BlockCutter cutter(layout);
   auto next = places.begin();
   for (uint32_t file = 0; file < index.files.size(); ++file) {
-    const uint64_t file_begin = layout.size_bytes;
+    const uint64_t file_begin = layout.file_offsets[file];
     const uint64_t file_bytes = index.files[file].size_bytes;
     cutter.begin_file(file, file_begin);
     uint64_t used_bytes = 0;  // of the file, by tensors so far
@@ -112,7 +122,6 @@ ImageLayout lay_out(const Index& index) {
       used_bytes = next->offset + tensor_bytes;
     }
     cutter.add_untyped(file_begin + file_bytes);
-    layout.size_bytes = base::align_up(file_begin + file_bytes, kImageAlignment);
   }
   cutter.close();
   CHECK(next == places.end());

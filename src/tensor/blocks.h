@@ -54,6 +54,10 @@ struct ImageLayout {
   Range blocks_of(uint64_t image_offset, uint64_t size_bytes) const;
 };
 
+// The image offset of each file's byte 0, and behind the last one the size of the image. The files are at most
+// kIndexBytesMax together, as all parsers see to.
+std::vector<uint64_t> file_offsets(const Index& index);
+
 // The tensors of a file must lie inside it and must not overlap (CHECK; the parsers see to it). Bytes that
 // no tensor owns (headers, alignment gaps) are in blocks too, cut anywhere. Takes about 70 bytes of memory a
 // MiB of image.
