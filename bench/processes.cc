@@ -158,7 +158,7 @@ uint64_t fault_count(pid_t pid) {
   std::ifstream file(base::text("/proc/", pid, "/stat"));
   std::string line;
   std::getline(file, line);
-  // proc(5): after "pid (name) state" come ppid pgrp session tty tpgid flags minflt cminflt majflt.
+  // proc(5): after "pid (name) state" come ppid, pgrp, sid, tty, tpgid, flags minflt cminflt majflt.
   std::istringstream rest(line.substr(line.rfind(')') + 2));
   std::string word;
   uint64_t faults = 0;

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Daemon, counted
-
 import tensord
+from conftest import Daemon, counted
 from tensord._library import library
 
 INVALID_ARGUMENT = 2

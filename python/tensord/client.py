@@ -605,7 +605,8 @@ def open(
 
 def _open_error(code: int, error: Error, names: list[str]) -> Error:
     """The built-in OSErrors tell which file it was."""
-    missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")
+    # Path.exists() raises for names that are too long.
+    missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")  # noqa: PTH110
     if code == _library.NOT_FOUND:
         return MissingFileError(error.message, filename=missing)
     if code == _library.DENIED:
