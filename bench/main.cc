@@ -109,6 +109,8 @@ int run(const CommandLine& line) {
     }
   }
   if (line.json.empty() || line.options.tiny) return status;
+  std::error_code ignored;  // where it matters, writing fails
+  std::filesystem::create_directories(std::filesystem::absolute(line.json).parent_path(), ignored);
   if (const Status written = bench.write_json(line.json); !written) {
     std::fprintf(stderr, "tensord_bench: %s\n", written.error().message.c_str());
     return 1;

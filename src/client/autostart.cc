@@ -123,7 +123,7 @@ base::Status spawn(const std::string& binary, const Log& log) {
   }
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return {};
   return fail(Code::unavailable,
-              base::text("`", binary, " serve` does not start: ", reason_in(log, log_begin)));
+              base::text("`", binary, " serve` did not start: ", reason_in(log, log_begin)));
 }
 
 }  // namespace

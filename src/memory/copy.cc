@@ -12,6 +12,7 @@
 #include "base/clock.h"
 #include "base/mutex.h"
 #include "memory/copy_rows.h"
+#include "memory/copy_stream.h"
 
 namespace tensord::memory {
 
@@ -56,8 +57,10 @@ void run_plane(const Copy2D& record, const Plane& plane) {
   return is_tiled ? copy_tiles(plane) : copy_lines(plane);
 }
 
-void run_task(const Copy2D& record, const Task& task, const CopySource& source, const CopyTarget& target) {
+void run_task(const Copy2D& record, const Task& task, const CopySource& source, const CopyTarget& target,
+              Stores stores) {
   Plane plane;
+  plane.stores = stores;
   plane.row_bytes = task.byte_count;
   plane.row_count = task.row_count;
   plane.source_row_pitch = record.source_pitch;
@@ -101,6 +104,7 @@ class Execution {
         target_bytes_(plan.target_bytes()),
         thread_count_(choose_thread_count()),
         task_bytes_(choose_task_bytes()),
+        stores_(can_stream() && target_bytes_ >= kStreamBytes ? Stores::streamed : Stores::cached),
         cutter_(plan, task_bytes_) {}
 
   Result<CopyReport> run() {
@@ -183,7 +187,7 @@ class Execution {
     }
     if (!began_.load(std::memory_order_relaxed)) began_ = true;
     const int64_t begin_ns = options_.keep_spans ? base::monotonic_ns() : 0;
-    run_task(record, task, reads ? sources_[record.source] : CopySource{}, targets_[record.target]);
+    run_task(record, task, reads ? sources_[record.source] : CopySource{}, targets_[record.target], stores_);
     ++mine.task_count;
     if (options_.keep_spans) {
       mine.spans.push_back({begin_ns, base::monotonic_ns(), thread, task.record,
@@ -205,6 +209,7 @@ class Execution {
   const uint64_t target_bytes_;
   const uint32_t thread_count_;
   const uint64_t task_bytes_;
+  const Stores stores_;
   std::atomic<bool> stopped_{false};
   std::atomic<bool> began_{false};  // some task has begun to write
   base::Mutex mutex_;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "memory/cast.h"
+#include "memory/copy_stream.h"
 
 namespace tensord::memory {
 
@@ -21,6 +22,7 @@ struct Rows {
   uint64_t row_count;
   int64_t source_pitch;
   int64_t target_pitch;
+  Stores stores = Stores::cached;
 };
 
 template <size_t kBytes>
@@ -48,6 +50,10 @@ void copy_between(Rows rows) {
 }
 
 void copy_rows(const Rows& rows) {
+  if (rows.stores == Stores::streamed && is_worth_streaming(rows.row_bytes)) {
+    return stream_rows(
+        {rows.source, rows.target, rows.row_bytes, rows.row_count, rows.source_pitch, rows.target_pitch});
+  }
   if (rows.row_count > 1 && static_cast<uint64_t>(rows.source_pitch) == rows.row_bytes &&
       static_cast<uint64_t>(rows.target_pitch) == rows.row_bytes) {
     std::memcpy(rows.target, rows.source, rows.row_bytes * rows.row_count);
@@ -161,8 +167,8 @@ void cast_rows(const Rows& rows, const Cast& cast) {
 // Calls visit(rows) for each line.
 template <typename Visit>
 void each_line(const Plane& plane, const Visit& visit) {
-  Rows rows{plane.source,    plane.target,           plane.row_bytes,
-            plane.row_count, plane.source_row_pitch, plane.target_row_pitch};
+  Rows rows{plane.source,           plane.target,           plane.row_bytes, plane.row_count,
+            plane.source_row_pitch, plane.target_row_pitch, plane.stores};
   for (uint64_t line = 0; line < plane.line_count; ++line) {
     visit(rows);
     rows.source += plane.source_line_pitch;

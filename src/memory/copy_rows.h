@@ -11,6 +11,8 @@
 
 namespace tensord::memory {
 
+enum class Stores : uint8_t { cached, streamed };  // streamed: see copy_stream.h
+
 struct Plane {
   const std::byte* source = nullptr;
   std::byte* target = nullptr;
@@ -21,6 +23,7 @@ struct Plane {
   uint64_t line_count = 1;  // how many times the rows are repeated
   int64_t source_line_pitch = 0;
   int64_t target_line_pitch = 0;
+  Stores stores = Stores::cached;
 };
 
 // Row after row, line after line.

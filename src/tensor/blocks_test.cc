@@ -160,6 +160,13 @@ TEST(Blocks, never_span_two_files_and_files_begin_aligned) {
             "8192+9 f2: c0\n");
 }
 
+TEST(Blocks, the_size_of_the_image_follows_the_offsets_of_its_files) {
+  const Index index{.files = {{"a", 4097}, {"b", 0}, {"c", 1}}};
+  EXPECT_EQ(file_offsets(index), (std::vector<uint64_t>{0, 8192, 8192, 12288}));
+  EXPECT_EQ(lay_out(index).size_bytes, 12288u);
+  EXPECT_EQ(file_offsets({}), std::vector<uint64_t>{0});
+}
+
 TEST(Blocks, tensors_are_visited_by_offset_not_by_name) {
   EXPECT_EQ(blocks("_:8 z:1M a:10 m:20"),
             "0+8 f0:\n"
