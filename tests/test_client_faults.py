@@ -90,7 +90,8 @@ def test_a_log_that_cannot_be_made_is_no_reason_not_to_serve(
     places: list[str],
 ) -> None:
     for place in places:
-        (tmp_path / place / "daemon.log").mkdir(parents=True)
+        (tmp_path / place).mkdir(mode=0o700)
+        (tmp_path / place / "daemon.log").mkdir()
     subprocess.run([binary, "load", make_file({"w": counted((5,))})], env=alone, check=True)
     if "run" not in places:
         log = tmp_path / "run" / "daemon.log"

@@ -221,15 +221,18 @@ def test_a_runtime_folder_that_is_a_link_is_refused(
         tensord.open(make_file({"w": counted((7,))}))
 
 
-def test_a_runtime_folder_open_to_others_is_closed_to_them(binary: Path, folder: Path, clean: None) -> None:
+def test_a_runtime_folder_open_to_others_is_refused_and_left_as_it_is(
+    binary: Path, folder: Path, clean: None
+) -> None:
     daemon = Daemon(binary, folder)
     daemon.runtime_folder.mkdir()
-    daemon.runtime_folder.chmod(0o777)
-    daemon.start()
-    try:
-        assert stat.S_IMODE(daemon.runtime_folder.stat().st_mode) == 0o700
-    finally:
-        assert daemon.stop() == 0
+    daemon.runtime_folder.chmod(0o755)
+    done = subprocess.run(
+        [binary, "serve"], env={**os.environ, **daemon.environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"runtime folder {daemon.runtime_folder} is open to others" in done.stderr
+    assert stat.S_IMODE(daemon.runtime_folder.stat().st_mode) == 0o755
 
 
 def test_a_runtime_folder_that_is_a_file_or_too_long_is_named(

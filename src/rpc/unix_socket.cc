@@ -115,8 +115,10 @@ Status prepare_runtime_folder(const std::string& path) {
                 text("runtime folder ", folder, " belongs to uid ", status.st_uid, ", not to you (uid ",
                      ::geteuid(), "); remove it or set TENSORD_RUNTIME_DIR"));
   }
-  if ((status.st_mode & 077) != 0 && ::fchmod(fd.get(), 0700) != 0) {
-    return fail(Code::denied, errno_error("close runtime folder " + folder + " to others", errno).message);
+  // Not closed by us: as root it may be a mistyped /tmp, and everybody else would be locked out of it.
+  if ((status.st_mode & 077) != 0) {
+    return fail(Code::denied, text("runtime folder ", folder, " is open to others; `chmod 700` it, or set ",
+                                   "TENSORD_RUNTIME_DIR to a folder of its own"));
   }
   return {};
 }

@@ -18,7 +18,7 @@ std::string runtime_folder();
 std::string socket_path(const std::string& runtime_folder);  // runtime_folder + "/socket"
 
 // Makes the folder (0700) when missing, with those above it. Code::denied when it belongs to another uid, or
-// is open to others and cannot be closed to them; a symbolic link is refused.
+// is open to others (mode & 077); a symbolic link is refused.
 base::Status prepare_runtime_folder(const std::string& folder);
 
 // A listening socket with its lock file. The socket (0600) is removed when it goes.

@@ -42,13 +42,13 @@ TEST(UnixSocket, the_runtime_folder_follows_the_environment) {
   EXPECT_EQ(socket_path(runtime_folder()), "/somewhere/else/socket");
 }
 
-TEST(UnixSocket, the_runtime_folder_is_made_and_closed_to_others) {
+TEST(UnixSocket, the_runtime_folder_is_made_closed_and_refused_when_it_is_open_to_others) {
   const TemporaryFolder folder;
   ASSERT_TRUE(prepare_runtime_folder(folder.path() + "/a/b"));
   EXPECT_EQ(mode_of(folder.path() + "/a/b"), mode_t{S_IFDIR | 0700});
   ASSERT_EQ(::chmod((folder.path() + "/a/b").c_str(), 0755), 0);
-  ASSERT_TRUE(prepare_runtime_folder(folder.path() + "/a/b/"));
-  EXPECT_EQ(mode_of(folder.path() + "/a/b"), mode_t{S_IFDIR | 0700});
+  EXPECT_EQ(prepare_runtime_folder(folder.path() + "/a/b/").error().code, Code::denied);
+  EXPECT_EQ(mode_of(folder.path() + "/a/b"), mode_t{S_IFDIR | 0755});
 }
 
 TEST(UnixSocket, a_runtime_folder_that_is_a_link_is_denied) {
