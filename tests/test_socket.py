@@ -34,6 +34,8 @@ def it_lives_on(daemon: Daemon, make_file: Callable[..., Path]) -> Iterator[None
     """Whatever a test does to it, the same daemon serves afterwards, with the descriptors it had before."""
     daemon.ask("load", str(make_file({"w": counted((2,))}, name="first.safetensors")), "--wait")
     evict_all(daemon)
+    # The last connection of these commands may still be closing: only the listening socket is to be left.
+    until(lambda: open_files(daemon).count("socket") == 1, "only the daemon's own socket is open")
     before = open_files(daemon)
     yield
     assert daemon.ask("status")["pid"] == daemon.pid, daemon.log()
