@@ -69,8 +69,12 @@ struct LoadReport {
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // finding room: eviction and new segments
   LoadCounters counters;
-  uint64_t disk_bytes =
-      0;  // what the device delivered meanwhile, to the whole daemon; the rest was in the page cache
+  uint64_t disk_bytes = 0;         // what devices delivered meanwhile, to the whole daemon
+  uint64_t cached_bytes = 0;       // taken from the page cache
+  uint64_t direct_bytes = 0;       // read past the page cache (O_DIRECT)
+  uint64_t buffered_bytes = 0;     // read through the page cache, where the file refuses O_DIRECT
+  std::string read_path;           // how what was not cached was read: "io_uring, O_DIRECT"
+  std::vector<std::string> notes;  // each choice and fallback of this load, with its reason
   uint32_t thread_count = 0;
   bool checked_against_record = false;  // else the digests of this load became the record
   std::vector<LoadSpan> spans;
