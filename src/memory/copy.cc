@@ -11,8 +11,8 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/mutex.h"
+#include "base/stream_copy.h"
 #include "memory/copy_rows.h"
-#include "memory/copy_stream.h"
 
 namespace tensord::memory {
 
@@ -104,7 +104,8 @@ class Execution {
         target_bytes_(plan.target_bytes()),
         thread_count_(choose_thread_count()),
         task_bytes_(choose_task_bytes()),
-        stores_(can_stream() && target_bytes_ >= kStreamBytes ? Stores::streamed : Stores::cached),
+        stores_(base::can_stream() && target_bytes_ >= base::kStreamBytes ? Stores::streamed
+                                                                          : Stores::cached),
         cutter_(plan, task_bytes_) {}
 
   Result<CopyReport> run() {

@@ -4,8 +4,8 @@
 #include <array>
 #include <cstring>
 
+#include "base/stream_copy.h"
 #include "memory/cast.h"
-#include "memory/copy_stream.h"
 
 namespace tensord::memory {
 
@@ -50,8 +50,8 @@ void copy_between(Rows rows) {
 }
 
 void copy_rows(const Rows& rows) {
-  if (rows.stores == Stores::streamed && is_worth_streaming(rows.row_bytes)) {
-    return stream_rows(
+  if (rows.stores == Stores::streamed && base::is_worth_streaming(rows.row_bytes)) {
+    return base::stream_rows(
         {rows.source, rows.target, rows.row_bytes, rows.row_count, rows.source_pitch, rows.target_pitch});
   }
   if (rows.row_count > 1 && static_cast<uint64_t>(rows.source_pitch) == rows.row_bytes &&

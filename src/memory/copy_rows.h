@@ -11,7 +11,7 @@
 
 namespace tensord::memory {
 
-enum class Stores : uint8_t { cached, streamed };  // streamed: see copy_stream.h
+enum class Stores : uint8_t { cached, streamed };  // streamed: see base/stream_copy.h
 
 struct Plane {
   const std::byte* source = nullptr;

@@ -10,9 +10,12 @@
 #include <cerrno>
 #include <cstring>
 #include <latch>
+#include <random>
+#include <thread>
 
 #include "base/bytes.h"
 #include "base/text.h"
+#include "storage/residency.h"
 #include "storage/source_testing.h"
 
 namespace tensord::storage {
@@ -30,10 +33,11 @@ SourceFile open_file(const std::string& path, int flags = O_RDONLY) {
 
 class FileSource : public testing::Test {
  protected:
-  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = system_pread()) {
+  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = system_pread(),
+                               CachedPath path = CachedPath::plain) {
     std::vector<SourceFile> files;
     files.push_back(std::move(file));
-    return make_file_source(std::move(files), *pool_, std::move(pread));
+    return make_file_source(std::move(files), *pool_, {.cached_path = path, .pread = std::move(pread)});
   }
 
   // Over `bytes` written to a file, read by `pread`.
@@ -245,6 +249,188 @@ TEST_F(FileSource, a_long_read_ends_between_its_pieces_when_cancelled) {
   cancelled = source.get();
   Bytes read(100);
   EXPECT_EQ(failure(*source, 0, read), "cancelled: read model at 60: cancelled");
+}
+
+// ---- past the page cache ----------------------------------------------------------------------------------------
+
+// A reader whose every read goes through a script.
+class ScriptedReader final : public DirectReader {
+ public:
+  using Script = std::function<int64_t(int fd, std::byte* target, size_t size_bytes, uint64_t offset)>;
+  explicit ScriptedReader(Script script) : script_(std::move(script)) {}
+  const char* name() const override { return "script"; }
+  void read(int fd, std::byte* target, size_t size_bytes, uint64_t offset, Done done) override {
+    done(script_(fd, target, size_bytes, offset));
+  }
+
+ private:
+  const Script script_;
+};
+
+int64_t plain_read(int fd, std::byte* target, size_t size_bytes, uint64_t offset) {
+  const ssize_t got = ::pread(fd, target, size_bytes, static_cast<off_t>(offset));
+  return got < 0 ? -errno : got;
+}
+
+// A file of 4 MiB and a bit that lies on the disk alone, and a target like the image of it.
+class DirectFileSource : public FileSource {
+ protected:
+  void SetUp() override {
+    path_ = folder_.write("model", bytes_);
+    forget();
+  }
+  void forget() {
+    const SourceFile file = open_file(path_);
+    ASSERT_EQ(::fdatasync(file.fd.get()), 0);
+    ASSERT_EQ(::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED), 0);
+  }
+  std::unique_ptr<Source> make_direct(DirectReader& reader, CacheLeft left = CacheLeft::keep) {
+    std::vector<SourceFile> files;
+    files.push_back(open_file(path_));
+    return make_file_source(std::move(files), *pool_, {.direct = &reader, .cache_left = left});
+  }
+  std::span<std::byte> target() {
+    return std::span(memory_).subspan(-reinterpret_cast<uint64_t>(memory_.data()) % 4096, bytes_.size());
+  }
+  bool is_whole() { return std::equal(bytes_.begin(), bytes_.end(), target().begin()); }
+
+  const Bytes bytes_ = sample_bytes((4 << 20) + 777);
+  Bytes memory_ = Bytes(bytes_.size() + 8192);
+};
+
+TEST_F(DirectFileSource, what_is_not_cached_goes_past_the_page_cache_and_what_is_comes_from_it) {
+  ScriptedReader reader(plain_read);
+  auto source = make_direct(reader);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_whole());
+  EXPECT_EQ(source->counters().direct_bytes, 4u << 20);
+  EXPECT_EQ(source->counters().buffered_bytes, 777u);
+  EXPECT_EQ(source->read_path(), "script, O_DIRECT");
+  // The second MiB is brought into the cache.
+  const SourceFile file = open_file(path_);
+  Bytes warm(1 << 20);
+  ASSERT_EQ(::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_RANDOM), 0);
+  ASSERT_EQ(::pread(file.fd.get(), warm.data(), warm.size(), 1 << 20), 1 << 20);
+  source = make_direct(reader);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_whole());
+  EXPECT_EQ(source->counters().direct_bytes, 3u << 20);
+  EXPECT_EQ(source->counters().cached_bytes, (1u << 20) + 777)
+      << "the end was left in the cache by the first read";
+}
+
+TEST_F(DirectFileSource, partial_and_interrupted_reads_are_carried_on) {
+  int call_count = 0;
+  ScriptedReader reader([&](int fd, std::byte* into, size_t size_bytes, uint64_t offset) -> int64_t {
+    if (++call_count % 2 == 1) return -EINTR;
+    return plain_read(fd, into, std::min<size_t>(size_bytes, 300 << 10), offset);
+  });
+  auto source = make_direct(reader);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_whole());
+  EXPECT_GT(call_count, 20);
+  EXPECT_TRUE(source->notes().empty());
+}
+
+TEST_F(DirectFileSource, a_reader_that_gives_up_halfway_leaves_the_rest_to_the_page_cache_and_a_note) {
+  for (const int error : {EINVAL, ENOSYS, ECANCELED, ENOMEM}) {
+    forget();
+    ScriptedReader reader([&](int fd, std::byte* into, size_t size_bytes, uint64_t offset) -> int64_t {
+      return offset == 0 ? plain_read(fd, into, std::min<size_t>(size_bytes, 1 << 20), offset) : -error;
+    });
+    auto source = make_direct(reader);
+    ASSERT_TRUE(read_now(*source, 0, 0, target()));
+    EXPECT_TRUE(is_whole());
+    EXPECT_EQ(source->counters().direct_bytes, 1u << 20);
+    EXPECT_EQ(source->read_path(), "page cache");
+    ASSERT_EQ(source->notes().size(), 1u);
+    EXPECT_NE(source->notes()[0].find(std::strerror(error)), std::string::npos) << source->notes()[0];
+  }
+}
+
+TEST_F(DirectFileSource, an_error_of_the_disk_names_the_place) {
+  ScriptedReader reader([&](int fd, std::byte* into, size_t size_bytes, uint64_t offset) -> int64_t {
+    return offset == 0 ? plain_read(fd, into, std::min<size_t>(size_bytes, 2 << 20), offset) : -EIO;
+  });
+  auto source = make_direct(reader);
+  EXPECT_EQ(failure(*source, 0, target()), "unavailable: read model at 2097152: Input/output error");
+}
+
+TEST_F(DirectFileSource, a_file_cut_short_is_an_error_and_never_zeros) {
+  ScriptedReader reader([&](int fd, std::byte* into, size_t size_bytes, uint64_t offset) {
+    if (offset > 0) {
+      EXPECT_EQ(::truncate(path_.c_str(), (2 << 20) + 10), 0);
+    }
+    return plain_read(fd, into, std::min<size_t>(size_bytes, 1 << 20), offset);
+  });
+  auto source = make_direct(reader);
+  EXPECT_EQ(failure(*source, 0, target()),
+            "corrupt: read model at 2097162: the file ends 2097919 bytes early; was it cut short?");
+}
+
+TEST_F(DirectFileSource, nothing_stays_in_the_page_cache_when_it_is_to_be_dropped) {
+  ScriptedReader refusing([](int, std::byte*, size_t, uint64_t) -> int64_t { return -EINVAL; });
+  auto source = make_direct(refusing, CacheLeft::drop);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_whole());
+  const SourceFile file = open_file(path_);
+  EXPECT_FALSE(is_cached(file.fd.get(), 1 << 20, 4096));
+  source = make_direct(refusing, CacheLeft::keep);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_cached(file.fd.get(), 1 << 20, 4096));
+}
+
+TEST_F(DirectFileSource, a_small_file_and_a_target_unlike_the_file_are_read_through_the_page_cache) {
+  ScriptedReader reader([](int, std::byte*, size_t, uint64_t) -> int64_t {
+    ADD_FAILURE() << "a direct read";
+    return -EIO;
+  });
+  auto source = make_direct(reader);
+  Bytes shifted(bytes_.size() + 8192);
+  const auto unlike =
+      std::span(shifted).subspan(-reinterpret_cast<uint64_t>(shifted.data()) % 4096 + 8, bytes_.size());
+  ASSERT_TRUE(read_now(*source, 0, 0, unlike));
+  EXPECT_TRUE(std::equal(bytes_.begin(), bytes_.end(), unlike.begin()));
+  path_ = folder_.write("small", sample_bytes(4096));
+  source = make_direct(reader);
+  EXPECT_TRUE(read_now(*source, 0, 0, target().first(4096)));
+  EXPECT_EQ(source->read_path(), "page cache");
+}
+
+TEST_F(DirectFileSource, a_file_system_without_direct_reads_is_no_failure) {
+  const base::Fd memory(::memfd_create("tensord-test", MFD_CLOEXEC));
+  ASSERT_EQ(::write(memory.get(), bytes_.data(), bytes_.size()), static_cast<ssize_t>(bytes_.size()));
+  path_ = "/proc/self/fd/" + std::to_string(memory.get());
+  auto reader = start_pread_reader(1).value();
+  auto source = make_direct(*reader);
+  ASSERT_TRUE(read_now(*source, 0, 0, target()));
+  EXPECT_TRUE(is_whole());
+}
+
+TEST_F(DirectFileSource, many_ranges_of_many_threads_arrive_whole_by_either_reader) {
+  constexpr int kThreadCount = 16, kRangeCount = 1000;
+  for (auto& reader : {start_uring_reader(), start_pread_reader()}) {
+    forget();
+    ASSERT_TRUE(reader) << reader.error().message;
+    auto source = make_direct(**reader);
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < kThreadCount; ++thread) {
+      threads.emplace_back([&, thread] {
+        std::mt19937 random(static_cast<unsigned>(thread));
+        Bytes memory((256 << 10) + 8192);
+        for (int i = 0; i < kRangeCount; ++i) {
+          const uint64_t offset = random() % bytes_.size();
+          const size_t size_bytes = std::min<size_t>(random() % (256 << 10), bytes_.size() - offset);
+          const size_t shift = (offset - reinterpret_cast<uint64_t>(memory.data())) % 4096;
+          const auto into = std::span(memory).subspan(shift, size_bytes);
+          ASSERT_TRUE(read_now(*source, 0, offset, into));
+          ASSERT_EQ(std::memcmp(into.data(), bytes_.data() + offset, size_bytes), 0);
+          if (i % 100 == thread) forget();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
 }
 
 TEST(ReadPool, threads_carry_a_name_for_people_who_look) {

@@ -79,9 +79,14 @@ class ScriptedSource final : public MemorySource {
     return counters_;
   }
 
+  std::string read_path() const override { return "memory"; }
+  std::vector<std::string> notes() const override { return {}; }
+
  private:
   void run(ReadRequest request) {
+    if (request.begin) request.begin();
     Status status = fill(request);
+    if (status && request.piece && !request.target.empty()) request.piece(0, request.target);
     std::exchange(request.done, nullptr)(std::move(status),
                                          ReadTiming());  // what it captured goes before the source may
     MutexLock lock(mutex_);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "base/result.h"
 
@@ -23,17 +25,27 @@ struct ReadTiming {
 // `target` is full or will not be; nothing is written to `target` from then on. It may call read(), never
 // destroy the source. Errors name file and offset; Code::corrupt when the file ends early, Code::cancelled
 // after cancel(). After an error the target holds anything. An empty target is full at once.
+//
+// `begin`, when set, is called before the first byte is written. `piece`, when set, is called with the target's bytes,
+// each once and in order, while they are hot in a cache: `at` is their place in the target; the bytes may lie elsewhere
+// and are valid within the call only; the target holds them by the next call of `piece`, or by `done`. All three are
+// called on one thread at a time. A failed read may have handed out pieces.
 struct ReadRequest {
   uint32_t file = 0;
   uint64_t offset = 0;  // in the file
   std::span<std::byte> target;
   std::function<void(Status, ReadTiming)> done;
+  std::function<void()> begin = {};
+  std::function<void(uint64_t at, std::span<const std::byte> bytes)> piece = {};
 };
 
-// How the bytes came, for explain: reads that filled their target.
+// How the bytes came, for explain. The first two count reads that filled their target, the others every byte.
 struct SourceCounters {
   uint64_t read_count = 0;
   uint64_t read_bytes = 0;
+  uint64_t cached_bytes = 0;    // were in the page cache
+  uint64_t direct_bytes = 0;    // past the page cache
+  uint64_t buffered_bytes = 0;  // from the disk through the page cache
 };
 
 // Thread safe. One contract test (source_contract_test.cc) holds for every implementation.
@@ -54,6 +66,11 @@ class Source {
   virtual Status check_unchanged() = 0;
 
   virtual SourceCounters counters() const = 0;
+
+  // How bytes that are in no cache are read: "io_uring, O_DIRECT".
+  virtual std::string read_path() const = 0;
+  // Each choice and fallback so far with its reason, one line each.
+  virtual std::vector<std::string> notes() const = 0;
 };
 
 }  // namespace tensord::storage

@@ -29,11 +29,24 @@ class FileOrMemory : public testing::TestWithParam<const char*> {
       const auto identity = base::identify_file(fd.get(), path).value();
       opened.push_back({std::move(fd), path, identity});
     }
-    return make_file_source(std::move(opened), *pool_);
+    FileSourceOptions options;
+    const std::string kind = GetParam();
+    if (kind == "file_plain") options.cached_path = CachedPath::plain;
+    if (kind == "file_io_uring" || kind == "file_direct_pread") {
+      if (!direct_)
+        direct_ = kind == "file_io_uring" ? start_uring_reader().value() : start_pread_reader().value();
+      options.direct = direct_.get();
+      for (const SourceFile& file : opened) {
+        EXPECT_EQ(::fdatasync(file.fd.get()), 0);
+        EXPECT_EQ(::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_DONTNEED), 0);
+      }
+    }
+    return make_file_source(std::move(opened), *pool_, std::move(options));
   }
 
  private:
   ScratchFolder folder_;
+  std::unique_ptr<DirectReader> direct_;
   std::unique_ptr<ReadPool> pool_ = start_read_pool(3).value();
 };
 
@@ -43,7 +56,9 @@ std::vector<Bytes> sample_files(const std::vector<size_t>& sizes) {
   return files;
 }
 
-INSTANTIATE_TEST_SUITE_P(Source, FileOrMemory, testing::Values("file", "memory"),
+INSTANTIATE_TEST_SUITE_P(Source, FileOrMemory,
+                         testing::Values("file", "file_plain", "file_io_uring", "file_direct_pread",
+                                         "memory"),
                          [](const auto& name) { return std::string(name.param); });
 
 TEST_P(FileOrMemory, partitions_are_read_in_steps) {
@@ -190,6 +205,52 @@ TEST_P(FileOrMemory, after_cancel_every_read_is_refused) {
     EXPECT_EQ(read_now(*source, 0, 0, std::span(read).first(size_bytes)).error().code, Code::cancelled);
   }
   EXPECT_EQ(read, Bytes(16));
+}
+
+// Targets are as far from a block's beginning as their bytes are, as in an image, and also not.
+TEST_P(FileOrMemory, pieces_are_the_targets_bytes_each_once_and_in_order) {
+  const auto files = sample_files({(9 << 20) + 1234});
+  auto source = make(files);
+  constexpr size_t kBlock = 4096;
+  Bytes memory(files[0].size() + 3 * kBlock, std::byte{0xa5});
+  const size_t base_at = -reinterpret_cast<uint64_t>(memory.data()) % kBlock + kBlock;
+  struct Range {
+    uint64_t offset;
+    size_t size_bytes;
+    size_t shift;
+  };
+  for (const Range range : {Range{0, files[0].size(), 0},
+                            {100, 5 << 20, 100},
+                            {4096, 1 << 20, 0},
+                            {4095, 70'000, 4095},
+                            {4095, 70'000, 31},
+                            {8 << 20, (1 << 20) + 1234, 0},
+                            {5, 1234, 5}}) {
+    const std::span<std::byte> target = std::span(memory).subspan(base_at + range.shift, range.size_bytes);
+    std::fill(target.begin(), target.end(), std::byte{0xa5});
+    Bytes seen;
+    int begin_count = 0;
+    auto done = std::make_shared<std::promise<Status>>();
+    source->read({.file = 0,
+                  .offset = range.offset,
+                  .target = target,
+                  .done = [done](Status status, ReadTiming) { done->set_value(std::move(status)); },
+                  .begin = [&] { ++begin_count; },
+                  .piece =
+                      [&](uint64_t at, std::span<const std::byte> bytes) {
+                        EXPECT_EQ(at, seen.size());
+                        EXPECT_EQ(begin_count, 1);
+                        seen.insert(seen.end(), bytes.begin(), bytes.end());
+                      }});
+    const Status status = done->get_future().get();
+    ASSERT_TRUE(status) << status.error().message;
+    const auto expected = std::span(files[0]).subspan(range.offset, range.size_bytes);
+    EXPECT_TRUE(std::equal(seen.begin(), seen.end(), expected.begin(), expected.end())) << range.offset;
+    EXPECT_TRUE(std::equal(target.begin(), target.end(), expected.begin())) << range.offset;
+    EXPECT_EQ(memory[base_at + range.shift - 1], std::byte{0xa5});
+    EXPECT_EQ(memory[base_at + range.shift + range.size_bytes], std::byte{0xa5});
+    std::fill(memory.begin(), memory.end(), std::byte{0xa5});
+  }
 }
 
 TEST_P(FileOrMemory, files_that_nobody_touched_are_unchanged) {

@@ -1,7 +1,5 @@
 #include "tensor/digest.h"
 
-#include <xxhash.h>
-
 #include "base/bytes.h"
 #include "base/check.h"
 #include "base/text.h"
@@ -14,10 +12,11 @@ using base::fail;
 
 namespace {
 
-HashFunction* widest() {
-  if (__builtin_cpu_supports("avx512f")) return hash_avx512;
-  if (__builtin_cpu_supports("avx2")) return hash_avx2;
-  return hash_sse2;
+const HashFunctions& widest() {
+  static const HashFunctions& functions = __builtin_cpu_supports("avx512f") ? hash_avx512
+                                          : __builtin_cpu_supports("avx2")  ? hash_avx2
+                                                                            : hash_sse2;
+  return functions;
 }
 
 int hex_value(char digit) {
@@ -38,10 +37,6 @@ void append_counted(std::string& out, std::string_view bytes) {
 
 }  // namespace
 
-void hash_sse2(const void* bytes, size_t size_bytes, void* out) {
-  XXH128_canonicalFromHash(static_cast<XXH128_canonical_t*>(out), XXH3_128bits(bytes, size_bytes));
-}
-
 std::string Digest::to_text() const { return base::to_hex(bytes.data(), bytes.size()); }
 
 Result<Digest> parse_digest(std::string_view text) {
@@ -61,9 +56,19 @@ Result<Digest> parse_digest(std::string_view text) {
 }
 
 Digest hash(std::span<const std::byte> bytes) {
-  static HashFunction* const function = widest();
   Digest digest;
-  function(bytes.data(), bytes.size(), digest.bytes.data());
+  widest().whole(bytes.data(), bytes.size(), digest.bytes.data());
+  return digest;
+}
+
+Hasher::Hasher() { begin(); }
+void Hasher::begin() { widest().begin(state_.data()); }
+void Hasher::add(std::span<const std::byte> bytes) {
+  widest().add(state_.data(), bytes.data(), bytes.size());
+}
+Digest Hasher::end() const {
+  Digest digest;
+  widest().end(state_.data(), digest.bytes.data());
   return digest;
 }
 

@@ -31,6 +31,18 @@ Result<Digest> parse_digest(std::string_view text);
 // Thread safe. Uses the widest vector instructions of this CPU (the result does not depend on them).
 Digest hash(std::span<const std::byte> bytes);
 
+// The same hash of bytes that come in pieces.
+class Hasher {
+ public:
+  Hasher();  // begun
+  void begin();
+  void add(std::span<const std::byte> bytes);
+  Digest end() const;
+
+ private:
+  alignas(64) std::array<std::byte, 576> state_;  // XXH3's (tensor/digest_wide.h)
+};
+
 Digest tensor_digest(std::span<const Digest> leaves);
 
 // `digests`: one per tensor of `index`, in its order.

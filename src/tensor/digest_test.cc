@@ -79,15 +79,15 @@ TEST(Digest, every_set_of_vector_instructions_gives_the_same_result) {
   for (const size_t size : sizes) {
     for (const size_t offset : {0, 1, 31}) {
       Digest narrow;
-      hash_sse2(bytes.data() + offset, size, narrow.bytes.data());
+      hash_sse2.whole(bytes.data() + offset, size, narrow.bytes.data());
       EXPECT_EQ(hash(std::span(bytes).subspan(offset, size)), narrow);
       Digest wide;
       if (__builtin_cpu_supports("avx2")) {
-        hash_avx2(bytes.data() + offset, size, wide.bytes.data());
+        hash_avx2.whole(bytes.data() + offset, size, wide.bytes.data());
         ASSERT_EQ(wide, narrow) << size;
       }
       if (__builtin_cpu_supports("avx512f")) {
-        hash_avx512(bytes.data() + offset, size, wide.bytes.data());
+        hash_avx512.whole(bytes.data() + offset, size, wide.bytes.data());
         ASSERT_EQ(wide, narrow) << size;
       }
     }
@@ -171,5 +171,30 @@ TEST(ArtifactId, changes_with_every_name_dtype_shape_and_byte) {
 }
 
 TEST(ArtifactId, of_no_tensors_is_the_hash_of_nothing) { EXPECT_EQ(artifact_id({}, {}), hash({})); }
+
+TEST(Hasher, pieces_of_any_size_hash_as_the_whole) {
+  std::vector<std::byte> bytes(70'001);
+  for (size_t at = 0; at < bytes.size(); ++at) bytes[at] = static_cast<std::byte>(at * 131 >> 3);
+  for (const HashFunctions* functions : {&hash_sse2, &hash_avx2, &hash_avx512}) {
+    if (functions == &hash_avx2 && !__builtin_cpu_supports("avx2")) continue;
+    if (functions == &hash_avx512 && !__builtin_cpu_supports("avx512f")) continue;
+    for (const size_t piece : {1, 63, 256, 4096, 4099, 70'001}) {
+      alignas(64) std::array<std::byte, kHashStateBytes> state;
+      functions->begin(state.data());
+      for (size_t at = 0; at < bytes.size(); at += piece) {
+        functions->add(state.data(), bytes.data() + at, std::min(piece, bytes.size() - at));
+      }
+      Digest digest;
+      functions->end(state.data(), digest.bytes.data());
+      EXPECT_EQ(digest, hash(bytes)) << piece;
+    }
+  }
+  Hasher hasher;
+  hasher.add(std::span(bytes).first(1000));
+  hasher.add(std::span(bytes).subspan(1000));
+  EXPECT_EQ(hasher.end(), hash(bytes));
+  hasher.begin();
+  EXPECT_EQ(hasher.end(), hash({}));
+}
 
 }  // namespace tensord::tensor

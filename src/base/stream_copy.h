@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace tensord::memory {
+namespace tensord::base {
 
 // The rows that streaming is faster for. Gathers of 512 MiB on Zen 4, two threads, streamed against glibc 2.36's memcpy:
 // rows of 512 B 0.97, 1 KiB 1.4, 2 KiB 1.4, 4 KiB 0.9-1.1, 8 KiB 0.9-1.1, 16 KiB 1.0-1.2, 64 KiB 1.2-1.4, 1 MiB 1.2-1.5.
@@ -15,7 +15,7 @@ inline constexpr bool is_worth_streaming(uint64_t row_bytes) {
 // Below this much payload the caller may find it in a cache after a copy through the caches.
 inline constexpr uint64_t kStreamBytes = 32 << 20;
 
-// Whether this CPU has the instructions that make it worth while (AVX512F).
+// Whether this CPU has the instructions that make it worth while (AVX512F or AVX2).
 bool can_stream();
 
 struct StreamedRows {
@@ -30,4 +30,4 @@ struct StreamedRows {
 // Only where can_stream(). What it wrote is seen by every thread that later synchronizes with this one.
 void stream_rows(const StreamedRows& rows);
 
-}  // namespace tensord::memory
+}  // namespace tensord::base

@@ -1,15 +1,15 @@
-#include "memory/copy_stream.h"
+#include "base/stream_copy.h"
 
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <vector>
 
-namespace tensord::memory {
+namespace tensord::base {
 namespace {
 
-TEST(CopyStream, rows_of_any_size_at_any_place_are_copied_and_nothing_else_is_written) {
-  if (!can_stream()) GTEST_SKIP() << "this CPU has no AVX512F";
+TEST(StreamCopy, rows_of_any_size_at_any_place_are_copied_and_nothing_else_is_written) {
+  if (!can_stream()) GTEST_SKIP() << "this CPU has neither AVX512F nor AVX2";
   constexpr uint64_t kRowCount = 3;
   std::vector<std::byte> source(4096), target(4096);
   for (size_t at = 0; at < source.size(); ++at) source[at] = static_cast<std::byte>(at * 31 + at / 251);
@@ -30,4 +30,4 @@ TEST(CopyStream, rows_of_any_size_at_any_place_are_copied_and_nothing_else_is_wr
 }
 
 }  // namespace
-}  // namespace tensord::memory
+}  // namespace tensord::base
