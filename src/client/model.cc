@@ -12,6 +12,7 @@
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/text.h"
+#include "memory/fresh_pages.h"
 #include "rpc/index_rows.h"
 #include "tensor/plan.h"
 
@@ -47,12 +48,18 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
   }
   if (total_bytes < image_bytes) return fail(Code::corrupt, "the daemon sent too few segments");
   if (total_bytes == 0) return MappedSegments();
-  void* range = ::mmap(nullptr, total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // At a multiple of huge pages, so that those of the segments are mapped as such.
+  const uint64_t padded = total_bytes + memory::kHugePageBytes;
+  void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) {
     return tl::unexpected(
         base::errno_error("reserve " + base::human_bytes(total_bytes) + " of addresses", errno));
   }
-  MappedSegments mapped{memory::Mapped(static_cast<std::byte*>(range), total_bytes)};
+  const auto begin = reinterpret_cast<uint64_t>(range);
+  const uint64_t aligned = base::align_up(begin, memory::kHugePageBytes);
+  if (aligned > begin) ::munmap(range, aligned - begin);
+  ::munmap(reinterpret_cast<void*>(aligned + total_bytes), begin + padded - aligned - total_bytes);
+  MappedSegments mapped{memory::Mapped(reinterpret_cast<std::byte*>(aligned), total_bytes)};
   std::byte* address = mapped.memory.data();
   for (size_t at = 0; at < segments.size(); ++at) {
     constexpr int kFlags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
@@ -227,7 +234,21 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
     return fail(Code::corrupt, "daemon and client cut blocks differently; are they of one version?");
   }
   const auto [first, last] = cut.blocks_of(image_offset, size_bytes);
-  return fill_->wait(first, last, timeout_ms, [this] { return mapping_->daemon_lives(); });
+  if (fill_->has_blocks(first, last) && fill_->state() != memory::FillState::failed) return {};
+  // What is read in file order comes soon; what is not there by then is asked for.
+  constexpr int64_t kPatienceMs = 20;
+  const auto alive = [this] { return mapping_->daemon_lives(); };
+  const bool patient = timeout_ms < 0 || timeout_ms > kPatienceMs;
+  Status there = fill_->wait(first, last, patient ? kPatienceMs : timeout_ms, alive);
+  if (there || fill_->state() != memory::FillState::filling || !alive() || !patient) return there;
+  protocol::RequestUnion request;
+  protocol::WantT want;
+  want.replica = replica_;
+  want.first_block = first;
+  want.last_block = last;
+  request.Set(std::move(want));
+  connection_->tell(std::move(request));
+  return fill_->wait(first, last, timeout_ms < 0 ? timeout_ms : timeout_ms - kPatienceMs, alive);
 }
 
 Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {

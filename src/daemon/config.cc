@@ -47,6 +47,19 @@ Status set_number(Number& target, const std::string& value, Number least, Number
   return {};
 }
 
+// `value` as one of the names, which stand in the order of the enumeration.
+template <typename Choice, size_t kCount>
+Status set_choice(Choice& target, const std::string& value, const char* const (&names)[kCount]) {
+  const auto* found = std::find(std::begin(names), std::end(names), value);
+  if (found == std::end(names)) {
+    std::string all;
+    for (const char* name : names) all += (all.empty() ? "" : ", ") + std::string(name);
+    return fail(Code::invalid_argument, base::text(base::quoted(value), " is none of ", all));
+  }
+  target = static_cast<Choice>(found - std::begin(names));
+  return {};
+}
+
 constexpr int kReadThreadsMax = 256;
 constexpr int64_t kDrainSecondsMax = 3600;
 
@@ -66,6 +79,20 @@ constexpr Setting kSettings[] = {
     {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
      [](Config& config, const std::string& value) {
        return set_number(config.read_threads, value, 1, kReadThreadsMax);
+     }},
+    {"disk_reads", "WAY",
+     "best, io_uring, pread (both with O_DIRECT), or buffered: how what is not cached is read (default: "
+     "best)",
+     [](Config& config, const std::string& value) {
+       return set_choice(config.disk_reads, value, {"best", "io_uring", "pread", "buffered"});
+     }},
+    {"cache", "CHOICE", "keep or drop: what reads leave in the page cache (default: keep)",
+     [](Config& config, const std::string& value) {
+       return set_choice(config.cache, value, {"keep", "drop"});
+     }},
+    {"huge_pages", "CHOICE", "auto or never: pages of 2 MiB for weights (default: auto)",
+     [](Config& config, const std::string& value) {
+       return set_choice(config.huge_pages, value, {"auto", "never"});
      }},
     {"log_level", "LEVEL",
      "trace, debug (also records every read and copy), info, warning, error, off (default: info)",

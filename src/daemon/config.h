@@ -10,10 +10,15 @@
 
 #include "base/log.h"
 #include "base/result.h"
+#include "memory/fresh_pages.h"
+#include "storage/file_source.h"
 
 namespace tensord::daemon {
 
 using base::Result;
+
+// How bytes that are in no cache are read: io_uring and O_DIRECT where they can be had, or what is named.
+enum class DiskReads : uint8_t { best, io_uring, pread, buffered };
 
 struct Config {
   std::string runtime_dir;
@@ -21,6 +26,9 @@ struct Config {
   uint64_t host_memory = 0;
   uint64_t prefault = 0;
   int read_threads = 0;
+  DiskReads disk_reads = DiskReads::best;
+  storage::CacheLeft cache = storage::CacheLeft::keep;
+  memory::HugePages huge_pages = memory::HugePages::wanted;
   base::LogLevel log_level = base::LogLevel::info;
   std::string log_file;
   int64_t drain_seconds = 10;

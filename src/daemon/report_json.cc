@@ -67,13 +67,21 @@ struct Phase {
   uint64_t bytes;
 };
 
+// Of the time that the load filled, what neither touching memory nor checking took.
+int64_t read_ns(const engine::LoadReport& report) {
+  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
+  const engine::LoadCounters& counters = report.counters;
+  return std::max<int64_t>(counters.fill_ns - (counters.touch_ns + counters.check_ns) / threads, 0);
+}
+
 std::vector<Phase> phases_of(const engine::LoadReport& report) {
   const int64_t threads = std::max<int64_t>(report.thread_count, 1);
   const engine::LoadCounters& counters = report.counters;
   std::vector<Phase> phases = {
       {"index", report.index_ns, report.index_ns, 0},
       {"wait_for_memory", report.memory_ns, report.memory_ns, 0},
-      {"read", counters.read_ns / threads, counters.read_ns, counters.bytes},
+      {"touch", counters.touch_ns / threads, counters.touch_ns, 0},
+      {"read", read_ns(report), read_ns(report) * threads, counters.bytes},
       {"check", counters.check_ns / threads, counters.check_ns, counters.bytes},
   };
   Phase map{"map", 0, 0, 0}, plan{"plan", 0, 0, 0}, wait{"wait", 0, 0, 0}, copy{"copy", 0, 0, 0};
@@ -97,9 +105,10 @@ std::vector<Phase> phases_of(const engine::LoadReport& report) {
 // What the load itself waited for most, and what may help.
 std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
   const int64_t threads = std::max<int64_t>(report.thread_count, 1);
-  const int64_t read_ns = report.counters.read_ns / threads;
+  const int64_t reading_ns = read_ns(report);
   const int64_t check_ns = report.counters.check_ns / threads;
-  const int64_t most = std::max({report.index_ns, report.memory_ns, read_ns, check_ns});
+  const int64_t touch_ns = report.counters.touch_ns / threads;
+  const int64_t most = std::max({report.index_ns, report.memory_ns, reading_ns, check_ns, touch_ns});
   if (most > 0 && most == report.index_ns) {
     return {"index",
             "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
@@ -107,17 +116,21 @@ std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
   if (most > 0 && most == report.memory_ns) {
     return {"memory", "Most of the time went into waiting for room: raise host_memory."};
   }
+  if (most == touch_ns) {
+    return {"fresh memory",
+            "Most of the time went into memory touched for the first time: `prefault` does that beforehand."};
+  }
   if (most == check_ns)
     return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
-  if (report.disk_bytes > report.counters.bytes / 2) {
+  if (report.direct_bytes + report.buffered_bytes > report.cached_bytes) {
     return {
         "disk",
         "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
   }
   return {"page cache",
-          "The bytes came from the page cache into memory that was touched for the first time or recycled: "
-          "`prefault` "
-          "and more read_threads would help."};
+          "The bytes came from the page cache: more read_threads or cores, or keeping the replica resident "
+          "(pin), "
+          "would help."};
 }
 
 // Keeps the report below what a frame can carry (64 MiB): about 130 bytes a span.
@@ -239,6 +252,11 @@ std::string explain_json(const engine::LoadReport& report) {
                 {"gb_per_s", gb_per_s(report.counters.bytes, report.wall_ns)},
                 {"read_threads", report.thread_count},
                 {"disk_bytes", report.disk_bytes},
+                {"cached_bytes", report.cached_bytes},
+                {"direct_bytes", report.direct_bytes},
+                {"buffered_bytes", report.buffered_bytes},
+                {"read_path", report.read_path},
+                {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
                 {"phases", phase_values},
                 {"limited_by", limited_by},

@@ -72,6 +72,10 @@ void Requests::handle(rpc::Request request) {
       return call(request);
     case protocol::Request::Used:
       return used(request);
+    case protocol::Request::Want: {
+      const protocol::Want& want = *request.frame().request_as_Want();
+      return engine_.want(want.replica(), want.first_block(), want.last_block());
+    }
     default:
       break;
   }

@@ -80,10 +80,32 @@ base::Result<base::Fd> catch_signals() {
   return fd;
 }
 
+struct DirectReads {
+  std::unique_ptr<storage::DirectReader> reader;  // nullptr: through the page cache
+  std::string note;
+};
+
+// The reader that was asked for, or the best there is; only what was asked for by name must be had.
+base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
+  if (wanted == DiskReads::buffered) return DirectReads{nullptr, "disk_reads is buffered: no O_DIRECT"};
+  DirectReads reads;
+  if (wanted != DiskReads::pread) {
+    auto ring = storage::start_uring_reader();
+    if (ring) return DirectReads{std::move(*ring), ""};
+    if (wanted == DiskReads::io_uring) {
+      return base::fail(ring.error().code, "disk_reads is io_uring: " + ring.error().message);
+    }
+    reads.note = ring.error().message + "; O_DIRECT reads are done by threads";
+  }
+  TRY_ASSIGN(reads.reader, storage::start_pread_reader());
+  return reads;
+}
+
 // Touches memory for loads to come, piece by piece: the loop claims room, a thread of its own touches it.
 class Prefaulter {
  public:
-  Prefaulter(rpc::Loop& loop, engine::Engine& engine) : loop_(loop), engine_(engine) {}
+  Prefaulter(rpc::Loop& loop, engine::Engine& engine, memory::HugePages huge)
+      : loop_(loop), engine_(engine), huge_(huge) {}
 
   Status start(uint64_t bytes) {
     TRY_ASSIGN(thread_, storage::start_read_pool(1));
@@ -103,7 +125,7 @@ class Prefaulter {
     }
     thread_->post(this, [this, size] {
       auto segment = memory::make_segment(size, ::getuid());
-      const bool touched = segment && ::madvise(segment->data(), size, MADV_POPULATE_WRITE) == 0;
+      const bool touched = segment && touch(*segment);
       auto shared = std::make_shared<std::optional<memory::Segment>>();
       if (touched) *shared = std::move(*segment);
       loop_.post([this, size, touched, shared] {
@@ -115,8 +137,19 @@ class Prefaulter {
     });
   }
 
+  bool touch(memory::Segment& segment) const {
+    memory::SegmentRun run;
+    run.segments.push_back(std::move(segment));
+    memory::FreshPages(run, huge_).prepare(0, run.size_bytes());
+    segment = std::move(run.segments.front());
+    if (::madvise(segment.data(), segment.size_bytes(), MADV_POPULATE_WRITE) != 0) return false;
+    segment.set_touched();
+    return true;
+  }
+
   rpc::Loop& loop_;
   engine::Engine& engine_;
+  const memory::HugePages huge_;
   std::vector<uint64_t> sizes_;                // still to be touched, the largest first
   std::unique_ptr<storage::ReadPool> thread_;  // last: it ends before what it uses
 };
@@ -173,8 +206,15 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> pool, storage::start_read_pool(config.read_threads));
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));
-  engine::Engine engine({config.host_memory, keep_spans, encode_index}, *catalog, *catalog_thread, *pool,
-                        owner_over(*loop));
+  TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
+  if (!direct.note.empty()) log(LogLevel::info, direct.note);
+  engine::Engine engine(
+      {.host_memory_bytes = config.host_memory,
+       .keep_spans = keep_spans,
+       .encode_index = encode_index,
+       .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
+       .huge_pages = config.huge_pages},
+      *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
                     .protocol = rpc::kProtocolVersion,
@@ -197,7 +237,7 @@ Status run(const Config& config) {
     signalfd_siginfo info;
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
   }));
-  Prefaulter prefaulter(*loop, engine);
+  Prefaulter prefaulter(*loop, engine, config.huge_pages);
   if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
       base::human_bytes(config.host_memory), ", ", config.read_threads, " read threads");

@@ -219,12 +219,14 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   std::vector<storage::SourceFile> files;
   for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
   replica.files.clear();
+  replica.pages.emplace(replica.memory, options_.huge_pages);
   LoadOrder order{.content = replica.content,
-                  .source = storage::make_file_source(std::move(files), pool_),
+                  .source = storage::make_file_source(std::move(files), pool_, options_.reads),
                   .image = replica.memory.data(),
                   .fill = &*replica.fill,
+                  .pages = &*replica.pages,
                   .expected = std::move(known),
-                  .depth = 2 * static_cast<uint32_t>(pool_.thread_count()),
+                  .thread_count = static_cast<uint32_t>(pool_.thread_count()),
                   .keep_spans = options_.keep_spans};
   replica.load = std::make_unique<Load>(std::move(order), [this, number = replica.number](LoadResult result) {
     auto shared = std::make_shared<LoadResult>(std::move(result));
@@ -333,11 +335,11 @@ Engine::Digests Engine::known_digests(const Content& content) {
 
 void Engine::loaded(uint64_t number, LoadResult result) {
   Replica& replica = *replicas_.at(number);
-  replica.load.reset();
   if (LoadReport* report = report_of(number)) {
-    report->wall_ns = base::monotonic_ns() - report->begin_ns;
-    report->counters = result.counters;
-    report->disk_bytes = disk_bytes_read() - report->disk_bytes;
+    note_progress(replica, *report);
+    for (const std::string& note : report->notes) {
+      if (notes_.insert(note).second) log(LogLevel::info, "load ", report->load, ": ", note);
+    }
     report->spans = std::move(result.spans);
     report->state = result.status ? LoadState::ready : LoadState::failed;
     if (result.status) report->artifact = result.artifact_id;
@@ -346,8 +348,11 @@ void Engine::loaded(uint64_t number, LoadResult result) {
         ", ", base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9,
         " s");
   }
+  replica.load.reset();
+  replica.pages.reset();
   replica.last_used_ns = base::monotonic_ns();
   if (result.status) {
+    for (memory::Segment& segment : replica.memory.segments) segment.set_touched();
     replica.state = ReplicaState::ready;
     replica.artifact = result.artifact_id;
     replica.leaves = std::move(result.leaves);
@@ -438,12 +443,23 @@ Status Engine::evict(uint64_t number) {
   if (replica.load) {
     replica.doomed = true;
     unlist(replica);
-    replica.load->cancel(
-        {Code::cancelled, base::text("load of ", replica.path(), ": evicted while it was filling")});
+    cancel_load(replica,
+                {Code::cancelled, base::text("load of ", replica.path(), ": evicted while it was filling")});
     return {};
   }
   forget(number);
   return {};
+}
+
+// Whoever waits hears of it at once; the load itself ends when the disk has given back what it was asked for.
+void Engine::cancel_load(Replica& replica, base::Error reason) {
+  replica.fill->end_failed(reason);
+  replica.load->cancel(std::move(reason));
+}
+
+void Engine::want(uint64_t number, uint32_t first, uint32_t last) {
+  const auto found = replicas_.find(number);
+  if (found != replicas_.end() && found->second->load) found->second->load->want(first, last);
 }
 
 void Engine::set_pinned(uint64_t number, bool pinned) { replicas_.at(number)->pinned = pinned; }
@@ -463,8 +479,8 @@ void Engine::cancel_all() {
   retry_parked();
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
-      replica->load->cancel(
-          {Code::cancelled, base::text("load of ", replica->path(), ": the daemon was stopped")});
+      cancel_load(*replica,
+                  {Code::cancelled, base::text("load of ", replica->path(), ": the daemon was stopped")});
     }
   }
 }

@@ -12,13 +12,16 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "catalog/catalog.h"
 #include "engine/replica.h"
 #include "engine/report.h"
+#include "memory/fresh_pages.h"
 #include "memory/segment_pool.h"
+#include "storage/file_source.h"
 #include "storage/read_pool.h"
 
 namespace tensord::engine {
@@ -40,6 +43,8 @@ struct EngineOptions {
   bool keep_spans = false;
   // Encodes an index for clients. Called on pool threads.
   std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
+  storage::FileSourceOptions reads;  // what it points to must outlive the engine
+  memory::HugePages huge_pages = memory::HugePages::wanted;
 };
 
 struct OpenOrder {
@@ -96,6 +101,9 @@ class Engine {
   // Code::cancelled after cancel_all().
   void verify(uint64_t replica, std::function<void(Result<VerifyReport>)> done);
 
+  // A client waits for blocks [first, last) of a replica: they are read before others. Unknown replicas are ignored.
+  void want(uint64_t replica, uint32_t first, uint32_t last);
+
   // Adds a client's figures to the report of the load that filled `replica`.
   void note_use(uint64_t replica, Use use);
 
@@ -141,6 +149,7 @@ class Engine {
   Digests known_digests(const Content& content);  // on the catalog thread
   void note_catalog(const Status& status);        // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
+  void cancel_load(Replica& replica, base::Error reason);
   void remember(const Replica& replica);
   Result<Grant> grant(Replica& replica, bool index_only, const Holder& holder);
   void lease_ended(uint64_t number, uint64_t lease);
@@ -151,6 +160,7 @@ class Engine {
   void forget(uint64_t number);
   void settle(Replica& replica);  // frees a replica that nobody can use any more
   std::string holders_text() const;
+  static void note_progress(const Replica& replica, LoadReport& report);
   LoadReport* report_of(uint64_t replica);
   const LoadReport* report_of(uint64_t replica) const;
 
@@ -177,6 +187,7 @@ class Engine {
   uint64_t last_opened_ = 0;
   size_t lease_count_ = 0;
   size_t remembering_count_ = 0;
+  std::set<std::string> notes_;          // of loads, that were logged
   bool catalog_failed_ = false;          // said once; belongs to the catalog thread
   std::atomic<bool> cancelling_{false};  // also read by threads that verify
   std::function<void()> drained_;

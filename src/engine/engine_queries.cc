@@ -67,15 +67,29 @@ LoadReport* Engine::report_of(uint64_t number) {
   return const_cast<LoadReport*>(std::as_const(*this).report_of(number));
 }
 
+void Engine::note_progress(const Replica& replica, LoadReport& report) {
+  const storage::Source& source = replica.load->source();
+  const storage::SourceCounters counters = source.counters();
+  report.wall_ns = base::monotonic_ns() - report.begin_ns;
+  report.counters = replica.load->counters();
+  report.disk_bytes = disk_bytes_read() - report.disk_bytes;
+  report.cached_bytes = counters.cached_bytes;
+  report.direct_bytes = counters.direct_bytes;
+  report.buffered_bytes = counters.buffered_bytes;
+  report.read_path = source.read_path();
+  report.notes = source.notes();
+  if (std::string problem = replica.pages->problem(); !problem.empty()) {
+    report.notes.push_back(std::move(problem));
+  }
+}
+
 std::optional<LoadReport> Engine::load_report(uint64_t number) const {
   const LoadReport* found = report_of(number);
   if (found == nullptr) return std::nullopt;
   LoadReport report = *found;
   const auto replica = replicas_.find(number);
   if (replica != replicas_.end() && replica->second->load) {
-    report.wall_ns = base::monotonic_ns() - report.begin_ns;
-    report.counters = replica->second->load->counters();
-    report.disk_bytes = disk_bytes_read() - report.disk_bytes;
+    note_progress(*replica->second, report);
   }
   return report;
 }

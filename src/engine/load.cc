@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "base/check.h"
@@ -13,86 +14,223 @@ namespace tensord::engine {
 using base::Code;
 using base::MutexLock;
 
+namespace {
+uint64_t choose_run_bytes(const Content& content, uint32_t thread_count) {
+  uint64_t total_bytes = 0;
+  for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
+  return std::clamp(total_bytes / (uint64_t{4} * thread_count), kRunBytesMin, kRunBytesMax);
+}
+}  // namespace
+
+// Blocks [first, last) on their way through one read. Belongs to one thread at a time.
+class Load::Run {
+ public:
+  Run(Load& load, uint32_t first, uint32_t last)
+      : load_(load),
+        blocks_(std::span(load.content_->layout.blocks).subspan(first, last - first)),
+        leaves_(load.content_->layout.leaves),
+        first_(first),
+        leaf_(blocks_.front().leaf_begin) {}
+
+  const tensor::Block& front() const { return blocks_.front(); }
+  uint32_t first() const { return first_; }
+  uint32_t last() const { return first_ + static_cast<uint32_t>(blocks_.size()); }
+  uint64_t begin() const { return blocks_.front().image_offset; }
+  uint64_t size_bytes() const { return blocks_.back().image_offset + blocks_.back().size_bytes - begin(); }
+  const Status& status() const { return status_; }
+
+  // Bytes in order, from image offset begin() + at on: those before them are in the image by now.
+  void add(uint64_t at, std::span<const std::byte> bytes) {
+    mark_until(begin() + at);
+    // Reading the clock takes as long as hashing 1 KiB: of small pieces every 16th is timed.
+    constexpr uint64_t kLargePiece = 64 << 10, kSampleEvery = 16;
+    const bool large = bytes.size() >= kLargePiece;
+    const bool timed = large || piece_count_++ % kSampleEvery == 0;
+    const int64_t begin_ns = timed ? base::monotonic_ns() : 0;
+    hash(begin() + at, bytes);
+    if (!timed) return;
+    const int64_t end_ns = base::monotonic_ns();
+    load_.check_ns_ += (end_ns - begin_ns) * static_cast<int64_t>(large ? 1 : kSampleEvery);
+    if (large && load_.keep_spans_) {
+      load_.keep_span(
+          {LoadSpan::Kind::check, static_cast<uint32_t>(::gettid()), first_, bytes.size(), begin_ns, end_ns});
+    }
+  }
+
+  void mark_rest() { mark_until(begin() + size_bytes()); }
+
+ private:
+  void hash(uint64_t image_at, std::span<const std::byte> bytes) {
+    const uint32_t leaf_end = blocks_.back().leaf_end;
+    while (!bytes.empty() && leaf_ < leaf_end) {
+      const tensor::Leaf& leaf = leaves_[leaf_];
+      if (image_at < leaf.image_offset) {  // bytes of no tensor
+        const size_t skipped = std::min<uint64_t>(bytes.size(), leaf.image_offset - image_at);
+        image_at += skipped;
+        bytes = bytes.subspan(skipped);
+        continue;
+      }
+      const uint64_t left = leaf.image_offset + leaf.size_bytes - image_at;
+      const auto part = bytes.first(std::min<uint64_t>(bytes.size(), left));
+      const bool whole = part.size() == leaf.size_bytes;
+      if (!whole) {
+        if (image_at == leaf.image_offset) hasher_.begin();
+        hasher_.add(part);
+      }
+      if (part.size() == left) {
+        const Status same = load_.check_leaf(leaf_, front().file, whole ? tensor::hash(part) : hasher_.end());
+        if (!same && status_) status_ = same;
+        ++leaf_;
+      }
+      image_at += part.size();
+      bytes = bytes.subspan(part.size());
+    }
+  }
+
+  // Blocks that end before `image_end` are in the image and checked.
+  void mark_until(uint64_t image_end) {
+    while (status_ && marked_ < blocks_.size()) {
+      const tensor::Block& block = blocks_[marked_];
+      if (block.image_offset + block.size_bytes > image_end) return;
+      load_.bytes_ += block.size_bytes;
+      load_.fill_->mark_block(first_ + marked_++, block.size_bytes);
+    }
+  }
+
+  Load& load_;
+  const std::span<const tensor::Block> blocks_;
+  const std::vector<tensor::Leaf>& leaves_;
+  const uint32_t first_;
+  uint32_t leaf_;        // the next one to be finished
+  uint32_t marked_ = 0;  // of blocks_
+  uint64_t piece_count_ = 0;
+  tensor::Hasher hasher_;
+  Status status_;  // of the first leaf that differs
+};
+
 Load::Load(LoadOrder order, std::function<void(LoadResult)> done)
     : content_(std::move(order.content)),
       image_(order.image),
       fill_(order.fill),
+      pages_(order.pages),
       expected_(std::move(order.expected)),
-      depth_(order.depth),
+      thread_count_(order.thread_count),
       keep_spans_(order.keep_spans),
       done_(std::move(done)),
+      run_bytes_(choose_run_bytes(*content_, order.thread_count)),
+      in_flight_bytes_max_(order.in_flight_bytes),
       leaves_(content_->layout.leaves.size()),
+      issued_(content_->layout.blocks.size()),
       source_(std::move(order.source)) {
   CHECK(expected_.size() == content_->index.files.size());
-  CHECK(depth_ > 0);
+  CHECK(thread_count_ > 0);
 }
 
-void Load::start() { pump(); }
+void Load::start() {
+  begin_ns_ = base::monotonic_ns();
+  pump();
+}
+
+void Load::want(uint32_t first, uint32_t last) {
+  constexpr size_t kWantedMax = 1024;  // of a client that asks without end the rest is read in file order
+  MutexLock lock(mutex_);
+  last = std::min(last, static_cast<uint32_t>(issued_.size()));
+  if (first < last && wanted_.size() < kWantedMax) wanted_.emplace_back(first, last);
+}
 
 void Load::cancel(base::Error reason) {
   fail(std::move(reason));
   source_->cancel();
 }
 
-LoadCounters Load::counters() const { return {bytes_.load(), read_ns_.load(), check_ns_.load()}; }
+LoadCounters Load::counters() const {
+  const int64_t begin_ns = begin_ns_, end_ns = end_ns_;
+  const int64_t until_ns = end_ns != 0 ? end_ns : base::monotonic_ns();
+  return {bytes_, begin_ns == 0 ? 0 : until_ns - begin_ns, touch_ns_, check_ns_};
+}
 
-// One thread at a time issues blocks; a source that completes within read() comes back here and returns at once.
+// One thread at a time issues runs; a source that completes within read() comes back here and returns at once.
 void Load::pump() {
   if (pump_calls_.fetch_add(1) > 0) return;
   do {
-    while (issue_block()) {
+    while (issue_run()) {
     }
   } while (pump_calls_.fetch_sub(1) > 1);
 }
 
-bool Load::issue_block() {
+// The block to be read next: one that is waited for, else the first in file order.
+std::optional<uint32_t> Load::next_block() {
+  while (!wanted_.empty()) {
+    auto& [first, last] = wanted_.front();
+    while (first < last && issued_[first]) ++first;
+    if (first < last) return first;
+    wanted_.pop_front();
+  }
+  while (next_block_ < issued_.size() && issued_[next_block_]) ++next_block_;
+  if (next_block_ == issued_.size()) return std::nullopt;
+  return next_block_;
+}
+
+uint32_t Load::run_end(uint32_t first) {
   const auto& blocks = content_->layout.blocks;
-  uint32_t number;
+  uint64_t bytes = blocks[first].size_bytes;
+  uint32_t last = first + 1;
+  for (; last < blocks.size() && !issued_[last]; ++last) {
+    const tensor::Block &before = blocks[last - 1], &block = blocks[last];
+    const bool follows = block.file == before.file &&
+                         block.image_offset == before.image_offset + before.size_bytes &&
+                         file_offset(block) == file_offset(before) + before.size_bytes;
+    bytes += block.size_bytes;
+    if (!follows || bytes > run_bytes_) break;
+  }
+  return last;
+}
+
+bool Load::issue_run() {
+  std::shared_ptr<Run> run;
   {
     MutexLock lock(mutex_);
     if (finished_) return false;
-    if (error_ || next_block_ == blocks.size()) {
+    const auto first = error_ ? std::nullopt : next_block();
+    if (first) {
+      if (in_flight_bytes_ >= in_flight_bytes_max_ && in_flight_ >= 2 * thread_count_) return false;
+      run = std::make_shared<Run>(*this, *first, run_end(*first));
+      std::fill(issued_.begin() + run->first(), issued_.begin() + run->last(), true);
+      ++in_flight_;
+      in_flight_bytes_ += run->size_bytes();
+    } else {
       if (in_flight_ > 0) return false;
       finished_ = true;
-      number = UINT32_MAX;
-    } else {
-      if (in_flight_ >= depth_) return false;
-      number = next_block_++;
-      ++in_flight_;
     }
   }
-  if (number == UINT32_MAX) {
+  if (!run) {
     finish();
     return false;
   }
-  const tensor::Block& block = blocks[number];
-  source_->read({.file = block.file,
-                 .offset = block.image_offset - content_->layout.file_offsets[block.file],
-                 .target = {image_ + block.image_offset, block.size_bytes},
-                 .done = [this, number](const Status& status, const storage::ReadTiming& timing) {
-                   finish_block(number, status, timing);
-                 }});
+  source_->read({.file = run->front().file,
+                 .offset = file_offset(run->front()),
+                 .target = {image_ + run->begin(), run->size_bytes()},
+                 .done = [this, run](const Status& status,
+                                     const storage::ReadTiming& timing) { finish_run(*run, status, timing); },
+                 .begin =
+                     [this, run] {
+                       if (pages_ == nullptr) return;
+                       const int64_t begin_ns = base::monotonic_ns();
+                       pages_->prepare(run->begin(), run->size_bytes());
+                       touch_ns_ += base::monotonic_ns() - begin_ns;
+                     },
+                 .piece = [run](uint64_t at, std::span<const std::byte> bytes) { run->add(at, bytes); }});
   return true;
 }
 
-void Load::finish_block(uint32_t number, const Status& read, const storage::ReadTiming& timing) {
-  const tensor::Block& block = content_->layout.blocks[number];
-  Status status = read;
-  read_ns_ += timing.end_ns - timing.begin_ns;
+void Load::finish_run(Run& run, const Status& read, const storage::ReadTiming& timing) {
+  const Status& status = read ? run.status() : read;
   if (status) {
-    const int64_t begin_ns = base::monotonic_ns();
-    status = check_block(number);
-    const int64_t end_ns = base::monotonic_ns();
-    check_ns_ += end_ns - begin_ns;
+    run.mark_rest();
     if (keep_spans_) {
-      const auto thread = static_cast<uint32_t>(::gettid());
-      keep_span({LoadSpan::Kind::read, thread, number, block.size_bytes, timing.begin_ns, timing.end_ns});
-      keep_span({LoadSpan::Kind::check, thread, number, block.size_bytes, begin_ns, end_ns});
+      keep_span({LoadSpan::Kind::read, static_cast<uint32_t>(::gettid()), run.first(), run.size_bytes(),
+                 timing.begin_ns, timing.end_ns});
     }
-  }
-  if (status) {
-    bytes_ += block.size_bytes;
-    fill_->mark_block(number, block.size_bytes);
   } else {
     // A short read of a file that shrank is no corruption: say what really happened.
     const Status unchanged = source_->check_unchanged();
@@ -102,28 +240,29 @@ void Load::finish_block(uint32_t number, const Status& read, const storage::Read
   {
     MutexLock lock(mutex_);
     --in_flight_;
+    in_flight_bytes_ -= run.size_bytes();
   }
   pump();
 }
 
-Status Load::check_block(uint32_t number) {
-  const tensor::Block& block = content_->layout.blocks[number];
-  for (uint32_t at = block.leaf_begin; at < block.leaf_end; ++at) {
-    const tensor::Leaf& leaf = content_->layout.leaves[at];
-    leaves_[at] = tensor::hash({image_ + leaf.image_offset, leaf.size_bytes});
-    const auto& expected = expected_[block.file];
-    if (expected.empty()) continue;
-    if (expected[at - leaves_of_file(*content_, block.file).first] == leaves_[at]) continue;
-    const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
-    return base::fail(
-        Code::corrupt,
-        base::text(content_->index.files[block.file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
-                   leaf.leaf, " (", leaf.size_bytes, " bytes at ",
-                   leaf.image_offset - content_->layout.file_offsets[block.file],
-                   "): the bytes differ from those first read from this file, though its size and mtime "
-                   "are the same; restore it, or `touch` it if the change was meant"));
-  }
-  return {};
+uint64_t Load::file_offset(const tensor::Block& block) const {
+  return block.image_offset - content_->layout.file_offsets[block.file];
+}
+
+Status Load::check_leaf(uint32_t at, uint32_t file, const tensor::Digest& digest) {
+  leaves_[at] = digest;
+  const auto& expected = expected_[file];
+  if (expected.empty()) return {};
+  if (expected[at - leaves_of_file(*content_, file).first] == digest) return {};
+  const tensor::Leaf& leaf = content_->layout.leaves[at];
+  const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
+  return base::fail(
+      Code::corrupt,
+      base::text(content_->index.files[file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
+                 leaf.leaf, " (", leaf.size_bytes, " bytes at ",
+                 leaf.image_offset - content_->layout.file_offsets[file],
+                 "): the bytes differ from those first read from this file, though its size and "
+                 "mtime are the same; restore it, or `touch` it if the change was meant"));
 }
 
 void Load::fail(base::Error error) {
@@ -143,6 +282,7 @@ void Load::finish() {
     if (error_) result.status = tl::unexpected(*error_);
     result.spans = std::move(spans_);
   }
+  end_ns_ = base::monotonic_ns();
   if (result.status) result.status = source_->check_unchanged();
   if (result.status) {
     std::vector<std::vector<tensor::Digest>> by_tensor(content_->index.tensors.size());

@@ -164,4 +164,36 @@ TEST(Load, a_cancelled_one_ends_with_the_reason_it_was_given) {
   EXPECT_EQ(fill.ready_bytes(), 0u);
 }
 
+TEST(Load, blocks_that_are_waited_for_are_read_before_others) {
+  const Checkpoint checkpoint = make_checkpoint();
+  const tensor::ImageLayout& layout = checkpoint.content->layout;
+  std::vector<std::byte> image(layout.size_bytes);
+  memory::FillMap fill = memory::FillMap::create(layout.blocks.size(), layout.size_bytes).value();
+  const memory::FillView view = memory::FillView::open(base::duplicate(fill.fd()).value()).value();
+  std::promise<LoadResult> promise;
+  auto held = storage::make_memory_source({.files = checkpoint.files, .hold = true});
+  storage::MemorySource& source = *held;
+  Load load({.content = checkpoint.content,
+             .source = std::move(held),
+             .image = image.data(),
+             .fill = &fill,
+             .expected = {{}, {}},
+             .thread_count = 1,
+             .in_flight_bytes = 1},
+            [&](LoadResult result) { promise.set_value(std::move(result)); });
+  load.start();
+  ASSERT_EQ(source.held_count(), 2u) << "two reads a thread";
+  const auto block_count = static_cast<uint32_t>(layout.blocks.size());
+  load.want(block_count - 1, block_count);
+  load.want(block_count, block_count + 7);  // no such blocks
+  source.release_reads(1);
+  source.release_reads(2);
+  EXPECT_TRUE(view.has_blocks(block_count - 1, block_count));
+  EXPECT_FALSE(view.has_blocks(block_count - 2, block_count - 1));
+  while (source.held_count() > 0) source.release_reads();
+  const LoadResult result = promise.get_future().get();
+  ASSERT_TRUE(result.status) << result.status.error().message;
+  EXPECT_EQ(fill.ready_bytes(), checkpoint.files[0].size() + checkpoint.files[1].size());
+}
+
 }  // namespace tensord::engine

@@ -84,6 +84,7 @@ struct Replica {
   std::shared_ptr<const Content> content;
   IndexFile index_file;
   memory::SegmentRun memory;
+  std::optional<memory::FreshPages> pages;  // while filling
   std::optional<memory::FillMap> fill;
   std::map<uint64_t, Lease> leases;
   std::vector<tensor::Digest> leaves;  // once ready

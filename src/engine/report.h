@@ -29,8 +29,10 @@ struct LoadSpan {
 
 struct LoadCounters {
   uint64_t bytes = 0;
-  int64_t read_ns = 0;   // summed over threads
-  int64_t check_ns = 0;  // summed over threads: hashing and comparing
+  int64_t fill_ns = 0;   // wall clock: from the first read asked for to the last byte checked
+  int64_t touch_ns = 0;  // summed over threads: giving fresh memory its pages
+  int64_t check_ns =
+      0;  // summed over threads: hashing and comparing; a sample of it where it is mixed with reading
 };
 
 struct UseSpan {

@@ -91,6 +91,7 @@ void FillMap::end_ready(const tensor::Digest& artifact_id) {
 }
 
 void FillMap::end_failed(const base::Error& error) {
+  if (state() != FillState::filling) return;
   header().error_code = static_cast<uint32_t>(error.code);
   const size_t size = std::min(error.message.size(), sizeof(FillHeader::error_message) - 1);
   std::memcpy(header().error_message, error.message.data(), size);

@@ -67,7 +67,7 @@ class FillMap {
   // The block's bytes are written and checked: readers may look at them from now on.
   void mark_block(uint64_t block, uint64_t size_bytes);
   void end_ready(const tensor::Digest& artifact_id);
-  void end_failed(const base::Error& error);
+  void end_failed(const base::Error& error);  // the first end counts
 
   FillState state() const { return static_cast<FillState>(header().state.load(std::memory_order_acquire)); }
   uint64_t ready_bytes() const { return header().ready_bytes.load(std::memory_order_relaxed); }

@@ -56,13 +56,15 @@ Segment::Segment(Segment&& other) noexcept
     : fd_(std::move(other.fd_)),
       data_(std::exchange(other.data_, nullptr)),
       size_bytes_(other.size_bytes_),
-      owner_(other.owner_) {}
+      owner_(other.owner_),
+      touched_(other.touched_) {}
 
 Segment& Segment::operator=(Segment&& other) noexcept {
   std::swap(fd_, other.fd_);
   std::swap(data_, other.data_);
   std::swap(size_bytes_, other.size_bytes_);
   std::swap(owner_, other.owner_);
+  std::swap(touched_, other.touched_);
   return *this;
 }
 
@@ -89,8 +91,13 @@ Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
   if (::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0) {
     return tl::unexpected(base::errno_error("size a memory segment", errno));
   }
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map a memory segment", errno));
+  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes));
+  void* data = ::mmap(address, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd.get(), 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    ::munmap(address, size_bytes);
+    return tl::unexpected(base::errno_error("map a memory segment", error));
+  }
   Segment segment(std::move(fd), static_cast<std::byte*>(data), size_bytes, owner);
   // FUTURE_WRITE leaves the mapping above writable and refuses every later one, and write().
   constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
