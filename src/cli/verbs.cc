@@ -160,6 +160,11 @@ Result<Output> run_explain(const Words& words) {
     TRY_ASSIGN(report, without_trace(report, absolute(words.trace)));
     for_people += text("\ntrace in ", words.trace, "; ui.perfetto.dev and chrome://tracing show it\n");
   }
+  if (!words.html.empty()) {
+    TRY_ASSIGN(const std::string page, explain_page(report));
+    TRY(write_file(words.html, page));
+    for_people += text("\npicture in ", words.html, "; any browser shows it\n");
+  }
   return Output{.json = std::move(report), .text = std::move(for_people)};
 }
 
@@ -238,6 +243,11 @@ constexpr Flag kExplainFlags[] = {
      .field = &Words::trace,
      .value = "FILE",
      .completes = Completes::files},
+    {.name = "--html",
+     .summary = "draw it in FILE, a page for any browser",
+     .field = &Words::html,
+     .value = "FILE",
+     .completes = Completes::files},
 };
 
 constexpr Operand kPath = {.name = "PATH", .summary = "a .safetensors file, or a folder with a checkpoint"};
@@ -262,7 +272,7 @@ constexpr Verb kVerbs[] = {
      "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", kPath, kShowFlags, run_show},
     {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", kReplica,
      kVerifyFlags, run_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --trace load.json", kLoad,
+    {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
      kExplainFlags, run_explain},
     {"evict",
      "give back the memory of a replica that nobody holds",

@@ -184,7 +184,8 @@ Status run(const Config& config) {
                     .started_ns = base::monotonic_ns(),
                     .read_threads = config.read_threads,
                     .connection_count_max = rpc::kConnectionCountMax,
-                    .keep_spans = keep_spans};
+                    .keep_spans = keep_spans,
+                    .rates = load_rates(config.state_dir, this_machine())};
   Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
   TRY_ASSIGN(
       const std::unique_ptr<rpc::Server> server,
