@@ -263,6 +263,12 @@ constexpr Operand kHelpVerb = {
 
 constexpr Verb kVerbs[] = {
     {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", {}, {}, nullptr},
+    {"doctor",
+     "measure this machine and say what could be better",
+     "tensord doctor --folder /models",
+     {},
+     {},
+     nullptr},
     {"stop", "stop the daemon and wait until it is gone", "tensord stop", {}, {}, run_stop},
     {"status", "say which daemon runs, and its limits", "tensord status --json", {}, {}, run_status},
     {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", kPath,
@@ -363,7 +369,7 @@ std::string help_text(const Verb& verb) {
   }
   return text("tensord ", verb.name, ": ", verb.summary, "\n\nUsage: tensord ", verb.name, " [flags]",
               shown_operand(verb.operand), "\n\n", described(lines),
-              verb.run == nullptr ? "`tensord serve --help` lists its flags.\n" : "",
+              verb.run == nullptr ? text("`tensord ", verb.name, " --help` lists its flags.\n") : "",
               "\nExample: ", verb.example, "\n\n", kExitHelp);
 }
 
