@@ -19,6 +19,7 @@
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
+#include "cli/top.h"
 #include "client/connection.h"
 #include "client/model.h"
 #include "client/version.h"
@@ -214,6 +215,20 @@ Status check_view(const std::string& view) {
   return {};
 }
 
+// Of a thousand seconds at most, and a thousandth at least.
+Status check_interval(const std::string& seconds) {
+  char* rest = nullptr;
+  const double value = std::strtod(seconds.c_str(), &rest);
+  if (*rest == '\0' && value >= 0.001 && value <= 1000) return {};
+  return fail(Code::invalid_argument,
+              text(base::quoted(seconds), " is no number of seconds from 0.001 to 1000"));
+}
+
+Status check_count(const std::string& count) {
+  if (is_made_of(count, "0123456789") && count.size() < 19 && count != "0") return {};
+  return fail(Code::invalid_argument, text(base::quoted(count), " is no count from 1"));
+}
+
 constexpr Flag kCommonFlags[] = {
     {.name = "--json", .summary = "print one JSON document instead of text", .field = &Words::json},
     {.name = "--help", .summary = "print this", .field = &Words::help},
@@ -236,6 +251,18 @@ constexpr Flag kShowFlags[] = {
      .field = &Words::views,
      .value = "VIEW",
      .check = check_view},
+};
+constexpr Flag kTopFlags[] = {
+    {.name = "--interval",
+     .summary = "time between two looks (1)",
+     .field = &Words::interval,
+     .value = "SECONDS",
+     .check = check_interval},
+    {.name = "--count",
+     .summary = "end after so many looks",
+     .field = &Words::count,
+     .value = "COUNT",
+     .check = check_count},
 };
 constexpr Flag kExplainFlags[] = {
     {.name = "--trace",
@@ -280,6 +307,7 @@ constexpr Verb kVerbs[] = {
      kVerifyFlags, run_verify},
     {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
      kExplainFlags, run_explain},
+    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", {}, kTopFlags, run_top},
     {"evict",
      "give back the memory of a replica that nobody holds",
      "tensord evict /models/Qwen3-14B",
