@@ -179,7 +179,7 @@ bool draw(const std::string& sample) {
   const auto shown = top_screen(sample, known ? size.ws_col : 80, known ? size.ws_row : 24);
   if (!shown) return false;
   std::string out = "\x1b[H";  // over what is there: nothing flickers
-  for (const char c : *shown) out += c == '\n' ? std::string("\x1b[K\r\n") : std::string(1, c);
+  for (const char c : *shown) out += c == '\n' ? std::string("\x1b[K\n") : std::string(1, c);
   out += "\x1b[K\x1b[J";
   return std::fwrite(out.data(), 1, out.size(), stdout) == out.size() && std::fflush(stdout) == 0;
 }
