@@ -31,6 +31,9 @@ struct Words {
   std::string progress = "auto";
   std::vector<std::string> views;
   std::string trace;
+  std::string html;
+  std::string interval = "1";
+  std::string count;
 };
 
 enum class Completes { nothing, files, choices };

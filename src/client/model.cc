@@ -206,6 +206,7 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
   }
   model->mapping_ =
       std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
+  model->map_begin_ns_ = begin_ns;
   model->map_ns_ = base::monotonic_ns() - begin_ns;
   return model;
 }
@@ -310,7 +311,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
   if (mapping_ == nullptr) return fail(Code::invalid_argument, path_ + " was opened for its index only");
   const int64_t begin_ns = base::monotonic_ns();
   TRY_ASSIGN(const Prepared prepared, prepare(orders, options));
-  LoadReport report;
+  LoadReport report{.begin_ns = begin_ns};
   report.record_count = prepared.plan.records.size();
   report.plan_ns = base::monotonic_ns() - begin_ns;
   memory::CopyOptions run{.thread_count = options.thread_count, .keep_spans = connection_->keep_spans()};
@@ -331,6 +332,8 @@ void Model::report_use(const LoadReport& report) {
   if (!mapping_->daemon_lives()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
+  used.begin_ns = report.begin_ns;
+  used.map_begin_ns = map_begin_ns_;
   used.map_ns = map_ns_;
   used.plan_ns = report.plan_ns;
   used.wait_ns = report.copy.wait_ns;

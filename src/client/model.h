@@ -76,6 +76,7 @@ struct CopyOrderOptions {
 struct LoadReport {
   memory::CopyReport copy;
   uint64_t record_count = 0;
+  int64_t begin_ns = 0;
   int64_t plan_ns = 0;
   int64_t copy_ns = 0;
 };
@@ -130,6 +131,7 @@ class Model {
   tensor::Index index_;
   uint64_t replica_ = 0;
   uint64_t image_bytes_ = 0;
+  int64_t map_begin_ns_ = 0;
   int64_t map_ns_ = 0;
   std::vector<uint64_t> file_offsets_;  // and behind them the size of the image
   std::unique_ptr<Connection> connection_;

@@ -146,7 +146,9 @@ void Load::cancel(base::Error reason) {
 LoadCounters Load::counters() const {
   const int64_t begin_ns = begin_ns_, end_ns = end_ns_;
   const int64_t until_ns = end_ns != 0 ? end_ns : base::monotonic_ns();
-  return {bytes_, begin_ns == 0 ? 0 : until_ns - begin_ns, touch_ns_, check_ns_};
+  const int64_t fill_ns = begin_ns == 0 ? 0 : (until_ns - begin_ns) * thread_count_;
+  const int64_t touch_ns = touch_ns_, check_ns = check_ns_;
+  return {bytes_, std::max<int64_t>(fill_ns - touch_ns - check_ns, 0), check_ns, touch_ns};
 }
 
 // One thread at a time issues runs; a source that completes within read() comes back here and returns at once.

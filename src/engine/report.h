@@ -29,10 +29,9 @@ struct LoadSpan {
 
 struct LoadCounters {
   uint64_t bytes = 0;
-  int64_t fill_ns = 0;   // wall clock: from the first read asked for to the last byte checked
+  int64_t read_ns = 0;   // of the threads' time while the load filled: what is not told below
+  int64_t check_ns = 0;  // summed over threads: hashing and comparing; a sample where reading is mixed in
   int64_t touch_ns = 0;  // summed over threads: giving fresh memory its pages
-  int64_t check_ns =
-      0;  // summed over threads: hashing and comparing; a sample of it where it is mixed with reading
 };
 
 struct UseSpan {
@@ -47,6 +46,8 @@ struct UseSpan {
 struct Use {
   pid_t process_id = 0;
   std::string process_name;
+  int64_t begin_ns = 0;      // of the load_into; base::monotonic_ns
+  int64_t map_begin_ns = 0;  // of the mapping that it copied out of
   int64_t map_ns = 0;
   int64_t plan_ns = 0;
   int64_t wait_ns = 0;
@@ -57,17 +58,19 @@ struct Use {
   std::vector<UseSpan> spans;
 };
 
-enum class LoadState : uint8_t { filling, ready, failed };
+enum class LoadState : uint8_t { filling, ready, failed, waiting };  // waiting: for headers or memory
 
 struct LoadReport {
-  uint64_t load = 0;
+  uint64_t load = 0;  // 0: it only waits so far
   uint64_t replica = 0;
   std::string path;
   LoadState state = LoadState::filling;
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;
   int64_t begin_ns = 0;
-  int64_t wall_ns = 0;  // from the request to the last checked block; so far, while it fills
+  int64_t fill_ns = 0;      // when reading began; 0 while it waits, or when it never came to that
+  int64_t reopened_ns = 0;  // when somebody last found the replica resident
+  int64_t wall_ns = 0;      // from the request to the last checked block; so far, while it fills
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // finding room: eviction and new segments
   LoadCounters counters;
@@ -82,5 +85,9 @@ struct LoadReport {
   std::vector<LoadSpan> spans;
   std::vector<Use> uses;
 };
+
+struct Replica;
+// Of a replica that has not come to a load: how long it has waited for its headers and for memory.
+LoadReport waiting_report(const Replica& replica);
 
 }  // namespace tensord::engine
