@@ -331,6 +331,7 @@ Status run_memory(Bench& bench) {
   bench.add(std::move(clients));
 
   for (const int count : {1, 4, 8}) {
+    if (bench.tiny() && count > 1) break;
     TRY(add_client_memory(bench, daemon, path, count));
     for (const std::string& name : bench.options().peers) {
       if (!bench.options().python.empty() && name.starts_with("safetensors"))

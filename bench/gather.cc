@@ -26,6 +26,23 @@ void copy_memcpy(const Rows& rows) {
   }
 }
 
+__attribute__((target("avx2"))) void stream_avx2(const Rows& rows) {
+  const uint64_t wide_bytes = rows.row_bytes & ~uint64_t{63};
+  if ((reinterpret_cast<uint64_t>(rows.target) | rows.target_pitch) % 64 != 0) return copy_memcpy(rows);
+  for (uint64_t row = 0; row < rows.row_count; ++row) {
+    const std::byte* source = rows.source + row * rows.source_pitch;
+    std::byte* target = rows.target + row * rows.target_pitch;
+    for (uint64_t at = 0; at < wide_bytes; at += 64) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at + 32));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), low);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at + 32), high);
+    }
+    std::memcpy(target + wide_bytes, source + wide_bytes, rows.row_bytes - wide_bytes);
+  }
+  _mm_sfence();
+}
+
 // With 64-byte registers; `kStream`: past the caches, where the target's alignment allows.
 template <bool kStream>
 __attribute__((target("avx512f"))) void copy_wide(const Rows& rows) {
@@ -48,8 +65,8 @@ __attribute__((target("avx512f"))) void copy_wide(const Rows& rows) {
   _mm256_zeroupper();
 }
 
-constexpr const char* kLoopNames[] = {"memcpy", "AVX-512", "AVX-512 streaming"};
-constexpr void (*kLoops[])(const Rows& rows) = {copy_memcpy, copy_wide<false>, copy_wide<true>};
+constexpr const char* kLoopNames[] = {"memcpy", "AVX2 streaming", "AVX-512", "AVX-512 streaming"};
+constexpr void (*kLoops[])(const Rows& rows) = {copy_memcpy, stream_avx2, copy_wide<false>, copy_wide<true>};
 
 // Which dimension tensor parallelism cuts; nullopt: every rank has the whole tensor.
 std::optional<size_t> cut_dimension(const std::string& name) {
@@ -109,7 +126,10 @@ void cut_rows(const Rows& rows, std::vector<Rows>& pieces) {
 }
 
 std::span<const char* const> row_loops() {
-  return std::span(kLoopNames).first(__builtin_cpu_supports("avx512f") ? 3 : 1);
+  return std::span(kLoopNames)
+      .first(__builtin_cpu_supports("avx512f") ? 4
+             : __builtin_cpu_supports("avx2")  ? 2
+                                               : 1);
 }
 
 Sample run_row_loop(std::span<const Rows> pieces, size_t loop, int thread_count) {
