@@ -136,7 +136,8 @@ void Bench::add(Figure figure) {
     } else {
       line += tiny() ? "works"
                      : base::text(peer.seconds * 1e3, " ms, ", peer.ratio, " x the product's time (spread ",
-                                  peer.spread * 100, " %), CPU ", peer.cpu_s * 1e3, " ms");
+                                  peer.spread * 100, " %), CPU ", peer.cpu_s * 1e3, " ms",
+                                  peer.spread > kSpreadMax ? "  VOID" : "");
     }
     std::puts(line.c_str());
   }
@@ -159,7 +160,7 @@ Status Bench::write_json(const std::string& path) const {
       json one = {{"name", peer.name}};
       if (peer.cannot.empty()) {
         one.update({{"seconds", peer.seconds}, {"cpu_s", peer.cpu_s}});
-        one.update({{"ratio", peer.ratio}, {"spread", peer.spread}});
+        one.update({{"ratio", peer.ratio}, {"spread", peer.spread}, {"void", peer.spread > kSpreadMax}});
       } else {
         one["cannot"] = peer.cannot;
       }

@@ -58,7 +58,7 @@ struct Figure {
 struct Options {
   bool tiny = false;   // everything small and once: do the cases still work?
   int pair_count = 9;  // of ceiling and product
-  int try_count = 3;   // how often a void measurement is repeated
+  int try_count = 2;   // how often a void measurement is repeated
   std::string folder;  // where checkpoints are made and kept
   std::string binary;  // tensord
   std::string python;  // of the peers' environment; empty: no peers

@@ -25,12 +25,6 @@ constexpr const char* kScript = TENSORD_SOURCE_FOLDER "/bench/peers.py";
 constexpr int kReplyTimeoutMs = 120'000;  // what only something broken takes longer than
 constexpr const char* kProduct = "tensord, Python";
 
-void touch_free_memory(uint64_t size_bytes) {
-  void* data =
-      ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-  if (data != MAP_FAILED) ::munmap(data, size_bytes);
-}
-
 }  // namespace
 
 Result<std::unique_ptr<Peer>> Peer::start(const std::string& python, const std::string& name) {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Other loaders beside tensord_bench, on the same files and the same clock.
 
-    peers.py install FOLDER   makes a virtual environment with the peers at the versions below; prints its python
+    peers.py install FOLDER   makes an environment with the peers at the versions below; prints its python
     peers.py serve PEER       one peer for tensord_bench, which starts it and keeps it alive between rounds
 
-`serve` answers lines of JSON, one a request: {"act": "load", "path": ...} gives {"begin_ns", "end_ns", "cpu_s"} of
-the monotonic clock (imports, checks and giving memory back are outside), or {"cannot": reason}, {"error": ...}.
+`serve` answers lines of JSON, one a request: {"act": "load", "path": ...} gives {"begin_ns", "end_ns", "cpu_s"}
+of the monotonic clock (imports, checks and giving memory back are outside),
+or {"cannot": reason}, {"error": ...}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# torch from its CPU builds: the peers name CUDA builds of gigabytes, so they come without what they depend on.
+# The peers ask for CUDA builds of torch, gigabytes: they come without what they depend on.
 TORCH = ("torch==2.13.0", "numpy==2.4.6", "packaging==26.3", "humanize==4.17.0")
 PEERS = ("safetensors==0.8.0", "runai-model-streamer==0.17.0", "fastsafetensors==0.5.0")
 
@@ -37,7 +38,7 @@ class CannotError(Exception):
 
 
 class Peer:
-    """One loader. Whatever `load` returns is usable when it returns and lives as long as `close` was not called."""
+    """One loader. What `load` returns can be used at once, until `close` is called."""
 
     package = ""
 
@@ -152,7 +153,7 @@ class FastSafetensors(Peer):
 
 
 class Tensord(Peer):
-    """The product by its Python package: what the others are to be compared with where objects are what costs."""
+    """The product by its Python package: for comparison where objects cost most."""
 
     package = "tensord"
     model: Any = None
@@ -192,7 +193,7 @@ PEER_OF: dict[str, type[Peer]] = {
 }
 
 
-# ---- the answers -----------------------------------------------------------------------------------------------
+# ---- the answers -------------------------------------------------------------------------------------
 
 
 @contextmanager

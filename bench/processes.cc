@@ -163,6 +163,12 @@ void make_barrier(pthread_barrier_t& barrier, int process_count) {
   ::pthread_barrier_init(&barrier, &attributes, static_cast<unsigned>(process_count));
 }
 
+void touch_free_memory(uint64_t size_bytes) {
+  void* data =
+      ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (data != MAP_FAILED) ::munmap(data, size_bytes);
+}
+
 Result<memory::Mapped> share_memory(uint64_t size_bytes) {
   void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return tl::unexpected(base::errno_error("share memory", errno));

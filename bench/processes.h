@@ -68,6 +68,10 @@ Status run_clients(int count, const std::function<Status(int number)>& work);
 // A barrier in memory that clients share.
 void make_barrier(pthread_barrier_t& barrier, int process_count);
 
+// Touches memory and gives it back: what needs fresh memory right after this (the page cache of a buffered read, too)
+// does not wait for a host to whom the machine had reported it as free.
+void touch_free_memory(uint64_t size_bytes);
+
 // Memory that forked clients share with this process, of zeros.
 Result<memory::Mapped> share_memory(uint64_t size_bytes);
 

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 #include "base/bytes.h"
 #include "base/fd.h"
@@ -39,13 +40,18 @@ Status failed_read(const std::string& path, int error) {
 }  // namespace
 
 Status drop_cache(const std::string& path) {
+  constexpr int kTries = 100;  // reads ahead that are still under way keep their pages
   const base::Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file.valid()) return failed_read(path, errno);
-  ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
   TRY_ASSIGN(const memory::Mapped mapping, map_file(path));
   std::vector<unsigned char> resident(base::align_up(mapping.size_bytes(), kPageBytes) / kPageBytes);
-  ::mincore(mapping.data(), mapping.size_bytes(), resident.data());
-  const auto left = std::count_if(resident.begin(), resident.end(), [](auto page) { return page & 1; });
+  std::ptrdiff_t left = 1;
+  for (int at = 0; at < kTries && left > 0; ++at) {
+    if (at > 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
+    ::mincore(mapping.data(), mapping.size_bytes(), resident.data());
+    left = std::count_if(resident.begin(), resident.end(), [](auto page) { return page & 1; });
+  }
   if (left == 0) return {};
   return base::fail(Code::unsupported, base::text(path, ": ", left, " pages stay in the page cache"));
 }
