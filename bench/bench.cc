@@ -90,7 +90,7 @@ void Bench::skip(std::string name, std::string reason) {
 
 Result<Peer*> Bench::peer(const std::string& name, int number) {
   std::unique_ptr<Peer>& place = peers_[{name, number}];
-  if (!place) {
+  if (!place || place->pid() < 0) {
     TRY_ASSIGN(place, Peer::start(options_.python, name));
     if (!place->version().empty()) versions_[place->package()] = place->version();
   }
@@ -99,7 +99,7 @@ Result<Peer*> Bench::peer(const std::string& name, int number) {
 
 Status Bench::drop_peers() {
   for (const auto& [name, peer] : peers_) {
-    if (peer) TRY(peer->ask({{"act", "drop"}}));
+    if (peer && peer->pid() > 0) TRY(peer->ask({{"act", "drop"}}));
   }
   return {};
 }

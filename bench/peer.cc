@@ -22,7 +22,7 @@ using nlohmann::json;
 namespace {
 
 constexpr const char* kScript = TENSORD_SOURCE_FOLDER "/bench/peers.py";
-constexpr int kReplyTimeoutMs = 120'000;  // what only something broken takes longer than
+constexpr int kReplyTimeoutMs = 30'000;  // nine times that would not fit into a suite
 constexpr const char* kProduct = "tensord, Python";
 
 }  // namespace
@@ -33,7 +33,7 @@ Result<std::unique_ptr<Peer>> Peer::start(const std::string& python, const std::
     return tl::unexpected(base::errno_error("make pipes for " + name, errno));
   }
   std::unique_ptr<Peer> peer(new Peer);
-  const base::Fd request_end(to_peer[0]), reply_end(to_us[1]);
+  base::Fd request_end(to_peer[0]), reply_end(to_us[1]);
   peer->requests_.reset(to_peer[1]);
   peer->replies_.reset(to_us[0]);
   peer->pid_ = ::fork();
@@ -46,16 +46,21 @@ Result<std::unique_ptr<Peer>> Peer::start(const std::string& python, const std::
     ::execl(python.c_str(), python.c_str(), kScript, "serve", name.c_str(), nullptr);
     ::_exit(127);
   }
+  request_end.reset();
+  reply_end.reset();  // or a peer that dies would leave the pipe open
   TRY_ASSIGN(const json hello, peer->receive());
   peer->package_ = hello.at("package");
   peer->version_ = hello.at("version");
   return peer;
 }
 
-Peer::~Peer() {
+Peer::~Peer() { stop(); }
+
+void Peer::stop() {
   if (pid_ <= 0) return;
   ::kill(pid_, SIGKILL);
   ::waitpid(pid_, nullptr, 0);
+  pid_ = -1;
 }
 
 Status Peer::send(const json& request) {
@@ -73,8 +78,10 @@ Result<json> Peer::receive() {
   while ((end = unread_.find('\n')) == unread_.npos) {
     pollfd waited{replies_.get(), POLLIN, 0};
     std::array<char, 4096> piece;
-    if (::poll(&waited, 1, kReplyTimeoutMs) <= 0)
-      return base::fail(Code::unavailable, "a peer does not answer");
+    if (pid_ > 0 && ::poll(&waited, 1, kReplyTimeoutMs) <= 0) {
+      stop();  // an answer that comes later would be taken for another one's
+      return base::fail(Code::unavailable, "no answer within 30 s");
+    }
     const ssize_t count = ::read(replies_.get(), piece.data(), piece.size());
     if (count <= 0) return base::fail(Code::unavailable, "a peer is gone; its last words are above");
     unread_.append(piece.data(), static_cast<size_t>(count));

@@ -33,6 +33,7 @@ class Peer {
 
  private:
   Peer() = default;
+  void stop();
   pid_t pid_ = -1;
   base::Fd requests_, replies_;
   std::string unread_;

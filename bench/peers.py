@@ -4,8 +4,8 @@
     peers.py install FOLDER   makes an environment with the peers at the versions below; prints its python
     peers.py serve PEER       one peer for tensord_bench, which starts it and keeps it alive between rounds
 
-`serve` answers lines of JSON, one a request: {"act": "load", "path": ...} gives {"begin_ns", "end_ns", "cpu_s"}
-of the monotonic clock (imports, checks and giving memory back are outside),
+`serve` answers lines of JSON, one a request: {"act": "load", "path": ...} gives
+{"begin_ns", "end_ns", "cpu_s"} of the monotonic clock (imports, checks and giving memory back are outside),
 or {"cannot": reason}, {"error": ...}.
 """
 
@@ -295,7 +295,12 @@ def serve(name: str) -> None:
     os.dup2(2, 1)  # whatever a peer prints is no reply
     peer = PEER_OF[name]()
     acts = Acts(peer)
-    version = "" if peer.package == "tensord" else importlib.metadata.version(peer.package)
+    version = ""
+    if peer.package != "tensord":
+        try:
+            version = importlib.metadata.version(peer.package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
     print(json.dumps({"package": peer.package, "version": version}), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
