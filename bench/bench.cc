@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "base/text.h"
+#include "bench/peer.h"
 
 namespace tensord::bench {
 
@@ -80,6 +81,29 @@ std::string unfit_build() {
   return "";
 }
 
+Bench::Bench(const Options& options) : options_(options) {}
+Bench::~Bench() = default;
+
+void Bench::skip(std::string name, std::string reason) {
+  add({.name = std::move(name), .unit = "skipped", .note = std::move(reason)});
+}
+
+Result<Peer*> Bench::peer(const std::string& name, int number) {
+  std::unique_ptr<Peer>& place = peers_[{name, number}];
+  if (!place || place->pid() < 0) {
+    TRY_ASSIGN(place, Peer::start(options_.python, name));
+    if (!place->version().empty()) versions_[place->package()] = place->version();
+  }
+  return place.get();
+}
+
+Status Bench::drop_peers() {
+  for (const auto& [name, peer] : peers_) {
+    if (peer && peer->pid() > 0) TRY(peer->ask({{"act", "drop"}}));
+  }
+  return {};
+}
+
 void Bench::begin_case(const char* name) {
   case_name_ = name;
   std::printf("%s\n", name);
@@ -87,13 +111,16 @@ void Bench::begin_case(const char* name) {
 
 void Bench::add(Figure figure) {
   std::string line = base::text("  ", figure.name);
-  if (tiny()) {
+  if (figure.unit == "skipped") {
+    line += ": skipped: " + figure.note;
+  } else if (tiny()) {
     line += ": works";
   } else {
     line.resize(std::max<size_t>(line.size(), 64), ' ');
     line += base::text(" ", figure.value, " ", figure.unit);
     if (figure.spread) line += base::text(", spread ", *figure.spread * 100, " %");
-    for (const char* rate : {"product_gb_s", "ceiling_gb_s", "p99_ms"}) {
+    for (const char* rate : {"product_gb_s", "ceiling_gb_s", "product_ms", "ceiling_ms", "product_cpu_s",
+                             "ceiling_cpu_s", "p99_ms"}) {
       if (figure.details.contains(rate)) line += base::text("  ", rate, " ", figure.details[rate]);
     }
     if (!figure.note.empty()) line += base::text("  (", figure.note, ")");
@@ -102,6 +129,18 @@ void Bench::add(Figure figure) {
     if (!figure.meets_goal()) line += "  MISSED";
   }
   std::puts(line.c_str());
+  for (const PeerFigure& peer : figure.peers) {
+    line = base::text("    ", peer.name, ": ");
+    if (!peer.cannot.empty()) {
+      line += "cannot: " + peer.cannot;
+    } else {
+      line += tiny() ? "works"
+                     : base::text(peer.seconds * 1e3, " ms, ", peer.ratio, " x the product's time (spread ",
+                                  peer.spread * 100, " %), CPU ", peer.cpu_s * 1e3, " ms",
+                                  peer.spread > kSpreadMax ? "  VOID" : "");
+    }
+    std::puts(line.c_str());
+  }
   std::fflush(stdout);
   entries_.push_back({case_name_, std::move(figure)});
 }
@@ -117,11 +156,25 @@ Status Bench::write_json(const std::string& path) const {
     value["met"] = figure.goal ? json(figure.meets_goal() && !figure.is_void()) : json();
     if (!figure.note.empty()) value["note"] = figure.note;
     if (!figure.samples.empty()) value["samples"] = figure.samples;
+    for (const PeerFigure& peer : figure.peers) {
+      json one = {{"name", peer.name}};
+      if (peer.cannot.empty()) {
+        one.update({{"seconds", peer.seconds}, {"cpu_s", peer.cpu_s}});
+        one.update({{"ratio", peer.ratio}, {"spread", peer.spread}, {"void", peer.spread > kSpreadMax}});
+      } else {
+        one["cannot"] = peer.cannot;
+      }
+      value["peers"].push_back(std::move(one));
+    }
     figures.push_back(std::move(value));
   }
-  const json all = {
-      {"machine", machine()},           {"commit", commit()},           {"build_type", TENSORD_BUILD_TYPE},
-      {"compiler", "gcc " __VERSION__}, {"pairs", options_.pair_count}, {"figures", figures}};
+  const json all = {{"machine", machine()},
+                    {"commit", commit()},
+                    {"build_type", TENSORD_BUILD_TYPE},
+                    {"compiler", "gcc " __VERSION__},
+                    {"pairs", options_.pair_count},
+                    {"figures", figures},
+                    {"peers", versions_}};
   std::ofstream file(path);
   file << all.dump(1) << '\n';
   file.close();

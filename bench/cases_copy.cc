@@ -24,41 +24,6 @@ namespace {
 
 constexpr uint64_t kElementBytes = 2;
 
-// ---- tp ----------------------------------------------------------------------------------------------------
-
-enum class Part { all, columns };
-
-// Which dimension tensor parallelism cuts; nullopt: every rank has the whole tensor.
-std::optional<size_t> cut_dimension(const std::string& name) {
-  for (const char* rows : {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"}) {
-    if (name.find(rows) != name.npos) return 0;
-  }
-  for (const char* columns : {"o_proj", "down_proj"}) {
-    if (name.find(columns) != name.npos) return 1;
-  }
-  return std::nullopt;
-}
-
-// What the second rank of `rank_count` holds.
-std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, Part part) {
-  std::vector<Slice> slices;
-  for (const TensorShape& tensor : tensors) {
-    const auto dimension = cut_dimension(tensor.name);
-    if (part == Part::columns && dimension != 1) continue;
-    Slice slice{tensor.name, 0, tensor.shape.size() == 2 ? tensor.shape[0] : 1, 0, tensor.shape.back()};
-    if (dimension == 0) {
-      slice.row_count /= rank_count;
-      slice.row_begin = slice.row_count;
-    }
-    if (dimension == 1) {
-      slice.column_count /= rank_count;
-      slice.column_begin = slice.column_count;
-    }
-    slices.push_back(std::move(slice));
-  }
-  return slices;
-}
-
 // ---- strided -----------------------------------------------------------------------------------------------
 
 constexpr uint64_t kQwenRowBytes = 5120 * kElementBytes;  // of Qwen3-14B's o_proj
@@ -85,11 +50,11 @@ Status race_sheet(Bench& bench, const std::string& path, std::span<const Strided
   if (gathers.empty()) return {};
   const double goals[] = {0.8, 0.7};
   for (size_t narrow = 1; narrow < gathers.size(); ++narrow) {
-    const auto rate_of = [](Gather& gather) -> Result<double> {
-      TRY_ASSIGN(const double seconds, gather.run_product());
-      return seconds / static_cast<double>(gather.bytes());
+    const auto rate_of = [](Gather& gather) -> Result<Sample> {
+      TRY_ASSIGN(const Sample sample, gather.run_product());
+      return sample.seconds / static_cast<double>(gather.bytes());
     };
-    const Act wide[] = {[&] { return rate_of(gathers[0]); }};
+    const Contender wide[] = {{"rows of 5120 B", [&] { return rate_of(gathers[0]); }}};
     TRY_ASSIGN(const Race raced, race(bench.options(), wide, [&] { return rate_of(gathers[narrow]); }));
     bench.add({.name = base::text("product, rows of ", shapes[narrow].row_bytes, " B"),
                .unit = "of its rate at 5120 B",
@@ -175,7 +140,7 @@ Status add_compile(Bench& bench, const char* name, std::span<const TensorShape> 
                    std::optional<double> records_max) {
   const tensor::Index index = index_of(shapes);
   uint64_t target_bytes = 0;
-  const auto requests = requests_of(index, rank_slices(shapes, 2, Part::all), target_bytes);
+  const auto requests = requests_of(index, rank_slices(shapes, 2, 1, Part::all), target_bytes);
   std::vector<double> times_ms;
   size_t record_count = 0;
   for (int round = 0; round < (bench.tiny() ? 2 : 200); ++round) {
@@ -202,12 +167,12 @@ Status run_strided(Bench& bench) {
   std::map<uint64_t, std::vector<StridedShape>>
       by_width;  // one sheet, opened once, for all slices of rows of one width
   for (uint64_t row_bytes = 256; row_bytes <= kMiB; row_bytes *= 4) {
-    for (const uint64_t factor : {2, 4, 8}) by_width[row_bytes * factor].push_back({row_bytes, factor});
+    for (const uint64_t factor : {2, 4, 8, 16}) by_width[row_bytes * factor].push_back({row_bytes, factor});
   }
   for (const uint64_t factor : {2, 4, 8}) by_width[kQwenRowBytes].push_back({kQwenRowBytes / factor, factor});
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   for (const auto& [width, shapes] : by_width) {
-    TRY_ASSIGN(const std::string path, make_sheet(bench, bench.tiny() ? 16 * kMiB : 1024 * kMiB, width));
+    TRY_ASSIGN(const std::string path, make_sheet(bench, bench.tiny() ? 16 * kMiB : 512 * kMiB, width));
     TRY(race_sheet(bench, path, shapes));
     TRY(daemon.evict(path));
   }
@@ -221,7 +186,7 @@ Status run_tensor_parallel(Bench& bench) {
   TRY_ASSIGN(const auto model, open_ready(path));
   for (const Part part : {Part::all, Part::columns}) {
     for (const uint64_t rank_count : {2, 4, 8}) {
-      TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, part)));
+      TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, 1, part)));
       const std::string name =
           base::text("tp", rank_count, part == Part::all ? ", all tensors" : ", column slices");
       TRY_ASSIGN(Figure figure, race_gather(bench, gather, name, path));
@@ -238,7 +203,7 @@ Status run_faults(Bench& bench) {
   TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", shapes));
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   TRY_ASSIGN(const auto model, open_ready(path));
-  TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, 2, Part::all)));
+  TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, 2, 1, Part::all)));
   TRY(gather.check(path));
   const uint64_t daemon_before = fault_count(daemon.pid());
   const uint64_t client_before = fault_count(::getpid());

@@ -1,4 +1,4 @@
-// attach, control, hot_load, memory: what the daemon does for clients.
+// attach, first_tensor, control, memory: what the daemon does for clients.
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -14,8 +14,11 @@
 #include "base/clock.h"
 #include "base/text.h"
 #include "bench/checkpoint.h"
+#include "bench/gather.h"
 #include "bench/measure.h"
+#include "bench/peer.h"
 #include "bench/processes.h"
+#include "bench/raw_reader.h"
 
 namespace tensord::bench {
 
@@ -60,10 +63,7 @@ Result<AttachTimes> attach_at_once(const std::string& path, int client_count, in
   TRY_ASSIGN(const memory::Mapped shared, share_memory(sizeof(AttachBoard) + count * sizeof(double)));
   auto& board = *reinterpret_cast<AttachBoard*>(shared.data());
   double* const times_ms = board.times_ms;
-  pthread_barrierattr_t attributes;
-  ::pthread_barrierattr_init(&attributes);
-  ::pthread_barrierattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
-  ::pthread_barrier_init(&board.barrier, &attributes, static_cast<unsigned>(client_count));
+  make_barrier(board.barrier, client_count);
   TRY(run_clients(client_count, [&](int client) {
     return attach_rounds(path, round_count, board, times_ms + static_cast<uint64_t>(client) * per_client);
   }));
@@ -85,87 +85,78 @@ Figure attach_figure(std::string name, const AttachTimes& times, std::optional<G
   return figure;
 }
 
-// ---- hot_load ----------------------------------------------------------------------------------------------
-
-// The file into memory that was touched before, by as many threads as the daemon has.
-class RawReader {
- public:
-  enum class Memory {
-    shared,  // a memfd, as the daemon's segments are
-    huge     // private to this process, in huge pages where the system gives them: nobody else could map it
-  };
-  static Result<RawReader> make(const std::string& path, int thread_count, Memory kind) {
-    const bool anonymous = kind == Memory::huge;
-    RawReader reader;
-    reader.thread_count_ = thread_count;
-    reader.file_.reset(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(reader.file_.get(), path));
-    reader.path_ = path;
-    const base::Fd memory(anonymous ? -1 : ::memfd_create("raw-reader", MFD_CLOEXEC));
-    if (!anonymous && ::ftruncate(memory.get(), static_cast<off_t>(identity.size_bytes)) != 0) {
-      return tl::unexpected(base::errno_error("make memory for the ceiling", errno));
-    }
-    const int flags = anonymous ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-    void* data = ::mmap(nullptr, identity.size_bytes, PROT_READ | PROT_WRITE, flags, memory.get(), 0);
-    if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map memory for the ceiling", errno));
-    reader.memory_ = memory::Mapped(static_cast<std::byte*>(data), identity.size_bytes);
-    if (anonymous) ::madvise(data, identity.size_bytes, MADV_HUGEPAGE);
-    std::memset(data, 1, identity.size_bytes);
-    return reader;
-  }
-
-  Result<double> read(uint64_t piece_bytes) const {
-    std::atomic<uint64_t> next{0};
-    std::atomic<bool> failed{false};
-    const double seconds = run_on_threads(thread_count_, [&] {
-      for (uint64_t at; (at = next.fetch_add(piece_bytes)) < memory_.size_bytes();) {
-        const uint64_t count = std::min(piece_bytes, memory_.size_bytes() - at);
-        if (!base::read_exactly(file_.get(), at, {memory_.data() + at, count}, path_)) failed = true;
-      }
-    });
-    if (failed) return base::fail(base::Code::unavailable, "read " + path_);
-    return seconds;
-  }
-
-  const memory::Mapped& memory() const { return memory_; }
-
- private:
-  base::Fd file_;
-  std::string path_;
-  memory::Mapped memory_;
-  int thread_count_ = 1;
-};
-
-// Shares of the thread time of reading and checking that went into checking, load by load.
-struct HotLoads {
-  const Daemon& daemon;
-  const std::string& path;
-  std::vector<double> check_shares;
-  std::vector<double> check_gb_s;
-
-  // Evicts, so that the next load finds its segments in the pool, then opens and waits.
-  Result<double> load() {
-    TRY(daemon.evict(path));
-    const int64_t begin_ns = base::monotonic_ns();
-    TRY(open_ready(path));
-    const double seconds = seconds_since(begin_ns);
-    TRY_ASSIGN(const nlohmann::json report, daemon.ask(protocol::Verb::explain, "last"));
-    double read_ns = 0, check_ns = 0;
-    for (const auto& phase : report.at("phases")) {
-      if (phase.at("name") == "read") read_ns = phase.at("thread_ns");
-      if (phase.at("name") == "check") check_ns = phase.at("thread_ns");
-    }
-    check_shares.push_back(check_ns / (read_ns + check_ns));
-    check_gb_s.push_back(report.at("bytes").get<double>() / check_ns);
-    return seconds;
-  }
-};
-
 // ---- memory ------------------------------------------------------------------------------------------------
 
 struct ClientMemory {
   uint64_t before_bytes = 0, after_bytes = 0;
 };
+
+uint64_t sum_shared_bytes(std::span<const pid_t> pids) {
+  uint64_t sum = 0;
+  for (const pid_t pid : pids) sum += shared_bytes(pid);
+  return sum;
+}
+
+Figure memory_figure(std::string who, int count, uint64_t added_bytes, uint64_t payload_bytes) {
+  Figure figure{.name = base::text(count, " processes, ", who), .unit = "of the payload"};
+  figure.value = static_cast<double>(added_bytes) / static_cast<double>(payload_bytes);
+  figure.details["mib_per_process"] = static_cast<double>(added_bytes) / count / kMiB;
+  return figure;
+}
+
+// What `count` clients add to the memory of the machine, the daemon's share included, when each has read every byte.
+Status add_client_memory(Bench& bench, const Daemon& daemon, const std::string& path, int count) {
+  TRY_ASSIGN(const memory::Mapped shared, share_memory(sizeof(pthread_barrier_t)));
+  auto& barrier = *reinterpret_cast<pthread_barrier_t*>(shared.data());
+  make_barrier(barrier, count + 1);
+  TRY_ASSIGN(Clients clients, Clients::start(count, [&](int) -> Status {
+               ::pthread_barrier_wait(&barrier);  // all have begun
+               ::pthread_barrier_wait(&barrier);  // and were measured
+               const auto model = open_ready(path);
+               if (model) touch((*model)->mapping()->data(), (*model)->image_bytes());
+               ::pthread_barrier_wait(&barrier);
+               ::pthread_barrier_wait(&barrier);
+               return model ? Status() : base::pass_on(model);
+             }));
+  ::pthread_barrier_wait(&barrier);
+  const uint64_t before_bytes = sum_shared_bytes(clients.pids());
+  ::pthread_barrier_wait(&barrier);
+  ::pthread_barrier_wait(&barrier);
+  const uint64_t after_bytes = sum_shared_bytes(clients.pids()) + shared_bytes(daemon.pid());
+  ::pthread_barrier_wait(&barrier);
+  TRY(clients.wait());
+  TRY_ASSIGN(const auto model, open_ready(path));
+  const uint64_t payload_bytes = model->index().payload_bytes();
+  Figure figure = memory_figure("tensord, daemon included", count, after_bytes - before_bytes, payload_bytes);
+  figure.goal = at_most(1.02 + 64.0 * kMiB / static_cast<double>(payload_bytes));
+  bench.add(std::move(figure));
+  return {};
+}
+
+// The same of a peer. Page cache counts where it is mapped.
+Status add_peer_memory(Bench& bench, const std::string& name, const std::string& path, int count) {
+  const std::string who = base::text(count, " processes, ", name);
+  TRY_ASSIGN(const memory::Mapped file, map_file(path));
+  if (name.find("mapped") == name.npos &&
+      static_cast<uint64_t>(count) * file.size_bytes() > available_bytes() / 3) {
+    bench.skip(who, "needs more memory than this machine should give");
+    return {};
+  }
+  std::vector<pid_t> pids;
+  for (int number = 0; number < count; ++number) {
+    TRY_ASSIGN(Peer * peer, bench.peer(name, number));
+    // Imports are not what is asked for.
+    TRY(peer->ask({{"act", "load"}, {"path", path}}));
+    pids.push_back(peer->pid());
+  }
+  const uint64_t before_bytes = sum_shared_bytes(pids);
+  for (int number = 0; number < count; ++number) {
+    TRY_ASSIGN(Peer * peer, bench.peer(name, number));
+    TRY(peer->ask({{"act", "hold"}, {"path", path}}));
+  }
+  bench.add(memory_figure(name, count, sum_shared_bytes(pids) - before_bytes, file.size_bytes()));
+  return bench.drop_peers();
+}
 
 }  // namespace
 
@@ -217,7 +208,7 @@ Status run_attach(Bench& bench) {
 Status run_control(Bench& bench) {
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   for (const int client_count : {1, 2, 8}) {
-    const int64_t duration_ns = bench.tiny() ? 10'000'000 : 1'000'000'000;
+    const int64_t duration_ns = bench.tiny() ? 10'000'000 : 300'000'000;
     std::vector<double> rates;
     for (int round = 0; round < bench.options().pair_count; ++round) {
       TRY_ASSIGN(const memory::Mapped shared,
@@ -247,45 +238,70 @@ Status run_control(Bench& bench) {
   return {};
 }
 
-Status run_hot_load(Bench& bench) {
-  const auto shapes = qwen_shapes(large_qwen(bench));
-  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", shapes));
+Status run_first_tensor(Bench& bench) {
+  const auto shapes = qwen_shapes(cold_qwen(bench));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "cold.safetensors", shapes));
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
-  HotLoads loads{daemon, path, {}, {}};
-  TRY(loads.load());  // makes the segments and the record of digests
-  for (const auto memory : {RawReader::Memory::shared, RawReader::Memory::huge}) {
-    TRY_ASSIGN(const RawReader reader, RawReader::make(path, daemon.read_thread_count(), memory));
-    static constexpr uint64_t kPieces[] = {kMiB / 4, kMiB, 4 * kMiB, 16 * kMiB};
-    std::vector<Act> ceilings;
-    for (const uint64_t piece_bytes : kPieces)
-      ceilings.push_back([&, piece_bytes] { return reader.read(piece_bytes); });
-    TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, [&] { return loads.load(); }));
-    // The ceiling's memory now holds the file; so must the replica.
-    TRY_ASSIGN(const auto model, open_ready(path));
-    const uint64_t bytes = reader.memory().size_bytes();
-    if (std::memcmp(model->mapping()->data(), reader.memory().data(), bytes) != 0) {
-      return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
+  const TensorShape& first = shapes.front();
+  for (const bool is_cold : {false, true}) {
+    const auto before = [&]() -> Status {
+      TRY(daemon.evict(path));
+      return is_cold ? drop_cache(path) : Status();
+    };
+    if (const Status able = before(); !able) {
+      bench.skip("cold", able.error().message);
+      break;
     }
-    const bool is_like = memory == RawReader::Memory::shared;
-    Figure figure = race_figure(
-        is_like ? "verified load, pread into a memfd" : "verified load, pread into private huge pages", raced,
-        static_cast<double>(bytes), is_like ? std::optional(at_least(0.85)) : std::nullopt);
-    figure.note = base::text("pieces of ", kPieces[raced.ceiling] / base::kKiB, " KiB");
-    figure.details["threads"] = daemon.read_thread_count();
-    bench.add(std::move(figure));
+    const auto product = [&]() -> Result<Sample> {
+      TRY(before());
+      const Stopwatch stopwatch({daemon.pid()});
+      TRY_ASSIGN(const auto model, client::Model::open({path}, {.autostart = client::Autostart::no}));
+      TRY_ASSIGN(const tensor::Tensor* tensor, model->find(first.name));
+      TRY(model->wait(tensor, -1));
+      touch(model->data(*tensor), tensor->size_bytes);
+      const Sample sample = stopwatch.read();
+      TRY(model->wait(nullptr, -1));  // or the rest of the load would run beside the next one
+      return sample;
+    };
+    // The first tensor of the file lies right behind its header.
+    const Contender ceilings[] = {
+        {"pread of header and tensor", [&]() -> Result<Sample> {
+           TRY(before());
+           const Stopwatch stopwatch;
+           const base::Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+           uint64_t length = 0;
+           TRY(base::read_exactly(file.get(), 0, std::as_writable_bytes(std::span(&length, 1)), path));
+           std::vector<std::byte> bytes(length + first.size_bytes());
+           TRY(base::read_exactly(file.get(), 8, bytes, path));
+           return stopwatch.read();
+         }}};
+    const auto peers =
+        peer_acts(bench, daemon, {{"act", "first"}, {"path", path}, {"name", first.name}}, before, 0);
+    TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, product, peers));
+    bench.add(
+        time_figure(base::text("first of ", shapes.size(), " tensors, ", is_cold ? "cold" : "hot page cache"),
+                    raced, {}));
   }
-  Figure share{.name = "verification", .unit = "of the load's thread time"};
-  share.value = median(loads.check_shares);
-  share.spread = spread(loads.check_shares);
-  share.goal = at_most(0.10);
-  share.details["check_gb_s_per_thread"] = median(loads.check_gb_s);
-  bench.add(std::move(share));
+  TRY_ASSIGN(const auto holder, open_ready(path));
+  const int rounds = bench.tiny() ? 3 : 200;
+  constexpr int kRanks = 4;
+  TRY_ASSIGN(const AttachTimes times, attach_at_once(path, kRanks, rounds));
+  std::vector<double> last_ms(static_cast<size_t>(rounds));  // of the four
+  for (size_t at = 0; at < times.read_ms.size(); ++at) {
+    double& last = last_ms[at % last_ms.size()];
+    last = std::max(last, times.read_ms[at]);
+  }
+  Figure figure{.name = "resident: the last of 4 processes that attach at once", .unit = "ms"};
+  figure.value = median(last_ms);
+  figure.goal = at_most(2);
+  figure.details = {{"p99_ms", quantile(last_ms, 0.99)}, {"iqr", spread(last_ms)}};
+  bench.add(std::move(figure));
   return {};
 }
 
 Status run_memory(Bench& bench) {
-  const auto shapes = qwen_shapes(large_qwen(bench));
-  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", shapes));
+  const auto shapes = qwen_shapes(cold_qwen(bench));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "cold.safetensors", shapes));
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   const uint64_t idle_bytes = process_bytes(daemon.pid(), "VmRSS");
   TRY_ASSIGN(const auto model, open_ready(path));
@@ -313,6 +329,15 @@ Status run_memory(Bench& bench) {
   clients.goal = at_most(20);
   clients.details["rss_mib"] = static_cast<double>(client.after_bytes) / kMiB;
   bench.add(std::move(clients));
+
+  for (const int count : {1, 4, 8}) {
+    if (bench.tiny() && count > 1) break;
+    TRY(add_client_memory(bench, daemon, path, count));
+    for (const std::string& name : bench.options().peers) {
+      if (!bench.options().python.empty() && name.starts_with("safetensors"))
+        TRY(add_peer_memory(bench, name, path, count));
+    }
+  }
   return {};
 }
 

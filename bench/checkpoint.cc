@@ -175,6 +175,18 @@ Qwen large_qwen(const Bench& bench) {
   return {.layers = 3, .vocabulary = 0};
 }
 
+Qwen cold_qwen(const Bench& bench) {
+  Qwen qwen = large_qwen(bench);
+  qwen.layers = 2;
+  return qwen;
+}
+
+Qwen huge_qwen(const Bench& bench) {
+  Qwen qwen = large_qwen(bench);
+  qwen.layers = 12;
+  return qwen;
+}
+
 Result<std::string> make_checkpoint(const Bench& bench, const std::string& file,
                                     std::span<const TensorShape> tensors) {
   return make_file(bench, file, tensors, 8);

@@ -32,6 +32,10 @@ std::vector<TensorShape> qwen_shapes(const Qwen& qwen);
 // 2 GB: three layers of Qwen3-14B; in tiny mode the same names at a thousandth of the bytes.
 Qwen large_qwen(const Bench& bench);
 
+// 1.3 GB, two layers, for what reads the disk; and 8 GB, twelve layers.
+Qwen cold_qwen(const Bench& bench);
+Qwen huge_qwen(const Bench& bench);
+
 // FOLDER/FILE with these tensors one after another, hot in the page cache (checked: an error when it does not fit
 // there). A file of the right size and header is left alone. Returns its path.
 Result<std::string> make_checkpoint(const Bench& bench, const std::string& file,

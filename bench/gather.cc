@@ -20,25 +20,27 @@ namespace {
 constexpr uint64_t kElementBytes = 2;
 constexpr uint64_t kPieceBytes = base::kMiB;
 
-// Whole rows of about kPieceBytes together; a single row that is larger is cut.
-void cut(const Rows& rows, std::vector<Rows>& pieces) {
-  const uint64_t rows_each = std::max<uint64_t>(1, kPieceBytes / rows.row_bytes);
-  for (uint64_t row = 0; row < rows.row_count; row += rows_each) {
-    for (uint64_t byte = 0; byte < rows.row_bytes; byte += kPieceBytes) {
-      Rows piece = rows;
-      piece.source += row * rows.source_pitch + byte;
-      piece.target += row * rows.target_pitch + byte;
-      piece.row_count = std::min(rows_each, rows.row_count - row);
-      piece.row_bytes = std::min(kPieceBytes, rows.row_bytes - byte);
-      pieces.push_back(piece);
-    }
-  }
-}
-
 void copy_memcpy(const Rows& rows) {
   for (uint64_t row = 0; row < rows.row_count; ++row) {
     std::memcpy(rows.target + row * rows.target_pitch, rows.source + row * rows.source_pitch, rows.row_bytes);
   }
+}
+
+__attribute__((target("avx2"))) void stream_avx2(const Rows& rows) {
+  const uint64_t wide_bytes = rows.row_bytes & ~uint64_t{63};
+  if ((reinterpret_cast<uint64_t>(rows.target) | rows.target_pitch) % 64 != 0) return copy_memcpy(rows);
+  for (uint64_t row = 0; row < rows.row_count; ++row) {
+    const std::byte* source = rows.source + row * rows.source_pitch;
+    std::byte* target = rows.target + row * rows.target_pitch;
+    for (uint64_t at = 0; at < wide_bytes; at += 64) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at + 32));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), low);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at + 32), high);
+    }
+    std::memcpy(target + wide_bytes, source + wide_bytes, rows.row_bytes - wide_bytes);
+  }
+  _mm_sfence();
 }
 
 // With 64-byte registers; `kStream`: past the caches, where the target's alignment allows.
@@ -63,14 +65,18 @@ __attribute__((target("avx512f"))) void copy_wide(const Rows& rows) {
   _mm256_zeroupper();
 }
 
-struct Loop {
-  const char* name;
-  void (*copy)(const Rows& rows);
-};
-std::span<const Loop> usable_loops() {
-  static constexpr Loop kLoops[] = {
-      {"memcpy", copy_memcpy}, {"AVX-512", copy_wide<false>}, {"AVX-512 streaming", copy_wide<true>}};
-  return std::span(kLoops).first(__builtin_cpu_supports("avx512f") ? 3 : 1);
+constexpr const char* kLoopNames[] = {"memcpy", "AVX2 streaming", "AVX-512", "AVX-512 streaming"};
+constexpr void (*kLoops[])(const Rows& rows) = {copy_memcpy, stream_avx2, copy_wide<false>, copy_wide<true>};
+
+// Which dimension tensor parallelism cuts; nullopt: every rank has the whole tensor.
+std::optional<size_t> cut_dimension(const std::string& name) {
+  for (const char* rows : {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"}) {
+    if (name.find(rows) != name.npos) return 0;
+  }
+  for (const char* columns : {"o_proj", "down_proj"}) {
+    if (name.find(columns) != name.npos) return 1;
+  }
+  return std::nullopt;
 }
 
 tensor::IndexItem range(uint64_t begin, uint64_t count) {
@@ -78,6 +84,64 @@ tensor::IndexItem range(uint64_t begin, uint64_t count) {
 }
 
 }  // namespace
+
+std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank,
+                               Part part) {
+  std::vector<Slice> slices;
+  for (const TensorShape& tensor : tensors) {
+    const auto dimension = cut_dimension(tensor.name);
+    if (part == Part::columns && dimension != 1) continue;
+    Slice slice{tensor.name, 0, tensor.shape.size() == 2 ? tensor.shape[0] : 1, 0, tensor.shape.back()};
+    if (dimension == 0) {
+      slice.row_count /= rank_count;
+      slice.row_begin = rank * slice.row_count;
+    }
+    if (dimension == 1) {
+      slice.column_count /= rank_count;
+      slice.column_begin = rank * slice.column_count;
+    }
+    slices.push_back(std::move(slice));
+  }
+  return slices;
+}
+
+uint64_t packed_bytes(std::span<const Slice> slices) {
+  uint64_t bytes = 0;
+  for (const Slice& slice : slices) bytes += slice.row_count * slice.column_count * kElementBytes;
+  return bytes;
+}
+
+void cut_rows(const Rows& rows, std::vector<Rows>& pieces) {
+  const uint64_t rows_each = std::max<uint64_t>(1, kPieceBytes / rows.row_bytes);
+  for (uint64_t row = 0; row < rows.row_count; row += rows_each) {
+    for (uint64_t byte = 0; byte < rows.row_bytes; byte += kPieceBytes) {  // a row that is larger is cut
+      Rows piece = rows;
+      piece.source += row * rows.source_pitch + byte;
+      piece.target += row * rows.target_pitch + byte;
+      piece.row_count = std::min(rows_each, rows.row_count - row);
+      piece.row_bytes = std::min(kPieceBytes, rows.row_bytes - byte);
+      pieces.push_back(piece);
+    }
+  }
+}
+
+std::span<const char* const> row_loops() {
+  return std::span(kLoopNames)
+      .first(__builtin_cpu_supports("avx512f") ? 4
+             : __builtin_cpu_supports("avx2")  ? 2
+                                               : 1);
+}
+
+Sample run_row_loop(std::span<const Rows> pieces, size_t loop, int thread_count) {
+  std::atomic<size_t> next{0};
+  return run_on_threads(thread_count, [&] {
+    for (size_t at; (at = next.fetch_add(1)) < pieces.size();) kLoops[loop](pieces[at]);
+  });
+}
+
+void stream(std::byte* target, const std::byte* source, uint64_t size_bytes) {
+  kLoops[row_loops().size() - 1]({source, target, size_bytes, 1, size_bytes, size_bytes});
+}
 
 Result<memory::Mapped> make_memory(uint64_t size_bytes) {
   void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -91,11 +155,14 @@ void touch(const std::byte* data, uint64_t size_bytes) {
     static_cast<void>(*static_cast<const volatile std::byte*>(data + at));
 }
 
-Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices) {
-  uint64_t bytes = 0;
-  for (const Slice& slice : slices) bytes += slice.row_count * slice.column_count * kElementBytes;
+Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices,
+                            memory::Mapped own_target) {
   Gather gather;
-  TRY_ASSIGN(gather.target_, make_memory(bytes));
+  const bool may_touch = own_target.data() == nullptr;
+  if (may_touch) {
+    TRY_ASSIGN(own_target, make_memory(packed_bytes(slices)));
+  }
+  gather.target_ = std::move(own_target);
   std::byte* target = gather.target_.data();
   for (const Slice& slice : slices) {
     TRY_ASSIGN(const tensor::Tensor* tensor, model->find(slice.name));
@@ -123,27 +190,31 @@ Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vec
       rows = {rows.source, rows.target, rows.bytes(), 1, rows.bytes(), rows.bytes()};
     }
     gather.rows_.push_back(rows);
-    cut(rows, gather.pieces_);
-    for (uint64_t row = 0; row < rows.row_count; ++row)
+    cut_rows(rows, gather.pieces_);
+    for (uint64_t row = 0; may_touch && row < rows.row_count; ++row)
       touch(rows.source + row * rows.source_pitch, rows.row_bytes);
   }
   gather.model_ = std::move(model);
   return gather;
 }
 
-Result<double> Gather::run_product() {
-  const int64_t begin_ns = base::monotonic_ns();
+Result<Sample> Gather::run_product() {
+  const Stopwatch stopwatch;
   TRY_ASSIGN(last_report_, model_->load_into(orders_, {}));
-  return static_cast<double>(base::monotonic_ns() - begin_ns) / 1e9;
+  return stopwatch.read();
 }
 
-double Gather::run_loop(size_t loop) const {
-  std::atomic<size_t> next{0};
-  const int thread_count = std::max(1, static_cast<int>(last_report_.copy.thread_count));
-  const auto copy = usable_loops()[loop].copy;
-  return run_on_threads(thread_count, [&] {
-    for (size_t at; (at = next.fetch_add(1)) < pieces_.size();) copy(pieces_[at]);
-  });
+std::vector<Contender> Gather::loops() const {
+  std::vector<Contender> all;
+  for (size_t loop = 0; loop < row_loops().size(); ++loop) {
+    all.push_back(
+        {base::text("loop of ", row_loops()[loop]), [this, loop] { return Result<Sample>(run_loop(loop)); }});
+  }
+  return all;
+}
+
+Sample Gather::run_loop(size_t loop) const {
+  return run_row_loop(pieces_, loop, std::max(1, static_cast<int>(last_report_.copy.thread_count)));
 }
 
 Status Gather::check(const std::string& path) {
@@ -163,15 +234,13 @@ Status Gather::check(const std::string& path) {
   return {};
 }
 
-Result<Figure> race_gather(const Bench& bench, Gather& gather, std::string name, const std::string& path) {
+Result<Figure> race_gather(const Bench& bench, Gather& gather, std::string name, const std::string& path,
+                           std::span<const Contender> peers) {
   TRY(gather.check(path));
-  std::vector<Act> ceilings;
-  for (size_t loop = 0; loop < usable_loops().size(); ++loop) {
-    ceilings.push_back([&gather, loop] { return Result<double>(gather.run_loop(loop)); });
-  }
-  TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, [&] { return gather.run_product(); }));
-  Figure figure = race_figure(std::move(name), raced, static_cast<double>(gather.bytes()), at_least(0.85));
-  figure.note = base::text("loop of ", usable_loops()[raced.ceiling].name);
+  TRY_ASSIGN(const Race raced,
+             race(
+                 bench.options(), gather.loops(), [&] { return gather.run_product(); }, peers));
+  Figure figure = race_figure(std::move(name), raced, static_cast<double>(gather.bytes()), at_least(0.90));
   figure.details["threads"] = gather.last_report().copy.thread_count;
   return figure;
 }

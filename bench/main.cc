@@ -1,4 +1,5 @@
 // tensord_bench: named cases, figures against ceilings.
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "base/text.h"
 #include "bench/bench.h"
+#include "bench/peer.h"
 
 namespace tensord::bench {
 namespace {
@@ -17,13 +19,23 @@ namespace {
 constexpr Case kCases[] = {
     {"attach", "a resident artifact: from open to a usable mapping, alone, beside 99 and in bursts of 100",
      run_attach},
-    {"hot_load", "page cache to verified replica, against pread into touched memory", run_hot_load},
+    {"hot_load", "page cache to verified replica, 2 and 8 GB, against raw loops into touched memory",
+     run_hot_load},
+    {"cold_load", "disk to verified replica, against the best O_DIRECT reader found", run_cold_load},
+    {"group", "four tp4 ranks arriving at different times, cold: time, and bytes from the disk", run_group},
+    {"first_tensor", "until the first tensor can be used: cold, hot, resident", run_first_tensor},
+    {"small", "100,000 tensors of 4 KiB: open to all usable, load_into of all", run_small},
+    {"churn", "load and unload again and again, and the memory afterwards", run_churn},
+    {"verification", "what hashing adds to a raw read, by two loops", run_verification},
     {"strided", "slices into own memory, rows of 256 B to 1 MiB, against a loop of memcpy", run_strided},
     {"tp", "tensor-parallel ranks of a 2 GB checkpoint into own memory, against the same loop",
      run_tensor_parallel},
+    {"ranks", "column slices of tp2, tp4, tp8 by 1 to 8 processes at once, against the loop in as many",
+     run_ranks},
+    {"shapes", "3-D slices, transposes and casts, against loops written by hand", run_shapes},
     {"plan_compile", "from index expressions to a checked plan: Qwen3-14B and 6,144 experts",
      run_plan_compile},
-    {"memory", "resident memory of the daemon and of a client that touches nothing", run_memory},
+    {"memory", "memory of the daemon and of 1 to 8 processes (PSS), ours and safetensors'", run_memory},
     {"faults", "page faults and allocations in a warm load_into", run_faults},
     {"control", "status requests a second", run_control},
 };
@@ -34,7 +46,9 @@ constexpr const char* kHelp = R"(tensord_bench: benchmarks of tensord
   --json FILE      write all figures, with machine, commit and build, to FILE
   --pairs COUNT    pairs of ceiling and product per figure (9)
   --tiny           everything small and once: do the cases work? Prints no figures
-  --folder FOLDER  where checkpoints are made and kept, 5 GB (default: data, beside this program)
+  --folder FOLDER  where checkpoints are made and kept, 13 GB (default: data, beside this program)
+  --peers PYTHON   race other loaders, too: the python that `peers.py install` printed
+  --peer NAME      only this peer; may be given several times
   --binary FILE    the daemon's program (default: ../tensord, seen from this program)
 Exit status: 0 done, 1 a case failed, 2 bad arguments or a build that may not print figures.
 A goal that is missed is printed as such and changes nothing.
@@ -52,6 +66,7 @@ Result<CommandLine> parse(int argc, char** argv) {
   const auto here = std::filesystem::read_symlink("/proc/self/exe").parent_path();
   line.options.folder = here / "data";
   line.options.binary = here.parent_path() / "tensord";
+  bool peers_chosen = false;
   for (int at = 1; at < argc; ++at) {
     const std::string flag = argv[at];
     if (flag == "--help" || flag == "-h") {
@@ -70,6 +85,11 @@ Result<CommandLine> parse(int argc, char** argv) {
       line.options.folder = std::filesystem::absolute(argv[at]);
     } else if (flag == "--binary") {
       line.options.binary = std::filesystem::absolute(argv[at]);
+    } else if (flag == "--peers") {
+      line.options.python = argv[at];
+    } else if (flag == "--peer") {
+      if (!std::exchange(peers_chosen, true)) line.options.peers.clear();
+      line.options.peers.emplace_back(argv[at]);
     } else if (flag == "--pairs") {
       line.options.pair_count = std::max(1, std::atoi(argv[at]));
     } else {
@@ -98,6 +118,8 @@ int run(const CommandLine& line) {
     return 2;
   }
   std::filesystem::create_directories(line.options.folder);
+  ::signal(SIGPIPE, SIG_IGN);  // a peer that died is an error of its own
+  if (line.options.python.empty()) std::puts("without peers (--peers)");
   Bench bench(line.options);
   int status = 0;
   for (const Case& one : kCases) {

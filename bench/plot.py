@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Draws what tensord_bench measured: `bench/plot.py RESULTS.json [FOLDER]` writes SVG files beside it.
+"""Draws what tensord_bench measured: `bench/plot.py RESULTS.json [FOLDER] [--docs FILE]` writes
+SVG files beside it.
 
 ratios.svg has every figure "of ceiling" as a bar with its middle half; strided.svg has the rates of product
-and ceiling over the size of rows. figures.md is the table for docs/BENCHMARKS.md. Needs nothing but Python.
+and ceiling over the size of rows; peers.svg has the times of other loaders as multiples of the product's.
+figures.md is all of it as tables; with `--docs docs/BENCHMARKS.md` they also replace what stands there
+between the two marks. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 FONT = 'font-family="sans-serif" font-size="12"'
-COLOURS = {2: "#1b6ca8", 4: "#3a9d5d", 8: "#c2571a"}
+COLOURS = {2: "#1b6ca8", 4: "#3a9d5d", 8: "#c2571a", 16: "#7a4fa3"}
 GOAL_COLOUR, VOID_COLOUR, GRID_COLOUR = "#b00020", "#bbbbbb", "#dddddd"
 
 
@@ -102,6 +105,34 @@ def strided_lines(results: dict[str, Any], title: str) -> str:
     return svg(left + width + 140, top + height + 30, parts)
 
 
+def peer_bars(results: dict[str, Any], title: str) -> str:
+    """Times of the peers over the product's in the same rounds, on a logarithmic scale around 1."""
+    rows = [
+        (f"{figure['case']}: {figure['name']}: {peer['name']}", peer)
+        for figure in results["figures"]
+        for peer in figure.get("peers", ())
+        if "ratio" in peer
+    ]
+    left, octave, row = 560, 50, 20
+    one = left + 4 * octave
+    bottom = 40 + row * len(rows)
+    parts = [text(10, 20, f"{title}: time / product's time")]
+    for power in range(-4, 8):
+        x = one + octave * power
+        parts += [line(x, 30, x, bottom, GRID_COLOUR), text(x, bottom + 16, f"{2.0**power:g}", "middle")]
+    for position, (name, peer) in enumerate(rows):
+        y = 36 + row * position
+        end = one + octave * min(7.0, max(-4.0, math.log2(peer["ratio"])))
+        colour = VOID_COLOUR if peer["void"] else COLOURS[4] if peer["ratio"] >= 1 else COLOURS[8]
+        parts.append(text(left - 8, y + 12, name, "end"))
+        width = max(1.0, abs(end - one))
+        parts.append(
+            f'<rect x="{min(one, end):.1f}" y="{y}" width="{width:.1f}" height="{row - 6}" fill="{colour}"/>'
+        )
+        parts.append(text(max(one, end) + 6, y + 12, f"{peer['ratio']:.2f}"))
+    return svg(one + 8 * octave, bottom + 26, parts)
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
@@ -125,31 +156,78 @@ def table(results: dict[str, Any], title: str) -> str:
         notes = []
         if "product_gb_s" in details:
             notes.append(f"{details['product_gb_s']:.1f} of {details['ceiling_gb_s']:.1f} GB/s")
+        if "product_cpu_s" in details:
+            seconds = (details["product_cpu_s"], details["ceiling_cpu_s"])
+            notes.append("CPU {} of {} s".format(*(number(one) for one in seconds)))
         if "p99_ms" in details:
             notes.append(f"p99 {number(details['p99_ms'])} ms")
         if "first_byte_p50_ms" in details:
             notes.append(f"with the first byte {number(details['first_byte_p50_ms'])} ms")
         notes += [figure["note"]] if "note" in figure else []
-        value = f"{number(figure['value'])} {figure['unit']}"
+        is_skipped = figure["unit"] == "skipped"
+        value = "skipped" if is_skipped else f"{number(figure['value'])} {figure['unit']}"
         cells = (figure["case"], figure["name"], value, spread, target, "; ".join(notes))
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, "", *peer_rows(results)]) + "\n"
+
+
+def peer_rows(results: dict[str, Any]) -> list[str]:
+    """The peers in Markdown, with the versions that were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(results.get("peers", {}).items()))
+    rows = [
+        f"Peers: {versions}." if versions else "No peers were measured.",
+        "",
+        "| case | figure | peer | time | CPU | of the product's time | spread |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for figure in results["figures"]:
+        for peer in figure.get("peers", ()):
+            if "cannot" in peer:
+                cells = ("", "", f"cannot: {peer['cannot']}", "")
+            else:
+                spread = f"{peer['spread']:.1%}{' void' if peer['void'] else ''}"
+                times = (f"{number(peer[which] * 1e3)} ms" for which in ("seconds", "cpu_s"))
+                cells = (*times, f"{number(peer['ratio'])} x", spread)
+            rows.append(f"| {' | '.join((figure['case'], figure['name'], peer['name'], *cells))} |")
+    return rows
+
+
+MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
+
+
+def replace_between_marks(document: str, tables: str) -> str:
+    """The document with the tables between its marks; what stands outside is kept."""
+    before, begin, rest = document.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise SystemExit(f"plot.py: the document lacks the marks {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{begin}\n{tables}{end}{after}"
 
 
 def main() -> int:
-    if len(sys.argv) not in (2, 3):
+    words = sys.argv[1:]
+    document = None
+    if "--docs" in words[:-1]:
+        at = words.index("--docs")
+        document = Path(words[at + 1])
+        del words[at : at + 2]
+    if len(words) not in (1, 2):
         print(__doc__, file=sys.stderr)
         return 2
-    source = Path(sys.argv[1])
-    folder = Path(sys.argv[2]) if len(sys.argv) == 3 else source.parent
+    source = Path(words[0])
+    folder = Path(words[1]) if len(words) == 2 else source.parent
     results = json.loads(source.read_text())
     machine = results["machine"]
     box = f"{machine['processor']}, {machine['cores']} cores"
     title = f"{box}, commit {results['commit']}, {results['build_type']}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("ratios.svg", ratio_bars), ("strided.svg", strided_lines), ("figures.md", table)):
+    drawings = {"ratios.svg": ratio_bars, "strided.svg": strided_lines, "peers.svg": peer_bars}
+    for name, draw in {**drawings, "figures.md": table}.items():
         (folder / name).write_text(draw(results, title))
         print(folder / name)
+    if document is not None:
+        document.write_text(replace_between_marks(document.read_text(), table(results, title)))
+        print(document)
     return 0
 
 

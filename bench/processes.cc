@@ -114,9 +114,9 @@ Result<std::shared_ptr<client::Model>> open_ready(const std::string& path) {
   return model;
 }
 
-Status run_clients(int count, const std::function<Status(int number)>& work) {
+Result<Clients> Clients::start(int count, const std::function<Status(int number)>& work) {
   std::fflush(nullptr);
-  std::vector<pid_t> children;
+  Clients clients;
   for (int number = 0; number < count; ++number) {
     const pid_t child = ::fork();
     if (child < 0) return tl::unexpected(base::errno_error("start a client", errno));
@@ -127,16 +127,46 @@ Status run_clients(int count, const std::function<Status(int number)>& work) {
       std::fflush(nullptr);
       ::_exit(done ? 0 : 1);
     }
-    children.push_back(child);
+    clients.children_.push_back(child);
   }
+  return clients;
+}
+
+Clients::~Clients() {
+  for (const pid_t child : children_) {
+    ::kill(child, SIGKILL);
+    ::waitpid(child, nullptr, 0);
+  }
+}
+
+Status Clients::wait() {
   int failed_count = 0;
+  const auto children = std::exchange(children_, {});
   for (const pid_t child : children) {
     int status = 0;
     ::waitpid(child, &status, 0);
     failed_count += status != 0;
   }
   if (failed_count == 0) return {};
-  return base::fail(Code::internal, base::text(failed_count, " of ", count, " clients failed"));
+  return base::fail(Code::internal, base::text(failed_count, " of ", children.size(), " clients failed"));
+}
+
+Status run_clients(int count, const std::function<Status(int number)>& work) {
+  TRY_ASSIGN(Clients clients, Clients::start(count, work));
+  return clients.wait();
+}
+
+void make_barrier(pthread_barrier_t& barrier, int process_count) {
+  pthread_barrierattr_t attributes;
+  ::pthread_barrierattr_init(&attributes);
+  ::pthread_barrierattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+  ::pthread_barrier_init(&barrier, &attributes, static_cast<unsigned>(process_count));
+}
+
+void touch_free_memory(uint64_t size_bytes) {
+  void* data =
+      ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (data != MAP_FAILED) ::munmap(data, size_bytes);
 }
 
 Result<memory::Mapped> share_memory(uint64_t size_bytes) {
@@ -145,13 +175,31 @@ Result<memory::Mapped> share_memory(uint64_t size_bytes) {
   return memory::Mapped(static_cast<std::byte*>(data), size_bytes);
 }
 
-uint64_t process_bytes(pid_t pid, const std::string& field) {
-  std::ifstream file(base::text("/proc/", pid, "/status"));
+namespace {
+// The number behind "FIELD:" in a file of /proc; 0 when it cannot be read.
+uint64_t number_in(const std::string& path, const std::string& field) {
+  std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
-    if (line.starts_with(field + ":"))
-      return std::strtoull(line.c_str() + field.size() + 1, nullptr, 10) * 1024;
+    if (line.starts_with(field + ":")) return std::strtoull(line.c_str() + field.size() + 1, nullptr, 10);
   }
   return 0;
+}
+}  // namespace
+
+uint64_t process_bytes(pid_t pid, const std::string& field) {
+  return number_in(base::text("/proc/", pid, "/status"), field) * 1024;
+}
+
+uint64_t shared_bytes(pid_t pid) {
+  return number_in(base::text("/proc/", pid, "/smaps_rollup"), "Pss") * 1024;
+}
+
+uint64_t available_bytes() { return number_in("/proc/meminfo", "MemAvailable") * 1024; }
+
+uint64_t Daemon::disk_bytes() const { return number_in(base::text("/proc/", pid_, "/io"), "read_bytes"); }
+
+nlohmann::json Daemon::environment() const {
+  return {{"TENSORD_RUNTIME_DIR", folder_ + "/run"}, {"TENSORD_AUTOSTART", "0"}};
 }
 
 uint64_t fault_count(pid_t pid) {
