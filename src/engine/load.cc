@@ -67,7 +67,7 @@ bool Load::issue_block() {
   }
   const tensor::Block& block = blocks[number];
   source_->read({.file = block.file,
-                 .offset = block.image_offset - content_->layout.file_offsets[block.file],
+                 .offset = block.file_offset,
                  .target = {image_ + block.image_offset, block.size_bytes},
                  .done = [this, number](const Status& status, const storage::ReadTiming& timing) {
                    finish_block(number, status, timing);
@@ -113,13 +113,14 @@ Status Load::check_block(uint32_t number) {
     leaves_[at] = tensor::hash({image_ + leaf.image_offset, leaf.size_bytes});
     const auto& expected = expected_[block.file];
     if (expected.empty()) continue;
-    if (expected[at - leaves_of_file(*content_, block.file).first] == leaves_[at]) continue;
+    const tensor::Digest& known = expected[at - leaves_of_file(*content_, block.file).first];
+    if (known == leaves_[at] || known == tensor::Digest()) continue;
     const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
     return base::fail(
         Code::corrupt,
         base::text(content_->index.files[block.file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
                    leaf.leaf, " (", leaf.size_bytes, " bytes at ",
-                   leaf.image_offset - content_->layout.file_offsets[block.file],
+                   leaf.file_offset,
                    "): the bytes differ from those first read from this file, though its size and mtime "
                    "are the same; restore it, or `touch` it if the change was meant"));
   }

@@ -24,7 +24,8 @@ struct LoadOrder {
   std::unique_ptr<storage::Source> source;
   std::byte* image = nullptr;       // layout.size_bytes; must outlive the load
   memory::FillMap* fill = nullptr;  // must outlive the load
-  // What the leaves hashed to before, one entry per file; empty where the file was never read whole.
+  // What the leaves hashed to before, one entry per file; empty where nothing of the file is known, zeros where a leaf
+  // is not.
   std::vector<std::vector<tensor::Digest>> expected;
   uint32_t depth = 4;  // blocks asked for at once
   bool keep_spans = false;
