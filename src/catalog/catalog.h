@@ -50,7 +50,8 @@ class Catalog {
   virtual Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity) = 0;
   // All or nothing. Replaces the older records of the same artifact and of the same files (equal device and
   // inode). nullopt: files alone.
-  virtual Status remember(const std::optional<ArtifactRecord>& artifact, const std::vector<FileRecord>& files) = 0;
+  virtual Status remember(const std::optional<ArtifactRecord>& artifact,
+                          const std::vector<FileRecord>& files) = 0;
   virtual Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id) = 0;
   // The last remembered first.
   virtual Result<std::vector<ArtifactRecord>> list_artifacts() = 0;

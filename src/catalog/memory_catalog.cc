@@ -26,7 +26,8 @@ class ScriptedCatalog final : public MemoryCatalog {
     return std::vector<ArtifactRecord>(artifacts_.rbegin(), artifacts_.rend());
   }
 
-  Status remember(const std::optional<ArtifactRecord>& artifact, const std::vector<FileRecord>& files) override {
+  Status remember(const std::optional<ArtifactRecord>& artifact,
+                  const std::vector<FileRecord>& files) override {
     if (fault_) return tl::unexpected(*fault_);
     for (const FileRecord& file : files) {
       std::erase_if(files_, [&](const FileRecord& older) {

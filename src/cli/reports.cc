@@ -217,8 +217,7 @@ Result<std::string> list_text(std::string_view report) {
     std::string errors;
     for (const json& replica : list.at("replicas")) {
       table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
-                 human_bytes(replica.value("payload_bytes", uint64_t{0})),
-                 tensors_of(replica),
+                 human_bytes(replica.value("payload_bytes", uint64_t{0})), tensors_of(replica),
                  string_or(replica.at("artifact"), "-").substr(0, 12), holders_of(replica),
                  replica.at("path").get<std::string>()});
       if (const json& error = replica.at("error"); !error.is_null()) {

@@ -107,11 +107,12 @@ Result<Output> run_stop(const Words&) {
 Result<std::shared_ptr<Model>> open_resident(const Words& words) {
   TRY_ASSIGN(std::shared_ptr<Model> model, Model::open({absolute(words.operand)}, {.only = words.only}));
   if (model->resident() == client::Resident::artifact) return model;
-  return fail(Code::exhausted,
-              text("open ", model->path(), ": ", base::human_bytes(model->image_bytes()),
-                   " cannot be kept in host_memory, which is ", base::human_bytes(model->memory_bytes_max()),
-                   "; raise host_memory, or take some tensors with --only. Programs can copy out of it all the "
-                   "same: it is then read in batches (resident=\"view\")"));
+  return fail(
+      Code::exhausted,
+      text("open ", model->path(), ": ", base::human_bytes(model->image_bytes()),
+           " cannot be kept in host_memory, which is ", base::human_bytes(model->memory_bytes_max()),
+           "; raise host_memory, or take some tensors with --only. Programs can copy out of it all the "
+           "same: it is then read in batches (resident=\"view\")"));
 }
 
 Result<Output> run_load(const Words& words) {

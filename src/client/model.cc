@@ -139,14 +139,16 @@ Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths
   TRY_ASSIGN(std::shared_ptr<Connection> connection, Connection::open(options.autostart));
   TRY_ASSIGN(const std::shared_ptr<Model> model,
              ask(std::move(connection), checkpoint, options, protocol::Stay::artifact));
-  const bool streams = options.resident == Resident::view || (model->mapping_ == nullptr && !options.index_only);
+  const bool streams =
+      options.resident == Resident::view || (model->mapping_ == nullptr && !options.index_only);
   if (streams) model->resident_ = Resident::view;
   if (streams) model->checkpoint_ = std::move(checkpoint);
   return model;
 }
 
-Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
-                                          const OpenOptions& options, protocol::Stay stay) {
+Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection,
+                                          const Checkpoint& checkpoint, const OpenOptions& options,
+                                          protocol::Stay stay) {
   const auto too_long = [](const std::string& words) { return words.size() > rpc::kTextBytesMax; };
   if (options.only.size() > tensor::kOnlyCountMax ||
       std::any_of(options.only.begin(), options.only.end(), too_long)) {
@@ -221,8 +223,10 @@ Result<std::shared_ptr<Model>> Model::open_part(std::vector<std::string> names) 
 
 Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection,
                                                 std::vector<std::string> names, protocol::Stay stay) const {
-  if (resident_ != Resident::view) return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
-  TRY_ASSIGN(std::shared_ptr<Model> part, ask(std::move(connection), checkpoint_, {.only = std::move(names)}, stay));
+  if (resident_ != Resident::view)
+    return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
+  TRY_ASSIGN(std::shared_ptr<Model> part,
+             ask(std::move(connection), checkpoint_, {.only = std::move(names)}, stay));
   // After the daemon has looked: what is as it was now was so then.
   for (size_t at = 0; at < checkpoint_.fds.size(); ++at) {
     TRY(base::check_unchanged(checkpoint_.fds[at].get(), checkpoint_.identities[at], checkpoint_.files[at]));
@@ -307,8 +311,7 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
   for (const CopyOrder& order : orders) {
     TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
     TRY(check_dtypes(*tensor, order.target_dtype, options.cast));
-    TRY_ASSIGN(tensor::Strided from,
-               tensor::resolve(*tensor, order.items, windows_.image_offset(*tensor)));
+    TRY_ASSIGN(tensor::Strided from, tensor::resolve(*tensor, order.items, windows_.image_offset(*tensor)));
     wanted.push_back({.label = order.name,
                       .from = std::move(from),
                       .to = order.to,

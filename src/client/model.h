@@ -43,11 +43,11 @@ class Mapping {
 
 // The files behind what a caller named.
 struct Checkpoint {
-  std::string path;                          // absolute, as the caller named it (the first file of a list)
-  std::vector<std::string> files;            // absolute
-  std::vector<base::Fd> fds;                 // of the files, open for reading
+  std::string path;                            // absolute, as the caller named it (the first file of a list)
+  std::vector<std::string> files;              // absolute
+  std::vector<base::Fd> fds;                   // of the files, open for reading
   std::vector<base::FileIdentity> identities;  // of the files, when they were opened
-  std::optional<tensor::ShardIndex> shards;  // of model.safetensors.index.json, when there is one
+  std::optional<tensor::ShardIndex> shards;    // of model.safetensors.index.json, when there is one
 };
 
 // One path: a file, an index.json, or a folder that holds model.safetensors.index.json, model.safetensors, or exactly
@@ -133,8 +133,9 @@ class Model {
  private:
   Model() = default;
   using Parts = std::map<uint32_t, std::vector<CopyOrder>>;  // by number of the batch
-  static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
-                                            const OpenOptions& options, protocol::Stay stay);
+  static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection,
+                                            const Checkpoint& checkpoint, const OpenOptions& options,
+                                            protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
                                            std::vector<std::string> names, protocol::Stay stay) const;

@@ -34,7 +34,8 @@ json error_json(const std::optional<base::Error>& error) {
 json only_value(const std::vector<std::string>& only) {
   constexpr size_t kShownMax = 16;
   if (only.empty()) return nullptr;
-  return json(std::vector(only.begin(), only.begin() + static_cast<ptrdiff_t>(std::min(only.size(), kShownMax))));
+  return json(
+      std::vector(only.begin(), only.begin() + static_cast<ptrdiff_t>(std::min(only.size(), kShownMax))));
 }
 
 json replica_value(const engine::Replica& replica) {

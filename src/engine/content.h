@@ -31,7 +31,7 @@ struct OpenFile {
 
 // All leaves of one file, whichever of its tensors are wanted: what records of the file are kept by.
 struct FileLeaves {
-  uint32_t count = 0;  // 0 also where the file is larger than kRecordedBytesMax
+  uint32_t count = 0;            // 0 also where the file is larger than kRecordedBytesMax
   tensor::Digest layout_digest;  // over offset and size of each
 };
 
@@ -43,7 +43,7 @@ struct Content {
   std::vector<FileLeaves> file_leaves;         // one per file
   std::vector<uint32_t> first_leaves;          // one per tensor: the number of its first leaf in its file
   int64_t index_ns = 0;                        // how long reading and checking the headers took
-  std::shared_ptr<const Content> whole;        // all tensors of the files, where this is a selection; not laid out
+  std::shared_ptr<const Content> whole;  // all tensors of the files, where this is a selection; not laid out
 
   // The number of a leaf of `layout` among all leaves of its file.
   uint32_t number_of(const tensor::Leaf& leaf) const { return first_leaves[leaf.tensor] + leaf.leaf; }

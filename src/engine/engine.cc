@@ -200,9 +200,9 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
 
 void Engine::park(Replica& replica, Digests known, bool for_batches) {
   const auto ahead = [](const Waiter& waiter) { return waiter.stay == Stay::batch_ahead; };
-  const auto refused = for_batches
-                           ? std::stable_partition(replica.waiters.begin(), replica.waiters.end(), std::not_fn(ahead))
-                           : replica.waiters.end();
+  const auto refused =
+      for_batches ? std::stable_partition(replica.waiters.begin(), replica.waiters.end(), std::not_fn(ahead))
+                  : replica.waiters.end();
   for (auto waiter = refused; waiter != replica.waiters.end(); ++waiter)
     waiter->done(no_room_ahead(replica.path()));
   replica.waiters.erase(refused, replica.waiters.end());
@@ -468,8 +468,8 @@ void Engine::remember(const Replica& replica) {
   if (!replica.stays && replica.checked) return;  // a batch that taught nothing
   std::optional<catalog::ArtifactRecord> artifact;
   if (replica.stays) {
-    artifact = {*replica.artifact, replica.path(), content.index.payload_bytes(), content.index.tensors.size(),
-                content.identities};
+    artifact = {*replica.artifact, replica.path(), content.index.payload_bytes(),
+                content.index.tensors.size(), content.identities};
   }
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {

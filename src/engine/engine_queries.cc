@@ -55,9 +55,8 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     return fail(Code::invalid_argument, base::text(base::quoted(selector), " stands for ", found.size(),
                                                    " replicas; use a replica's number from `tensord ls`"));
   }
-  const auto whole = std::find_if(found.rbegin(), found.rend(), [&](uint64_t at) {
-    return replicas_.at(at)->content->whole == nullptr;
-  });
+  const auto whole = std::find_if(found.rbegin(), found.rend(),
+                                  [&](uint64_t at) { return replicas_.at(at)->content->whole == nullptr; });
   return whole == found.rend() ? found.back() : *whole;
 }
 
@@ -128,8 +127,8 @@ struct Verification {
     const tensor::Tensor& tensor = content->index.tensors[leaf.tensor];
     base::MutexLock lock(mutex);
     if (report.faults.size() == kFaultCountMax) return;
-    report.faults.push_back({content->index.files[tensor.file].path, tensor.name, leaf.leaf,
-                             leaf.file_offset, leaf.size_bytes});
+    report.faults.push_back(
+        {content->index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
   }
 
   // False when nothing is left.

@@ -119,8 +119,7 @@ Status Load::check_block(uint32_t number) {
     return base::fail(
         Code::corrupt,
         base::text(content_->index.files[block.file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
-                   leaf.leaf, " (", leaf.size_bytes, " bytes at ",
-                   leaf.file_offset,
+                   leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
                    "): the bytes differ from those first read from this file, though its size and mtime "
                    "are the same; restore it, or `touch` it if the change was meant"));
   }

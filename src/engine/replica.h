@@ -29,9 +29,9 @@ struct Holder {
 
 // How long a replica stays, and what its opener does where there is no room. The numbers are the protocol's.
 enum class Stay : uint8_t {
-  artifact,     // until its memory is needed
-  lease,        // with its last lease
-  batch,        // with its last lease, which ends soon: others may wait for its room, as this one for that of others
+  artifact,  // until its memory is needed
+  lease,     // with its last lease
+  batch,  // with its last lease, which ends soon: others may wait for its room, as this one for that of others
   batch_ahead,  // the same, but its opener holds a batch already: it must not wait, lest two wait for each other
 };
 
@@ -95,7 +95,7 @@ struct Replica {
   bool pinned = false;
   bool stays = false;    // somebody wants it beyond the leases
   bool checked = false;  // every leaf was known before
-  bool doomed = false;  // evicted while it was filling: goes when the load has ended
+  bool doomed = false;   // evicted while it was filling: goes when the load has ended
   uint32_t verify_count = 0;
   int64_t asked_ns = 0;  // when it was opened first
   int64_t room_ns = 0;   // when memory for it was first asked for
@@ -124,7 +124,8 @@ struct Replica {
   // What holds it lets go soon.
   bool held_briefly() const {
     const auto brief = [](const auto& lease) { return lease.second.brief; };
-    return !leases.empty() && !pinned && verify_count == 0 && std::all_of(leases.begin(), leases.end(), brief);
+    return !leases.empty() && !pinned && verify_count == 0 &&
+           std::all_of(leases.begin(), leases.end(), brief);
   }
   bool held() const {
     return !leases.empty() || pinned || verify_count > 0 || state == ReplicaState::indexing;

@@ -120,9 +120,8 @@ uint64_t Windows::image_offset(const Tensor& tensor) const {
 }
 
 const Window* Windows::at(uint64_t image_offset) const {
-  const auto behind = std::partition_point(list.begin(), list.end(), [&](const Window& window) {
-    return window.image_offset <= image_offset;
-  });
+  const auto behind = std::partition_point(
+      list.begin(), list.end(), [&](const Window& window) { return window.image_offset <= image_offset; });
   if (behind == list.begin()) return nullptr;
   const Window& window = *std::prev(behind);
   return image_offset - window.image_offset < window.size_bytes ? &window : nullptr;

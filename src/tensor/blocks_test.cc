@@ -78,7 +78,8 @@ std::string blocks(std::string_view lines) {
 std::string windows(const Index& index) {
   std::string out;
   for (const Window& window : windows_of(index).list) {
-    out += text("f", window.file, "@", window.file_offset, "+", window.size_bytes, " -> ", window.image_offset, "\n");
+    out += text("f", window.file, "@", window.file_offset, "+", window.size_bytes, " -> ",
+                window.image_offset, "\n");
   }
   return out;
 }
@@ -115,7 +116,8 @@ void expect_windows(const Index& index) {
     ASSERT_EQ(window, windows.at(begin + tensor.size_bytes - 1));
     ASSERT_EQ(mark(window->file, window->file_offset + begin - window->image_offset),
               mark(tensor.file, tensor.offset));
-    if (tensor.offset - window->file_offset < kImageAlignment && begin - window->image_offset < kImageAlignment)
+    if (tensor.offset - window->file_offset < kImageAlignment &&
+        begin - window->image_offset < kImageAlignment)
       edge_count += tensor.offset / kImageAlignment * kImageAlignment == window->file_offset ? 1 : 0;
   }
   ASSERT_GE(edge_count, windows.list.size());

@@ -36,33 +36,33 @@ std::string selected(const Index& index, const std::vector<std::string>& only) {
 }  // namespace
 
 TEST(Selection, patterns_match_as_a_shell_does) {
-  for (const auto& [pattern, name] : std::vector<std::pair<std::string, std::string>>{
-           {"*", ""},
-           {"*", "a.b"},
-           {"a", "a"},
-           {"a*", "a"},
-           {"*a", "aba"},
-           {"a*b*c", "a.b.b.c"},
-           {"layers.1[0-9].*", "layers.17.w"},
-           {"layers.?.*", "layers.7.w"},
-           {"x[!0-9]", "xa"},
-           {"x[]]", "x]"},
-           {"x[a-]", "x-"},
-           {"x[", "x["},
-           {"x[0", "x[0"},
-           {"**", "abc"}}) {
+  for (const auto& [pattern, name] :
+       std::vector<std::pair<std::string, std::string>>{{"*", ""},
+                                                        {"*", "a.b"},
+                                                        {"a", "a"},
+                                                        {"a*", "a"},
+                                                        {"*a", "aba"},
+                                                        {"a*b*c", "a.b.b.c"},
+                                                        {"layers.1[0-9].*", "layers.17.w"},
+                                                        {"layers.?.*", "layers.7.w"},
+                                                        {"x[!0-9]", "xa"},
+                                                        {"x[]]", "x]"},
+                                                        {"x[a-]", "x-"},
+                                                        {"x[", "x["},
+                                                        {"x[0", "x[0"},
+                                                        {"**", "abc"}}) {
     EXPECT_TRUE(matches(pattern, name)) << pattern << " " << name;
   }
-  for (const auto& [pattern, name] : std::vector<std::pair<std::string, std::string>>{
-           {"", "a"},
-           {"a", "ab"},
-           {"a", "A"},
-           {"*a", "ab"},
-           {"layers.1[0-9].*", "layers.1.w"},
-           {"layers.?.*", "layers.17.w"},
-           {"x[!0-9]", "x5"},
-           {"x[0-9]", "x"},
-           {"?", ""}}) {
+  for (const auto& [pattern, name] :
+       std::vector<std::pair<std::string, std::string>>{{"", "a"},
+                                                        {"a", "ab"},
+                                                        {"a", "A"},
+                                                        {"*a", "ab"},
+                                                        {"layers.1[0-9].*", "layers.1.w"},
+                                                        {"layers.?.*", "layers.17.w"},
+                                                        {"x[!0-9]", "x5"},
+                                                        {"x[0-9]", "x"},
+                                                        {"?", ""}}) {
     EXPECT_FALSE(matches(pattern, name)) << pattern << " " << name;
   }
 }
@@ -85,7 +85,8 @@ TEST(Selection, what_matches_nothing_is_not_found_with_the_nearest_name) {
   EXPECT_EQ(selected(index, {"norm", "lm_head.weigth"}),
             "not_found: only: no tensor is or matches 'lm_head.weigth'; did you mean 'lm_head.weight'?");
   EXPECT_EQ(selected(index, {"vision.*"}), "not_found: only: no tensor is or matches 'vision.*'");
-  EXPECT_EQ(selected(index, std::vector<std::string>(kOnlyCountMax + 1, "norm")).substr(0, 16), "invalid_argument");
+  EXPECT_EQ(selected(index, std::vector<std::string>(kOnlyCountMax + 1, "norm")).substr(0, 16),
+            "invalid_argument");
 }
 
 TEST(Selection, batches_are_consecutive_tensors_in_file_order) {
