@@ -172,9 +172,12 @@ class Mapping {
 
 enum class Autostart : int32_t { from_environment = -1, no = 0, yes = 1 };
 enum class Read : uint8_t { everything, index_only };
+enum class Resident : int32_t { artifact = TENSORD_RESIDENT_ARTIFACT, view = TENSORD_RESIDENT_VIEW };
 struct OpenOptions {
   Autostart autostart = Autostart::from_environment;  // whether to start a daemon when none runs
   Read read = Read::everything;
+  Resident resident = Resident::artifact;
+  std::vector<std::string> only = {};  // names and patterns of the tensors that are wanted; empty: all
 };
 
 inline constexpr int64_t kNoTimeout = -1;
@@ -183,6 +186,11 @@ class Model {
  public:
   // One path to a file or a folder, or several to files. Returns while the daemon's replica still fills.
   static Result<Model> open(const std::vector<std::string>& paths, const OpenOptions& options = {});
+
+  // Resident::view also where the artifact is larger than the daemon's host_memory.
+  Resident resident() const { return static_cast<Resident>(tensord_resident(model_.get())); }
+  // With Resident::view: some tensors alone, mapped.
+  Result<Model> open_part(const std::vector<std::string>& names) const;
 
   size_t tensor_count() const { return tensord_tensor_count(model_.get()); }
   std::vector<Tensor> tensors() const;  // in the order of names
@@ -275,15 +283,33 @@ inline Result<Index> Index::parse(std::string_view text) {
   return index;
 }
 
+inline std::vector<const char*> pointers_to(const std::vector<std::string>& texts) {
+  std::vector<const char*> pointers;
+  for (const std::string& text : texts) pointers.push_back(text.c_str());
+  return pointers;
+}
+
 inline Result<Model> Model::open(const std::vector<std::string>& paths, const OpenOptions& options) {
-  std::vector<const char*> names;
-  for (const std::string& path : paths) names.push_back(path.c_str());
-  const tensord_open_options wishes = {sizeof wishes, static_cast<int32_t>(options.autostart),
-                                       options.read == Read::index_only};
+  const std::vector<const char*> names = pointers_to(paths);
+  const std::vector<const char*> only = pointers_to(options.only);
+  const tensord_open_options wishes = {sizeof wishes,
+                                       static_cast<int32_t>(options.autostart),
+                                       options.read == Read::index_only,
+                                       static_cast<int32_t>(options.resident),
+                                       only.data(),
+                                       only.size()};
   tensord_model* model = nullptr;
   const int code = tensord_open(names.data(), names.size(), &wishes, &model);
   if (code != TENSORD_OK) return last_error(code);
   return Model(model);
+}
+
+inline Result<Model> Model::open_part(const std::vector<std::string>& names) const {
+  const std::vector<const char*> wanted = pointers_to(names);
+  tensord_model* part = nullptr;
+  const int code = tensord_open_part(model_.get(), wanted.data(), wanted.size(), &part);
+  if (code != TENSORD_OK) return last_error(code);
+  return Model(part);
 }
 
 inline std::vector<Tensor> Model::tensors() const {

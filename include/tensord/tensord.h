@@ -7,7 +7,8 @@
  *
  * Strings are UTF-8 and end with NUL. Sizes are bytes, shapes are elements, strides are bytes. A pointer that must not
  * be NULL and is gives TENSORD_INVALID_ARGUMENT. A struct with struct_bytes may be larger than this library knows it (of
- * a newer header): the fields behind are ignored; a smaller one is refused.
+ * a newer header): the fields behind are ignored. One of an older header may be smaller: the fields it lacks are 0. What is
+ * smaller than the first header knew it is refused.
  */
 #ifndef TENSORD_TENSORD_H_
 #define TENSORD_TENSORD_H_
@@ -85,24 +86,42 @@ typedef struct tensord_mapping tensord_mapping;
 
 typedef enum tensord_state { TENSORD_FILLING = 0, TENSORD_READY = 1, TENSORD_FAILED = 2 } tensord_state;
 
+/* What of an artifact the daemon keeps in memory. ARTIFACT: all of it. VIEW: what a call is about to copy, in batches, so
+ * that the artifact may be larger than the daemon's host_memory. */
+typedef enum tensord_resident { TENSORD_RESIDENT_ARTIFACT = 0, TENSORD_RESIDENT_VIEW = 1 } tensord_resident_t;
+
 typedef struct tensord_open_options {
   uint32_t struct_bytes; /* sizeof(tensord_open_options); fields are only ever appended */
   int32_t
       autostart; /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
   int32_t index_only; /* 1: read the headers only; nothing is loaded, no bytes can be had */
+  int32_t resident;   /* tensord_resident_t */
+  /* Names of tensors, and patterns (*, ?, [a-z], [!a-z]) of names; only these tensors are read and seen. A text that is a
+   * name means that tensor alone. One that means none is TENSORD_NOT_FOUND. only_count 0: all tensors. */
+  const char* const* only;
+  size_t only_count;
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors
  * file in it), or several paths to files. Returns while the daemon's replica still fills. `options` may be NULL. */
 TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count,
                                 const tensord_open_options* options, tensord_model** model);
+/* Other than asked for where the artifact is larger than the daemon's host_memory: then it is TENSORD_RESIDENT_VIEW. Such a
+ * model has no mapping (tensord_tensor.data is NULL, tensord_wait returns at once); tensord_load_into works as ever, but for
+ * single tensors larger than host_memory (TENSORD_EXHAUSTED, nothing written). */
+TENSORD_EXPORT tensord_resident_t tensord_resident(const tensord_model* model);
+/* Of such a model, a model of some tensors alone, with a mapping; the daemon forgets it with its last reference. Names are
+ * as in tensord_open_options.only. */
+TENSORD_EXPORT int tensord_open_part(const tensord_model* model, const char* const* names, size_t name_count,
+                                     tensord_model** part);
 /* Frees the handle. Mappings that were retained stay valid. NULL is allowed. */
 TENSORD_EXPORT void tensord_close(tensord_model* model);
 
 /* The memory that holds the tensors, private copy-on-write: a write into it changes this process's copy only. (Where
  * the kernel's strict overcommit refuses so much private memory it is read-only, a write is a SIGSEGV, and tensord_info
  * says "copy_on_write": false.) Retains it; it is unmapped, and the daemon's lease ends, when the model is closed and
- * every retained reference (in every process, after fork) is released. NULL with index_only, and when it fails. */
+ * every retained reference (in every process, after fork) is released. NULL with index_only, with
+ * TENSORD_RESIDENT_VIEW, and when it fails. */
 TENSORD_EXPORT tensord_mapping* tensord_retain_mapping(tensord_model* model);
 TENSORD_EXPORT void tensord_release_mapping(tensord_mapping* mapping);
 
@@ -116,7 +135,7 @@ typedef struct tensord_tensor {
   uint32_t reserved;
   uint64_t file_offset; /* of the first byte in its file */
   uint64_t size_bytes;
-  const void* data; /* in the mapping; wait before reading. NULL with index_only */
+  const void* data; /* in the mapping; wait before reading. NULL without a mapping */
 } tensord_tensor;
 
 TENSORD_EXPORT size_t tensord_tensor_count(const tensord_model* model);
@@ -144,8 +163,9 @@ typedef struct tensord_progress {
 TENSORD_EXPORT int tensord_get_progress(const tensord_model* model, tensord_progress* progress);
 
 /* What is known of the model as a JSON object: path, files, state, artifact (id, once ready), replica, payload_bytes,
- * image_bytes, tensor_count, ready_bytes, total_bytes, copy_on_write (see tensord_retain_mapping; false with
- * index_only). Free it with tensord_free. */
+ * image_bytes, tensor_count, ready_bytes, total_bytes, resident ("artifact" or "view"), only (as asked for, or null),
+ * copy_on_write (see tensord_retain_mapping; false without a mapping). Where the daemon had a replica of more tensors, it
+ * serves: replica and the bytes are then its own, and artifact is null. Free it with tensord_free. */
 TENSORD_EXPORT int tensord_info(const tensord_model* model, char** json);
 
 /* ---- slices and copies ------------------------------------------------------------------------------------------- */

@@ -27,12 +27,18 @@ DENIED = 8
 FILLING = 0
 READY = 1
 
+RESIDENT_ARTIFACT = 0
+RESIDENT_VIEW = 1
+
 
 class OpenOptions(ctypes.Structure):
     _fields_ = (
         ("struct_bytes", ctypes.c_uint32),
         ("autostart", ctypes.c_int32),
         ("index_only", ctypes.c_int32),
+        ("resident", ctypes.c_int32),
+        ("only", ctypes.POINTER(ctypes.c_char_p)),
+        ("only_count", ctypes.c_size_t),
     )
 
 
@@ -120,6 +126,8 @@ _PROTOTYPES = {
         _INT,
         (ctypes.POINTER(_S), _Z, ctypes.POINTER(OpenOptions), ctypes.POINTER(_P)),
     ),
+    "tensord_resident": (_INT, (_P,)),
+    "tensord_open_part": (_INT, (_P, ctypes.POINTER(_S), _Z, ctypes.POINTER(_P))),
     "tensord_close": (None, (_P,)),
     "tensord_retain_mapping": (_P, (_P,)),
     "tensord_release_mapping": (None, (_P,)),

@@ -6,10 +6,11 @@ import ctypes
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from contextlib import ExitStack
-from typing import Any, NoReturn, Union
+from typing import Any, Literal, NoReturn, Union
 
 from . import _library
 from ._library import check, last_error, library
@@ -21,6 +22,7 @@ from .errors import (
     InvalidArgumentError,
     InvalidIndexError,
     MissingFileError,
+    TensordWarning,
     UnavailableError,
     UnknownTensorError,
     WaitTimeoutError,
@@ -39,6 +41,7 @@ from .tensors import (
 )
 
 PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Resident = Literal["artifact", "view"]
 LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, AnyTensor]]]
 
 # A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
@@ -65,6 +68,9 @@ class Model:
     Tensors are zero-copy: they lie in memory that the daemon filled once and that this process maps
     privately. They stay valid as long as they are referenced: after `close`, without the Model, and in
     forked children. Methods may be called from several threads at once.
+
+    Of a model with ``resident="view"`` the daemon keeps nothing between calls: `load_into` has it read batch by
+    batch, and each zero-copy tensor holds memory of its own.
     """
 
     def __init__(self, handle: _Handle, paths: Sequence[str], framework: str) -> None:
@@ -75,6 +81,7 @@ class Model:
         self._names: list[str] | None = None
         self._entries: dict[str, Entry] = {}
         self._is_ready = False
+        self._is_view = library().tensord_resident(handle.pointer) == _library.RESIDENT_VIEW
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -200,7 +207,8 @@ class Model:
 
     def info(self) -> dict[str, Any]:
         """What is known of the model: path, files, state, artifact, replica, payload_bytes, image_bytes,
-        tensor_count, ready_bytes, total_bytes."""
+        tensor_count, ready_bytes, total_bytes, resident, only. Where the daemon had a replica of more
+        tensors, that one serves: replica and bytes are its own, and artifact is None."""
         handle = self._open_handle()
         text = ctypes.c_void_p()
         check(library().tensord_info(handle.pointer, ctypes.byref(text)))
@@ -209,7 +217,7 @@ class Model:
     # ---- waiting ---------------------------------------------------------------------------------
 
     def wait(self, progress: ProgressOption = False, timeout: float | None = None) -> None:
-        """Waits until all bytes are there and checked.
+        """Waits until all bytes are there and checked; with ``resident="view"`` there is nothing to wait for.
 
         Parameters
         ----------
@@ -293,7 +301,11 @@ class Model:
         ------
         CorruptError
             Names the first bytes that differ: file, tensor and offset.
+        InvalidArgumentError
+            The model has ``resident="view"``.
         """
+        if self._is_view:
+            raise InvalidArgumentError(f"verify {', '.join(self._paths)}: a view keeps nothing to verify")
         self.wait()
         report: dict[str, Any] = json.loads(_library.call("verify", str(self.info()["replica"])))
         faults = report["faults"]
@@ -320,6 +332,8 @@ class Model:
         UnknownTensorError
         UnsupportedDtypeError
             The framework has no such type.
+        ExhaustedError
+            Of a model with ``resident="view"``: there is no memory for the tensor alone.
         Error
             The load failed.
         """
@@ -327,8 +341,20 @@ class Model:
 
     def tensor(self, entry: Entry, *, framework: str | None = None, writable: bool = False) -> AnyTensor:
         """`__getitem__` with a choice. ``writable``: so may a numpy array be, as a torch tensor always is."""
-        place = Place(self._keeper(entry), entry.address, entry.memory_shape, None)
-        return self._at(entry, place, framework or self._framework, writable)
+        model, there = self._mapped(entry)
+        place = Place(model._keeper(there), there.address, there.memory_shape, None)
+        return model._at(there, place, framework or self._framework, writable)
+
+    def _mapped(self, entry: Entry) -> tuple[Model, Entry]:
+        """The model that maps a tensor, and the tensor there: in a view one of its own."""
+        if not self._is_view or entry.size_bytes == 0:
+            return self, entry
+        pointer = ctypes.c_void_p()
+        names = (ctypes.c_char_p * 1)(entry.encoded)
+        handle = self._open_handle()
+        check(library().tensord_open_part(handle.pointer, names, 1, ctypes.byref(pointer)))
+        part = Model(_Handle(pointer), self._paths, self._framework)
+        return part, part.entry(entry.name)
 
     def _at(self, entry: Entry, place: Place, framework: str, writable: bool) -> AnyTensor:
         self._wait_for(entry)
@@ -424,7 +450,10 @@ class Model:
 
         Notes
         -----
-        Waits for the bytes it needs; it cannot be interrupted meanwhile, `wait` can.
+        Waits for the bytes it needs; it cannot be interrupted meanwhile, `wait` can. With
+        ``resident="view"`` the tensors are read in batches, and the next is read while one is copied. All
+        targets are checked before the first batch; a tensor larger than the daemon's memory is refused
+        then.
         """
         if isinstance(targets, AbstractMapping):
             wanted: Iterable[tuple[str, Any, Any]] = ((name, ..., target) for name, target in targets.items())
@@ -493,7 +522,8 @@ class View:
         self._slices = {}
         for name, items in wanted.items():
             entry = model.entry(name)
-            self._slices[name] = (entry, items, model.place_of(entry, items))
+            model._resolve(entry, items)  # refuses what makes no sense
+            self._slices[name] = (entry, items)
 
     def keys(self) -> list[str]:
         """The names, in the order they were asked for."""
@@ -512,7 +542,7 @@ class View:
         """Each name with its slice, in the order of `keys`."""
         return ((name, self[name]) for name in self)
 
-    def _slice(self, name: str) -> tuple[Entry, tuple[Item, ...], Place]:
+    def _slice(self, name: str) -> tuple[Entry, tuple[Item, ...]]:
         try:
             return self._slices[name]
         except KeyError:
@@ -523,9 +553,9 @@ class View:
 
         torch knows no negative strides: there, a slice with a negative step is a copy.
         """
-        entry, _, place = self._slice(name)
-        model = self._model
-        model._open_handle()
+        listed, items = self._slice(name)
+        model, entry = self._model._mapped(listed)
+        place = model.place_of(entry, items)
         if entry.is_bytes and place.shape == (entry.size_bytes,):
             place = place._replace(shape=entry.memory_shape, strides=None)
         return model._at(entry, place, model._framework, False)
@@ -540,7 +570,7 @@ class View:
         targets : mapping
             ``{name: tensor}``; names are this view's, not necessarily all of them.
         """
-        orders = [(*self._slice(name)[:2], target) for name, target in targets.items()]
+        orders = [(*self._slice(name), target) for name, target in targets.items()]
         return self._model._load(orders, cast=cast, threads=threads)
 
     def __repr__(self) -> str:
@@ -551,9 +581,11 @@ def open(
     path: PathLike | Sequence[PathLike],
     framework: str | None = None,
     *,
+    only: str | Sequence[str] | None = None,
+    resident: Resident = "artifact",
     autostart: bool | None = None,
 ) -> Model:
-    """Opens a checkpoint. Returns at once while the daemon still reads it.
+    """Opens a checkpoint, or some of its tensors. Returns at once while the daemon still reads it.
 
     Parameters
     ----------
@@ -562,6 +594,13 @@ def open(
         files.
     framework : {"pt", "np"}, optional
         What the tensors are. None: torch where it is installed, else numpy.
+    only : str, or list of str, optional
+        Names of tensors, and shell-style patterns of names (``"model.layers.1[0-9].*"``): only these tensors
+        are read, and the model has no others. A text that is a name means that tensor alone. None: all.
+    resident : {"artifact", "view"}, optional
+        What the daemon keeps in memory. "artifact": all of it, from now on. "view": what a call is about to
+        copy, so that the artifact may be larger than the daemon's memory. One that is opens as "view"
+        whatever is asked for, with a `TensordWarning`; ``model.info()["resident"]`` tells.
     autostart : bool, optional
         Whether a daemon is started when none runs. None: as ``$TENSORD_AUTOSTART`` says (default yes).
 
@@ -573,11 +612,13 @@ def open(
     ------
     MissingFileError
         A file is not there (also a FileNotFoundError).
+    UnknownTensorError
+        An element of ``only`` is and matches no tensor.
     CorruptError
         A file is no valid safetensors file (also a safetensors.SafetensorError where that package is
         installed).
     ExhaustedError
-        The daemon's memory limit is too small.
+        Others hold the daemon's memory; the message names them.
     UnavailableError
         No daemon answers.
     """
@@ -587,8 +628,15 @@ def open(
     for one in paths:
         if b"\0" in one:
             raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
+    if resident not in ("artifact", "view"):
+        raise InvalidArgumentError(f'open: resident is "artifact" or "view", not {resident!r}')
+    wanted = _encoded_names([only] if isinstance(only, str) else only)
     options = _library.OpenOptions(
-        ctypes.sizeof(_library.OpenOptions), -1 if autostart is None else int(autostart), 0
+        struct_bytes=ctypes.sizeof(_library.OpenOptions),
+        autostart=-1 if autostart is None else int(autostart),
+        resident=_library.RESIDENT_VIEW if resident == "view" else _library.RESIDENT_ARTIFACT,
+        only=(ctypes.c_char_p * len(wanted))(*wanted),
+        only_count=len(wanted),
     )
     pointer = ctypes.c_void_p()
     code = library().tensord_open(
@@ -600,13 +648,35 @@ def open(
     names = [os.fsdecode(one) for one in paths]
     if code != _library.OK:
         raise _open_error(code, last_error(code), names)
-    return Model(_Handle(pointer), names, chosen)
+    model = Model(_Handle(pointer), names, chosen)
+    if model._is_view and resident == "artifact":
+        warnings.warn(
+            f"{', '.join(names)} is larger than the daemon's host_memory: it is not kept, load_into has it "
+            'read in batches (resident="view"); raise host_memory, or open fewer tensors with only=',
+            TensordWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _encoded_names(only: Sequence[str] | None) -> list[bytes]:
+    if only is None:
+        return []
+    names = [name.encode() for name in only]
+    if not names:
+        raise InvalidArgumentError("open: only is empty; None means all tensors")
+    for name in names:
+        if b"\0" in name:
+            raise InvalidArgumentError(f"open: only: {name!r}: names hold no NUL")
+    return names
 
 
 def _open_error(code: int, error: Error, names: list[str]) -> Error:
     """The built-in OSErrors tell which file it was."""
     # Path.exists() raises for names that are too long.
     missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")  # noqa: PTH110
+    if code == _library.NOT_FOUND and error.message.startswith("only: "):
+        return UnknownTensorError(error.message)
     if code == _library.NOT_FOUND:
         return MissingFileError(error.message, filename=missing)
     if code == _library.DENIED:

@@ -60,6 +60,10 @@ class Error(Exception):
         )
 
 
+class TensordWarning(UserWarning):
+    """Something works, but not as it was asked for; the message says why and what to do."""
+
+
 def _restore(kind: type[Error], message: str, dirty: bool, filename: str | None) -> Error:
     return kind(message, target_dirty=dirty, filename=filename)
 

@@ -16,13 +16,13 @@ namespace tensord::catalog {
 using base::Result;
 using base::Status;
 
-// What one file's bytes hashed to when it was first read whole. `layout_digest` guards against a change of
+// What one file's bytes hashed to when they were first read. `layout_digest` guards against a change of
 // the rules by which leaves are cut: entries with another value are not used.
 struct FileRecord {
   base::FileIdentity identity;
   std::string path;  // the last path it was seen at; for people
   tensor::Digest layout_digest;
-  std::vector<tensor::Digest> leaves;  // in file order
+  std::vector<tensor::Digest> leaves;  // in file order; zeros where a leaf was never read
 };
 
 struct ArtifactRecord {
@@ -49,8 +49,9 @@ class Catalog {
   // Of exactly this identity: a file that was written to since is absent.
   virtual Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity) = 0;
   // All or nothing. Replaces the older records of the same artifact and of the same files (equal device and
-  // inode).
-  virtual Status remember(const ArtifactRecord& artifact, const std::vector<FileRecord>& files) = 0;
+  // inode). nullopt: files alone.
+  virtual Status remember(const std::optional<ArtifactRecord>& artifact,
+                          const std::vector<FileRecord>& files) = 0;
   virtual Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id) = 0;
   // The last remembered first.
   virtual Result<std::vector<ArtifactRecord>> list_artifacts() = 0;

@@ -26,7 +26,8 @@ class ScriptedCatalog final : public MemoryCatalog {
     return std::vector<ArtifactRecord>(artifacts_.rbegin(), artifacts_.rend());
   }
 
-  Status remember(const ArtifactRecord& artifact, const std::vector<FileRecord>& files) override {
+  Status remember(const std::optional<ArtifactRecord>& artifact,
+                  const std::vector<FileRecord>& files) override {
     if (fault_) return tl::unexpected(*fault_);
     for (const FileRecord& file : files) {
       std::erase_if(files_, [&](const FileRecord& older) {
@@ -34,8 +35,10 @@ class ScriptedCatalog final : public MemoryCatalog {
       });
       files_.push_back(file);
     }
-    std::erase_if(artifacts_, [&](const ArtifactRecord& older) { return older.id == artifact.id; });
-    artifacts_.push_back(artifact);
+    if (artifact) {
+      std::erase_if(artifacts_, [&](const ArtifactRecord& older) { return older.id == artifact->id; });
+      artifacts_.push_back(*artifact);
+    }
     forget_oldest(files_, limits_.file_count_max);
     forget_oldest(artifacts_, limits_.artifact_count_max);
     return {};

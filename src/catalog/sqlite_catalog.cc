@@ -307,8 +307,9 @@ class SqliteCatalog final : public Catalog {
     }
   }
 
-  Status remember(const ArtifactRecord& artifact, const std::vector<FileRecord>& files) override {
-    const std::string what = text("remember ", artifact.path);
+  Status remember(const std::optional<ArtifactRecord>& artifact,
+                  const std::vector<FileRecord>& files) override {
+    const std::string what = artifact ? text("remember ", artifact->path) : "remember files";
     Transaction transaction(connection_);
     TRY(transaction.begin(what));
     for (const FileRecord& file : files) {
@@ -319,13 +320,15 @@ class SqliteCatalog final : public Catalog {
               .bytes(raw_view(std::span(file.leaves)))
               .run());
     }
-    TRY(start(kInsertArtifact, what)
-            .bytes(raw_view(artifact.id))
-            .words(artifact.path)
-            .integer(artifact.payload_bytes)
-            .integer(artifact.tensor_count)
-            .bytes(raw_view(std::span(artifact.files)))
-            .run());
+    if (artifact) {
+      TRY(start(kInsertArtifact, what)
+              .bytes(raw_view(artifact->id))
+              .words(artifact->path)
+              .integer(artifact->payload_bytes)
+              .integer(artifact->tensor_count)
+              .bytes(raw_view(std::span(artifact->files)))
+              .run());
+    }
     TRY(start(kForgetFiles, what).integer(limits_.file_count_max).run());
     TRY(start(kForgetArtifacts, what).integer(limits_.artifact_count_max).run());
     return transaction.commit(what);

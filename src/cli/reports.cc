@@ -61,6 +61,19 @@ std::string holders_of(const json& replica) {
   return out.empty() ? text("- (idle ", seconds(replica.at("idle_s").get<double>()), ")") : out;
 }
 
+// "12" tensors, or "12 of 443" where only some of the files' were asked for.
+std::string tensors_of(const json& value) {
+  const auto count = value.value("tensor_count", uint64_t{0});
+  const auto whole = value.value("whole_tensor_count", count);
+  return value.value("only", json()).is_null() ? text(count) : text(count, " of ", whole);
+}
+
+std::string only_of(const json& value) {
+  std::string out;
+  for (const json& words : value.at("only")) out += (out.empty() ? "" : ", ") + words.get<std::string>();
+  return out;
+}
+
 std::string state_of(const json& replica) {
   const std::string state = replica.at("state").get<std::string>();
   const auto total = replica.value("total_bytes", uint64_t{0});
@@ -188,6 +201,8 @@ std::string explained(const json& report) {
       out += first ? "the first load of these files: their digests were recorded\n"
                    : "every byte is what it was at the first load\n";
     }
+    if (!report.value("only", json()).is_null())
+      out += wrapped(text("only ", tensors_of(report), " tensors: ", only_of(report)));
     for (const json& note : report.at("notes")) out += wrapped(note.get<std::string>());
     if (const json& error = report.at("error"); !error.is_null()) {
       out += text("error: ", error.at("code").get<std::string>(), ": ",
@@ -271,8 +286,7 @@ Result<std::string> list_text(std::string_view report) {
     std::string errors;
     for (const json& replica : list.at("replicas")) {
       table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
-                 human_bytes(replica.value("payload_bytes", uint64_t{0})),
-                 text(replica.value("tensor_count", uint64_t{0})),
+                 human_bytes(replica.value("payload_bytes", uint64_t{0})), tensors_of(replica),
                  string_or(replica.at("artifact"), "-").substr(0, 12), holders_of(replica),
                  replica.at("path").get<std::string>()});
       if (const json& error = replica.at("error"); !error.is_null()) {

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "base/bytes.h"
 #include "base/fd.h"
 #include "base/text.h"
 #include "cli/completion.h"
@@ -103,8 +104,20 @@ Result<Output> run_stop(const Words&) {
   return Output{.json = json{{"pid", pid}}.dump(), .text = text("stopped daemon ", pid, "\n")};
 }
 
+// All that is wanted, in memory.
+Result<std::shared_ptr<Model>> open_resident(const Words& words) {
+  TRY_ASSIGN(std::shared_ptr<Model> model, Model::open({absolute(words.operand)}, {.only = words.only}));
+  if (model->resident() == client::Resident::artifact) return model;
+  return fail(
+      Code::exhausted,
+      text("open ", model->path(), ": ", base::human_bytes(model->image_bytes()),
+           " cannot be kept in host_memory, which is ", base::human_bytes(model->memory_bytes_max()),
+           "; raise host_memory, or take some tensors with --only. Programs can copy out of it all the "
+           "same: it is then read in batches (resident=\"view\")"));
+}
+
 Result<Output> run_load(const Words& words) {
-  TRY_ASSIGN(const std::shared_ptr<Model> model, Model::open({absolute(words.operand)}, {}));
+  TRY_ASSIGN(const std::shared_ptr<Model> model, open_resident(words));
   if (words.pin) TRY(ask(pin, text(model->replica())));
   if (words.wait) TRY(watch_fill(*model, words.progress));
   std::string info = model->info_json();
@@ -114,7 +127,7 @@ Result<Output> run_load(const Words& words) {
 
 Result<Output> run_show(const Words& words) {
   TRY_ASSIGN(const std::shared_ptr<Model> model,
-             Model::open({absolute(words.operand)}, {.index_only = true}));
+             Model::open({absolute(words.operand)}, {.index_only = true, .only = words.only}));
   if (words.views.empty()) return show_index(model->index(), model->path());
   return show_views(model->index(), model->path(), words.views);
 }
@@ -123,7 +136,7 @@ Result<Output> run_show(const Words& words) {
 // be opened any more may still be resident.
 Result<std::string> verified(const Words& words) {
   if (!is_path(words.operand)) return ask(protocol::Verb::verify, words.operand);
-  const auto model = Model::open({absolute(words.operand)}, {});
+  const auto model = open_resident(words);
   if (!model) {
     if (model.error().code != Code::not_found) return base::pass_on(model);
     Result<std::string> report = ask(protocol::Verb::verify, absolute(words.operand));
@@ -239,13 +252,19 @@ constexpr Flag kProgress = {.name = "--progress",
                             .value = "WHEN",
                             .completes = Completes::choices,
                             .choices = kProgressModes};
+constexpr Flag kOnly = {.name = "--only",
+                        .summary = "only tensors of this name, or that match; may be given many times",
+                        .field = &Words::only,
+                        .value = "PATTERN"};
 constexpr Flag kLoadFlags[] = {
+    kOnly,
     {.name = "--wait", .summary = "return when every byte is there and checked", .field = &Words::wait},
     {.name = "--pin", .summary = "keep it until it is unpinned", .field = &Words::pin},
     kProgress,
 };
 constexpr Flag kVerifyFlags[] = {kProgress};
 constexpr Flag kShowFlags[] = {
+    kOnly,
     {.name = "--view",
      .summary = "print the plan that packs such slices; may be given many times",
      .field = &Words::views,

@@ -30,6 +30,7 @@ struct Words {
   bool pin = false;
   std::string progress = "auto";
   std::vector<std::string> views;
+  std::vector<std::string> only;
   std::string trace;
   std::string html;
   std::string interval = "1";

@@ -1,6 +1,7 @@
 // The C ABI over Model: translates, keeps the thread's last error, lets nothing escape.
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -152,6 +153,26 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   return order;
 }
 
+tensord::base::Result<std::vector<std::string>> to_texts(const char* const* texts, size_t count) {
+  std::vector<std::string> out;
+  for (size_t at = 0; at < count; ++at) {
+    if (texts == nullptr || texts[at] == nullptr)
+      return tensord::base::fail(Code::invalid_argument, "a name is NULL");
+    out.emplace_back(texts[at]);
+  }
+  return out;
+}
+
+int give_model(std::shared_ptr<client::Model> opened, tensord_model** out) {
+  auto made = std::make_unique<tensord_model>();
+  made->model = std::move(opened);
+  for (const auto& [key, value] : made->model->index().metadata) {
+    made->metadata.emplace_back(key.c_str(), value.c_str());
+  }
+  *out = made.release();
+  return TENSORD_OK;
+}
+
 constexpr std::array<std::pair<const char*, tensord::protocol::Verb>, 8> kVerbs = {{
     {"status", tensord::protocol::Verb::status},
     {"list", tensord::protocol::Verb::list},
@@ -183,21 +204,41 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
     }
     client::OpenOptions wishes;
     if (options != nullptr) {
-      if (options->struct_bytes < sizeof(tensord_open_options)) {
+      constexpr size_t kFirstBytes = offsetof(tensord_open_options, resident);
+      if (options->struct_bytes < kFirstBytes) {
         return keep(Code::invalid_argument, "tensord_open_options is too small: is struct_bytes set?");
       }
-      wishes.autostart = autostart_of(options->autostart);
-      wishes.index_only = options->index_only != 0;
+      tensord_open_options known = {};
+      std::memcpy(&known, options, std::min<size_t>(options->struct_bytes, sizeof known));
+      wishes.autostart = autostart_of(known.autostart);
+      wishes.index_only = known.index_only != 0;
+      wishes.resident =
+          known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
+      auto only = to_texts(known.only, known.only_count);
+      if (!only) return keep(only.error());
+      wishes.only = std::move(*only);
     }
     auto opened = client::Model::open(std::vector<std::string>(paths, paths + path_count), wishes);
     if (!opened) return keep(opened.error());
-    auto made = std::make_unique<tensord_model>();
-    made->model = std::move(*opened);
-    for (const auto& [key, value] : made->model->index().metadata) {
-      made->metadata.emplace_back(key.c_str(), value.c_str());
-    }
-    *model = made.release();
-    return TENSORD_OK;
+    return give_model(std::move(*opened), model);
+  });
+}
+
+tensord_resident_t tensord_resident(const tensord_model* model) {
+  const bool view = model != nullptr && model->model->resident() == client::Resident::view;
+  return view ? TENSORD_RESIDENT_VIEW : TENSORD_RESIDENT_ARTIFACT;
+}
+
+int tensord_open_part(const tensord_model* model, const char* const* names, size_t name_count,
+                      tensord_model** part) {
+  if (const int refused = refuse_null({{"model", model}, {"names", names}, {"part", part}})) return refused;
+  return guarded([&]() -> int {
+    *part = nullptr;
+    auto wanted = to_texts(names, name_count);
+    if (!wanted) return keep(wanted.error());
+    auto opened = model->model->open_part(std::move(*wanted));
+    if (!opened) return keep(opened.error());
+    return give_model(std::move(*opened), part);
   });
 }
 

@@ -104,9 +104,7 @@ Result<Checkpoint> from_files(const std::vector<std::string>& paths, const std::
   return checkpoint;
 }
 
-}  // namespace
-
-Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
+Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
   if (paths.empty()) return fail(Code::invalid_argument, "open: no path was given");
   std::vector<std::string> whole;
   for (const std::string& path : paths) {
@@ -126,6 +124,17 @@ Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
   if (exists(first + "/" + kSingleName)) return from_files({first + "/" + kSingleName}, first);
   TRY_ASSIGN(const std::string only, only_safetensors_in(first));
   return from_files({only}, first);
+}
+
+}  // namespace
+
+Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
+  TRY_ASSIGN(Checkpoint checkpoint, find_files(paths));
+  for (size_t at = 0; at < checkpoint.fds.size(); ++at) {
+    TRY_ASSIGN(checkpoint.identities.emplace_back(),
+               base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
+  }
+  return checkpoint;
 }
 
 }  // namespace tensord::client

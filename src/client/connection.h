@@ -47,6 +47,7 @@ class Connection {
   // wrong is forgotten, and ends the telling: a statistic is not worth waiting for, nor a daemon to be started.
   void tell(protocol::RequestUnion request);
 
+  Autostart autostart() const { return autostart_; }
   bool keep_spans() const { return keep_spans_; }  // constant after open()
 
  private:

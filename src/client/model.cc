@@ -8,13 +8,16 @@
 #include <algorithm>
 #include <cerrno>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/text.h"
 #include "memory/fresh_pages.h"
 #include "rpc/index_rows.h"
+#include "rpc/messages.h"
 #include "tensor/plan.h"
+#include "tensor/selection.h"
 
 namespace tensord::client {
 
@@ -75,48 +78,15 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
 }
 
 // The daemon names files as their first client did; here they are named as this one does, and held against its index.json.
-Status adopt_names(const Checkpoint& checkpoint, tensor::Index& index) {
+Status adopt_names(const Checkpoint& checkpoint, tensor::Holds holds, tensor::Index& index) {
   if (index.files.size() != checkpoint.files.size()) {
     return fail(Code::corrupt, "the daemon's index has another number of files than were opened");
   }
   for (size_t at = 0; at < index.files.size(); ++at) index.files[at].path = checkpoint.files[at];
   if (!checkpoint.shards) return {};
-  const Status fits = tensor::check_shard_index(*checkpoint.shards, index);
+  const Status fits = tensor::check_shard_index(*checkpoint.shards, index, holds);
   if (!fits) return fail(fits.error().code, checkpoint.path + ": " + fits.error().message);
   return {};
-}
-
-uint64_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<uint64_t> row(b.size() + 1);
-  for (size_t at = 0; at < row.size(); ++at) row[at] = at;
-  for (size_t i = 1; i <= a.size(); ++i) {
-    uint64_t diagonal = row[0];
-    row[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const uint64_t changed = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, changed});
-    }
-  }
-  return row[b.size()];
-}
-
-// " did you mean 'x'?" for names that are nearly right.
-std::string suggestion(const tensor::Index& index, std::string_view name) {
-  constexpr size_t kNameMax = 200;
-  constexpr size_t kTriedMax = 2000;  // a message is not worth more than a few ms
-  if (name.size() > kNameMax) return "";
-  uint64_t best = name.size() / 3 + 1;
-  const tensor::Tensor* nearest = nullptr;
-  for (size_t at = 0; at < std::min(index.tensors.size(), kTriedMax); ++at) {
-    if (index.tensors[at].name.size() > kNameMax) continue;
-    const uint64_t distance = edit_distance(name, index.tensors[at].name);
-    if (distance < best) {
-      best = distance;
-      nearest = &index.tensors[at];
-    }
-  }
-  return nearest == nullptr ? "" : "; did you mean " + base::quoted(nearest->name) + "?";
 }
 
 // [begin, end) of what a target can touch.
@@ -156,6 +126,12 @@ Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype target, bool cas
   return {};
 }
 
+std::vector<std::string> names_of(std::span<const CopyOrder> orders) {
+  std::set<std::string> names;
+  for (const CopyOrder& order : orders) names.emplace(order.name);
+  return {names.begin(), names.end()};
+}
+
 }  // namespace
 
 bool Mapping::daemon_lives() const {
@@ -166,64 +142,127 @@ bool Mapping::daemon_lives() const {
 Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths,
                                            const OpenOptions& options) {
   TRY_ASSIGN(Checkpoint checkpoint, find_checkpoint(paths));
-  std::shared_ptr<Model> model(new Model);
-  TRY_ASSIGN(model->connection_, Connection::open(options.autostart));
+  TRY_ASSIGN(std::shared_ptr<Connection> connection, Connection::open(options.autostart));
+  TRY_ASSIGN(const std::shared_ptr<Model> model,
+             ask(std::move(connection), checkpoint, options, protocol::Stay::artifact));
+  const bool streams =
+      options.resident == Resident::view || (model->mapping_ == nullptr && !options.index_only);
+  if (streams) model->resident_ = Resident::view;
+  if (streams) model->checkpoint_ = std::move(checkpoint);
+  return model;
+}
+
+Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection,
+                                          const Checkpoint& checkpoint, const OpenOptions& options,
+                                          protocol::Stay stay) {
+  const auto too_long = [](const std::string& words) { return words.size() > rpc::kTextBytesMax; };
+  if (options.only.size() > tensor::kOnlyCountMax ||
+      std::any_of(options.only.begin(), options.only.end(), too_long)) {
+    return fail(Code::invalid_argument,
+                base::text("open ", checkpoint.path, ": only: at most ", tensor::kOnlyCountMax,
+                           " names of at most ", rpc::kTextBytesMax, " bytes are possible"));
+  }
   protocol::OpenT body;
   body.path = checkpoint.path;
   body.paths = checkpoint.files;
-  body.index_only = options.index_only;
+  body.index_only = options.index_only || options.resident == Resident::view;
+  body.only = options.only;
+  body.stay = stay;
+  std::vector<base::Fd> fds;
+  for (const base::Fd& fd : checkpoint.fds) {
+    TRY_ASSIGN(fds.emplace_back(), base::duplicate(fd.get()));
+  }
   protocol::RequestUnion request;
   request.Set(std::move(body));
-  TRY_ASSIGN(Answer answer, model->connection_->ask(std::move(request), std::move(checkpoint.fds)));
+  TRY_ASSIGN(Answer answer, connection->ask(std::move(request), std::move(fds)));
+  std::shared_ptr<Model> model(new Model);
+  model->connection_ = std::move(connection);
+  TRY(model->adopt(checkpoint, options, std::move(answer)));
+  return model;
+}
 
+// Maps what was granted.
+Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer) {
   const int64_t begin_ns = base::monotonic_ns();
   const auto* opened = answer.frame().reply_as_Opened();
   const size_t segment_count =
       opened == nullptr || opened->segment_bytes() == nullptr ? 0 : opened->segment_bytes()->size();
   constexpr size_t kLeaseFillIndex = 3;
-  const size_t fd_count = options.index_only ? 1 : kLeaseFillIndex + segment_count;
-  if (opened == nullptr || answer.fds.size() != fd_count) {
+  const bool index_alone = answer.fds.size() == 1;
+  if (opened == nullptr || (!index_alone && answer.fds.size() != kLeaseFillIndex + segment_count)) {
     return fail(Code::corrupt, "the daemon answered something else than an opened artifact");
   }
-  model->path_ = checkpoint.path;
-  model->replica_ = opened->replica();
-  model->image_bytes_ = opened->image_bytes();
-  const base::Fd& index_fd = answer.fds[options.index_only ? 0 : kLeaseFillIndex - 1];
-  TRY_ASSIGN(model->index_, rpc::decode_index(index_fd, opened->index_bytes()));
-  TRY(adopt_names(checkpoint, model->index_));
-  model->file_offsets_ = tensor::file_offsets(model->index_);
-  if (options.index_only) return model;
-  if (model->file_offsets_.back() != model->image_bytes_) {
-    return fail(Code::corrupt, "the daemon's image is of another size than the files in it");
+  path_ = checkpoint.path;
+  only_ = options.only;
+  replica_ = opened->replica();
+  batch_bytes_ = opened->batch_bytes();
+  memory_bytes_max_ = opened->memory_bytes_max();
+  const base::Fd& index_fd = answer.fds[index_alone ? 0 : kLeaseFillIndex - 1];
+  TRY_ASSIGN(index_, rpc::decode_index(index_fd, opened->index_bytes()));
+  TRY(adopt_names(checkpoint, only_.empty() ? tensor::Holds::all : tensor::Holds::some, index_));
+  windows_ = tensor::windows_of(index_);
+  if (windows_.image_bytes != opened->image_bytes()) {
+    return fail(Code::corrupt, "the daemon's image is of another size than the tensors in it");
   }
-  TRY_ASSIGN(model->fill_, memory::FillView::open(answer.fds[1]));
-  static const flatbuffers::Vector<uint64_t>* const kNone = nullptr;
-  const auto* sizes = segment_count == 0 ? kNone : opened->segment_bytes();
+  if (!only_.empty()) {
+    TRY_ASSIGN(const std::vector<uint32_t> positions, tensor::select(index_, only_));
+    if (positions.size() < index_.tensors.size()) {
+      granted_ = std::move(index_);
+      index_ = tensor::take(*granted_, positions);
+    }
+  }
+  if (index_alone) return {};
+  TRY_ASSIGN(fill_, memory::FillView::open(answer.fds[1]));
   MappedSegments mapped;
-  if (sizes != nullptr) {
-    TRY_ASSIGN(mapped,
-               map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *sizes, model->image_bytes_));
+  if (segment_count > 0) {
+    TRY_ASSIGN(mapped, map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *opened->segment_bytes(),
+                                    windows_.image_bytes));
   }
-  model->mapping_ =
-      std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
-  model->map_begin_ns_ = begin_ns;
-  model->map_ns_ = base::monotonic_ns() - begin_ns;
-  return model;
+  mapping_ = std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
+  map_begin_ns_ = begin_ns;
+  map_ns_ = base::monotonic_ns() - begin_ns;
+  return {};
+}
+
+Result<std::shared_ptr<Model>> Model::open_part(std::vector<std::string> names) const {
+  return open_part(connection_, std::move(names), protocol::Stay::lease);
+}
+
+Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection,
+                                                std::vector<std::string> names, protocol::Stay stay) const {
+  if (resident_ != Resident::view)
+    return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
+  TRY_ASSIGN(std::shared_ptr<Model> part,
+             ask(std::move(connection), checkpoint_, {.only = std::move(names)}, stay));
+  // After the daemon has looked: what is as it was now was so then.
+  for (size_t at = 0; at < checkpoint_.fds.size(); ++at) {
+    TRY(base::check_unchanged(checkpoint_.fds[at].get(), checkpoint_.identities[at], checkpoint_.files[at]));
+  }
+  if (part->mapping_ == nullptr) return fail(Code::corrupt, "the daemon granted no memory");
+  return part;
 }
 
 const std::byte* Model::data(const tensor::Tensor& tensor) const {
   if (mapping_ == nullptr) return nullptr;
-  return mapping_->data() + file_offsets_[tensor.file] + tensor.offset;
+  return mapping_->data() + windows_.image_offset(tensor);
 }
 
-memory::FillState Model::state() const { return fill_ ? fill_->state() : memory::FillState::filling; }
+memory::FillState Model::state() const {
+  if (fill_) return fill_->state();
+  return resident_ == Resident::view ? memory::FillState::ready : memory::FillState::filling;
+}
 uint64_t Model::ready_bytes() const { return fill_ ? fill_->ready_bytes() : 0; }
-uint64_t Model::total_bytes() const { return fill_ ? fill_->total_bytes() : image_bytes_; }
-tensor::Digest Model::artifact_id() const { return fill_ ? fill_->artifact_id() : tensor::Digest{}; }
+uint64_t Model::total_bytes() const {
+  if (fill_) return fill_->total_bytes();
+  return resident_ == Resident::view ? 0 : windows_.image_bytes;
+}
+tensor::Digest Model::artifact_id() const {
+  return fill_ && !granted_ ? fill_->artifact_id() : tensor::Digest{};
+}
 
 const tensor::ImageLayout& Model::layout() const {
   base::MutexLock lock(mutex_);
-  if (!layout_) layout_ = tensor::lay_out(index_);
+  if (!layout_) layout_ = tensor::lay_out(granted_ ? *granted_ : index_);
   return *layout_;
 }
 
@@ -253,18 +292,23 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
 }
 
 Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
-  if (tensor != nullptr) {
-    return wait_for(file_offsets_[tensor->file] + tensor->offset, tensor->size_bytes, timeout_ms);
-  }
+  if (resident_ == Resident::view) return {};
+  if (tensor != nullptr) return wait_for(windows_.image_offset(*tensor), tensor->size_bytes, timeout_ms);
   if (!fill_) return fail(Code::invalid_argument, path_ + " was opened for its index only");
-  return fill_->wait_ready(timeout_ms, [this] { return mapping_->daemon_lives(); });
+  if (!granted_) return fill_->wait_ready(timeout_ms, [this] { return mapping_->daemon_lives(); });
+  const int64_t begin_ns = base::monotonic_ns();
+  for (const tensor::Tensor& one : index_.tensors) {
+    const int64_t waited_ms = (base::monotonic_ns() - begin_ns) / 1'000'000;
+    TRY(wait(&one, timeout_ms < 0 ? timeout_ms : std::max<int64_t>(timeout_ms - waited_ms, 0)));
+  }
+  return {};
 }
 
 Result<const tensor::Tensor*> Model::find(std::string_view name) const {
   const tensor::Tensor* tensor = index_.find(name);
   if (tensor == nullptr) {
     return fail(Code::not_found,
-                base::text(path_, " has no tensor ", base::quoted(name), suggestion(index_, name)));
+                base::text(path_, " has no tensor ", base::quoted(name), tensor::suggestion(index_, name)));
   }
   return tensor;
 }
@@ -276,8 +320,8 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
   for (const CopyOrder& order : orders) {
     TRY_ASSIGN(const AddressRange range, addresses_of(order));
     if (range.empty()) continue;
-    const auto mapped = reinterpret_cast<uint64_t>(mapping_->data());
-    if (range.begin < mapped + mapping_->size_bytes() && mapped < range.end) {
+    const auto mapped = mapping_ ? reinterpret_cast<uint64_t>(mapping_->data()) : 0;
+    if (mapping_ && range.begin < mapped + mapping_->size_bytes() && mapped < range.end) {
       return fail(Code::invalid_argument, base::text("load_into ", base::quoted(order.name),
                                                      ": the target is a tensor of the model itself"));
     }
@@ -288,8 +332,7 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
   for (const CopyOrder& order : orders) {
     TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
     TRY(check_dtypes(*tensor, order.target_dtype, options.cast));
-    TRY_ASSIGN(tensor::Strided from,
-               tensor::resolve(*tensor, order.items, file_offsets_[tensor->file] + tensor->offset));
+    TRY_ASSIGN(tensor::Strided from, tensor::resolve(*tensor, order.items, windows_.image_offset(*tensor)));
     wanted.push_back({.label = order.name,
                       .from = std::move(from),
                       .to = order.to,
@@ -301,14 +344,19 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
   Prepared prepared;
   TRY_ASSIGN(prepared.plan, tensor::compile(wanted));
   if (!all.empty()) prepared.target = {reinterpret_cast<std::byte*>(all.begin), all.end - all.begin};
-  const uint64_t source_bytes[] = {mapping_->size_bytes()};
+  const uint64_t source_bytes[] = {windows_.image_bytes};
   const uint64_t target_bytes[] = {prepared.target.size_bytes};
   TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes, tensor::Coverage::any));
   return prepared;
 }
 
 Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
+  if (resident_ == Resident::view) return copy_streamed(orders, options);
   if (mapping_ == nullptr) return fail(Code::invalid_argument, path_ + " was opened for its index only");
+  return copy_mapped(orders, options);
+}
+
+Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
   const int64_t begin_ns = base::monotonic_ns();
   TRY_ASSIGN(const Prepared prepared, prepare(orders, options));
   LoadReport report{.begin_ns = begin_ns};
@@ -326,6 +374,64 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
   report.copy_ns = base::monotonic_ns() - begin_ns - report.plan_ns;
   report_use(report);
   return report;
+}
+
+// Which orders go with which batch. A tensor that no batch can hold is refused here, before a byte is written.
+Result<Model::Parts> Model::cut(std::span<const CopyOrder> orders) const {
+  const std::vector<uint32_t> numbers = tensor::batch_numbers(index_, batch_bytes_);
+  Parts parts;
+  for (const CopyOrder& order : orders) {
+    TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
+    if (order.to.element_count() == 0) continue;
+    uint64_t memory_bytes = 0;
+    for (const uint64_t size : memory::segment_sizes(tensor->size_bytes + tensor::kImageAlignment))
+      memory_bytes += size;
+    if (memory_bytes > memory_bytes_max_) {
+      return fail(Code::exhausted, base::text("load_into ", base::quoted(order.name), ": it needs ",
+                                              base::human_bytes(memory_bytes), ", host_memory is ",
+                                              base::human_bytes(memory_bytes_max_), "; raise host_memory"));
+    }
+    parts[numbers[static_cast<size_t>(tensor - index_.tensors.data())]].push_back(order);
+  }
+  return parts;
+}
+
+Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
+                                        const CopyOrderOptions& options) const {
+  const int64_t begin_ns = base::monotonic_ns();
+  TRY(prepare(orders, options));
+  TRY_ASSIGN(const Parts parts, cut(orders));
+  // One of its own: to open a batch may take until another thread of this process is done with its own.
+  TRY_ASSIGN(const std::shared_ptr<Connection> connection, Connection::open(connection_->autostart()));
+  LoadReport sum;
+  sum.plan_ns = base::monotonic_ns() - begin_ns;
+  std::shared_ptr<Model> ahead;
+  for (auto part = parts.begin(); part != parts.end(); ++part) {
+    const auto stopped = [&](base::Error error) {
+      if (sum.copy.target_bytes > 0) error.target = base::TargetState::dirty;
+      return tl::unexpected(std::move(error));
+    };
+    std::shared_ptr<Model> batch = std::move(ahead);
+    if (batch == nullptr) {
+      auto opened = open_part(connection, names_of(part->second), protocol::Stay::batch);
+      if (!opened) return stopped(opened.error());
+      batch = std::move(*opened);
+    }
+    if (const auto next = std::next(part); next != parts.end()) {
+      auto opened = open_part(connection, names_of(next->second), protocol::Stay::batch_ahead);
+      if (!opened && opened.error().code != Code::exhausted) return stopped(opened.error());
+      if (opened) ahead = std::move(*opened);
+    }
+    const auto copied = batch->copy_mapped(part->second, options);
+    if (!copied) return stopped(copied.error());
+    sum.copy.target_bytes += copied->copy.target_bytes;
+    sum.copy.wait_ns += copied->copy.wait_ns;
+    sum.copy.thread_count = std::max(sum.copy.thread_count, copied->copy.thread_count);
+    sum.record_count += copied->record_count;
+    sum.plan_ns += copied->plan_ns;
+  }
+  sum.copy_ns = base::monotonic_ns() - begin_ns - sum.plan_ns;
+  return sum;
 }
 
 void Model::report_use(const LoadReport& report) {
@@ -357,13 +463,15 @@ std::string Model::info_json() const {
                          {"replica", replica_},
                          {"state", kStates[static_cast<size_t>(state())]},
                          {"payload_bytes", index_.payload_bytes()},
-                         {"image_bytes", image_bytes_},
+                         {"image_bytes", windows_.image_bytes},
+                         {"resident", resident_ == Resident::view ? "view" : "artifact"},
                          {"tensor_count", index_.tensors.size()},
                          {"ready_bytes", ready_bytes()},
                          {"total_bytes", total_bytes()},
                          {"copy_on_write", mapping_ != nullptr && mapping_->writable()}};
-  info["artifact"] =
-      state() == memory::FillState::ready ? nlohmann::json(artifact_id().to_text()) : nlohmann::json();
+  const tensor::Digest artifact = artifact_id();
+  info["artifact"] = artifact == tensor::Digest() ? nlohmann::json() : nlohmann::json(artifact.to_text());
+  info["only"] = only_.empty() ? nlohmann::json() : nlohmann::json(only_);
   for (const tensor::IndexFile& file : index_.files) info["files"].push_back(file.path);
   return info.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }

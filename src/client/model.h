@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -42,10 +43,11 @@ class Mapping {
 
 // The files behind what a caller named.
 struct Checkpoint {
-  std::string path;                          // absolute, as the caller named it (the first file of a list)
-  std::vector<std::string> files;            // absolute
-  std::vector<base::Fd> fds;                 // of the files, open for reading
-  std::optional<tensor::ShardIndex> shards;  // of model.safetensors.index.json, when there is one
+  std::string path;                            // absolute, as the caller named it (the first file of a list)
+  std::vector<std::string> files;              // absolute
+  std::vector<base::Fd> fds;                   // of the files, open for reading
+  std::vector<base::FileIdentity> identities;  // of the files, when they were opened
+  std::optional<tensor::ShardIndex> shards;    // of model.safetensors.index.json, when there is one
 };
 
 // One path: a file, an index.json, or a folder that holds model.safetensors.index.json, model.safetensors, or exactly
@@ -53,9 +55,14 @@ struct Checkpoint {
 // folder, ...), Code::corrupt (index.json) name the path.
 Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths);
 
+// What of an artifact is in the daemon's memory: all of it, or, batch by batch, what a call is about to copy.
+enum class Resident : uint8_t { artifact, view };
+
 struct OpenOptions {
   Autostart autostart = Autostart::from_environment;
-  bool index_only = false;  // headers only
+  bool index_only = false;        // headers only
+  std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
+  Resident resident = Resident::artifact;
 };
 
 // One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
@@ -84,32 +91,41 @@ struct LoadReport {
 // Thread safe.
 class Model {
  public:
+  // Opens with Resident::view, whatever the options say, what is larger than the daemon's host_memory.
   static Result<std::shared_ptr<Model>> open(const std::vector<std::string>& paths,
                                              const OpenOptions& options);
+
+  // Some of this model's tensors, in memory as long as somebody maps them. For Resident::view; Code::changed when the
+  // files are not those that this model was opened for.
+  Result<std::shared_ptr<Model>> open_part(std::vector<std::string> names) const;
 
   const std::string& path() const { return path_; }
   const tensor::Index& index() const { return index_; }
   uint64_t replica() const { return replica_; }
-  uint64_t image_bytes() const { return image_bytes_; }
+  Resident resident() const { return resident_; }
+  uint64_t image_bytes() const { return windows_.image_bytes; }
+  uint64_t memory_bytes_max() const { return memory_bytes_max_; }  // the daemon's host_memory
 
-  // nullptr with index_only.
+  // nullptr with index_only and Resident::view.
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
-  // Where a tensor's bytes are (or will be); nullptr with index_only.
+  // Where a tensor's bytes are (or will be); nullptr where there is no mapping.
   const std::byte* data(const tensor::Tensor& tensor) const;
 
   memory::FillState state() const;
   uint64_t ready_bytes() const;
   uint64_t total_bytes() const;
-  tensor::Digest artifact_id() const;  // zeros until ready
+  // Zeros until ready, and where the mapped replica holds more tensors than this model.
+  tensor::Digest artifact_id() const;
 
-  // Until a tensor's bytes (nullptr: all) are there; errors as FillView::wait.
+  // Until a tensor's bytes (nullptr: all) are there; errors as FillView::wait. At once with Resident::view.
   Status wait(const tensor::Tensor* tensor, int64_t timeout_ms) const;
 
   // Code::not_found, with the nearest names.
   Result<const tensor::Tensor*> find(std::string_view name) const;
 
   // One plan for all orders; checked whole before the first byte is written. Errors as memory::execute, and
-  // Code::not_found, Code::invalid_argument for orders that make no sense.
+  // Code::not_found, Code::invalid_argument for orders that make no sense. With Resident::view the tensors are read in
+  // batches, one ahead of the one that is copied; Code::exhausted for one that is larger than host_memory.
   Result<LoadReport> load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
 
   // The JSON of tensord_info.
@@ -117,6 +133,16 @@ class Model {
 
  private:
   Model() = default;
+  using Parts = std::map<uint32_t, std::vector<CopyOrder>>;  // by number of the batch
+  static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection,
+                                            const Checkpoint& checkpoint, const OpenOptions& options,
+                                            protocol::Stay stay);
+  Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
+  Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
+                                           std::vector<std::string> names, protocol::Stay stay) const;
+  Result<Parts> cut(std::span<const CopyOrder> orders) const;
+  Result<LoadReport> copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
+  Result<LoadReport> copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   struct Prepared {
     tensor::CopyPlan plan;
     memory::CopyTarget target;  // the stretch of addresses that holds all orders' targets
@@ -129,12 +155,17 @@ class Model {
   // Constant after open():
   std::string path_;
   tensor::Index index_;
+  std::vector<std::string> only_;         // as asked for
+  std::optional<tensor::Index> granted_;  // of the replica, where it holds more tensors
+  tensor::Windows windows_;               // of the replica's image
+  Resident resident_ = Resident::artifact;
+  Checkpoint checkpoint_;  // with Resident::view, to open parts
   uint64_t replica_ = 0;
-  uint64_t image_bytes_ = 0;
+  uint64_t batch_bytes_ = 0;
+  uint64_t memory_bytes_max_ = 0;
   int64_t map_begin_ns_ = 0;
   int64_t map_ns_ = 0;
-  std::vector<uint64_t> file_offsets_;  // and behind them the size of the image
-  std::unique_ptr<Connection> connection_;
+  std::shared_ptr<Connection> connection_;
   std::shared_ptr<Mapping> mapping_;
   std::optional<memory::FillView> fill_;
 

@@ -34,6 +34,14 @@ json error_json(const std::optional<base::Error>& error) {
   return {{"code", base::code_name(error->code)}, {"message", error->message}};
 }
 
+// Of a selection: what was asked for, the first of it. Null: all tensors.
+json only_value(const std::vector<std::string>& only) {
+  constexpr size_t kShownMax = 16;
+  if (only.empty()) return nullptr;
+  return json(
+      std::vector(only.begin(), only.begin() + static_cast<ptrdiff_t>(std::min(only.size(), kShownMax))));
+}
+
 json replica_value(const engine::Replica& replica) {
   const int64_t now_ns = base::monotonic_ns();
   json leases = json::array();
@@ -61,6 +69,9 @@ json replica_value(const engine::Replica& replica) {
     value["total_bytes"] = total_bytes;
     value["ready_bytes"] = replica.fill ? replica.fill->ready_bytes() : 0;
     value["tensor_count"] = replica.content->index.tensors.size();
+    const engine::Content* whole = replica.content->whole.get();
+    value["whole_tensor_count"] = (whole == nullptr ? *replica.content : *whole).index.tensors.size();
+    value["only"] = only_value(replica.key.only);
     value["files"] = json::array();
     for (const auto& file : replica.content->index.files) value["files"].push_back(file.path);
   }
@@ -262,6 +273,9 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<M
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
+                {"only", only_value(report.only)},
+                {"tensor_count", report.tensor_count},
+                {"whole_tensor_count", report.whole_tensor_count},
                 {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
                 {"state", kStates[static_cast<size_t>(report.state)]},
                 {"error", error_json(report.error)},

@@ -34,7 +34,13 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
     return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count,
                                                    " paths came with ", request.fds.size(), " descriptors"));
   }
-  engine::OpenOrder order{.path = open.path()->str(), .index_only = open.index_only()};
+  if (open.stay() > protocol::Stay::MAX) return fail(Code::unsupported, "no such stay of a replica");
+  engine::OpenOrder order{.path = open.path()->str(),
+                          .index_only = open.index_only(),
+                          .stay = static_cast<engine::Stay>(open.stay())};
+  if (open.only() != nullptr) {
+    for (const auto* words : *open.only()) order.only.push_back(words->str());
+  }
   order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
   for (size_t at = 0; at < file_count; ++at) {
     TRY_ASSIGN(engine::OpenFile file,
@@ -56,6 +62,8 @@ rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   opened.fill_map_bytes = grant.fill_map_bytes;
   opened.image_bytes = grant.content->image_bytes;
   opened.segment_bytes = grant.segment_bytes;
+  opened.batch_bytes = grant.batch_bytes;
+  opened.memory_bytes_max = grant.memory_bytes_max;
   std::vector<int> fds;
   if (grant.lease.valid()) fds = {grant.lease.get(), grant.fill_map_fd};
   fds.push_back(grant.index_fd);

@@ -1,11 +1,14 @@
 #include "engine/content.h"
 
 #include <algorithm>
+#include <numeric>
+#include <tuple>
 
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/text.h"
 #include "tensor/safetensors.h"
+#include "tensor/selection.h"
 
 namespace tensord::engine {
 
@@ -29,15 +32,58 @@ void append_number(std::string& text, uint64_t number) {
   text.append(reinterpret_cast<const char*>(&number), sizeof number);
 }
 
-tensor::Digest layout_digest(const Content& content, uint32_t file) {
-  const auto [first, last] = leaves_of_file(content, file);
-  std::string text;
-  for (uint32_t at = first; at < last; ++at) {
-    const tensor::Leaf& leaf = content.layout.leaves[at];
-    append_number(text, leaf.image_offset - content.layout.file_offsets[file]);
-    append_number(text, leaf.size_bytes);
+// Numbers the leaves of each file, in its order.
+void count_leaves(Content& content) {
+  const auto& tensors = content.index.tensors;
+  std::vector<uint32_t> order(tensors.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+    return std::tie(tensors[a].file, tensors[a].offset) < std::tie(tensors[b].file, tensors[b].offset);
+  });
+  content.first_leaves.resize(tensors.size());
+  auto next = order.begin();
+  for (uint32_t file = 0; file < content.index.files.size(); ++file) {
+    FileLeaves& leaves = content.file_leaves.emplace_back();
+    if (content.index.files[file].size_bytes > kRecordedBytesMax) continue;
+    std::string text;
+    for (; next != order.end() && tensors[*next].file <= file; ++next) {
+      const tensor::Tensor& tensor = tensors[*next];
+      if (tensor.file < file) continue;
+      content.first_leaves[*next] = leaves.count;
+      for (uint64_t done = 0; done < tensor.size_bytes; done += tensor::kLeafBytes, ++leaves.count) {
+        append_number(text, tensor.offset + done);
+        append_number(text, std::min(tensor::kLeafBytes, tensor.size_bytes - done));
+      }
+    }
+    leaves.layout_digest = tensor::hash(std::as_bytes(std::span(text)));
   }
-  return tensor::hash(std::as_bytes(std::span(text)));
+}
+
+Result<std::shared_ptr<Content>> read_whole(const std::vector<OpenFile>& files) {
+  std::vector<tensor::IndexFile> named;
+  std::vector<tensor::FileTensors> parts;
+  for (const OpenFile& file : files) {
+    TRY_ASSIGN(tensor::FileTensors part, read_header(file));
+    named.push_back({file.path, file.identity.size_bytes});
+    parts.push_back(std::move(part));
+  }
+  auto content = std::make_shared<Content>();
+  TRY_ASSIGN(content->index, tensor::join_files(std::move(named), std::move(parts)));
+  for (const OpenFile& file : files) content->identities.push_back(file.identity);
+  count_leaves(*content);
+  return content;
+}
+
+Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole,
+                                         const std::vector<std::string>& only) {
+  TRY_ASSIGN(const std::vector<uint32_t> positions, tensor::select(whole->index, only));
+  auto part = std::make_shared<Content>();
+  part->index = tensor::take(whole->index, positions);
+  part->identities = whole->identities;
+  part->file_leaves = whole->file_leaves;
+  for (const uint32_t at : positions) part->first_leaves.push_back(whole->first_leaves[at]);
+  part->whole = std::move(whole);
+  return part;
 }
 
 }  // namespace
@@ -53,27 +99,17 @@ LeafRange leaves_of_file(const Content& content, uint32_t file) {
 }
 
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
-                                                    uint64_t image_bytes_max) {
+                                                    const ContentOrder& order) {
   const int64_t begin_ns = base::monotonic_ns();
-  std::vector<tensor::IndexFile> named;
-  std::vector<tensor::FileTensors> parts;
-  for (const OpenFile& file : files) {
-    TRY_ASSIGN(tensor::FileTensors part, read_header(file));
-    named.push_back({file.path, file.identity.size_bytes});
-    parts.push_back(std::move(part));
+  std::shared_ptr<Content> content;
+  if (order.whole == nullptr || order.only.empty()) {
+    TRY_ASSIGN(content, read_whole(files));
   }
-  auto content = std::make_shared<Content>();
-  TRY_ASSIGN(content->index, tensor::join_files(std::move(named), std::move(parts)));
-  for (const OpenFile& file : files) {
-    content->identities.push_back(file.identity);
-    content->image_bytes += base::align_up(file.identity.size_bytes, tensor::kImageAlignment);
+  if (!order.only.empty()) {
+    TRY_ASSIGN(content, part_of(content == nullptr ? order.whole : std::move(content), order.only));
   }
-  if (content->image_bytes <= image_bytes_max) {
-    content->layout = tensor::lay_out(content->index);
-    for (uint32_t file = 0; file < files.size(); ++file) {
-      content->layout_digests.push_back(layout_digest(*content, file));
-    }
-  }
+  content->image_bytes = tensor::windows_of(content->index).image_bytes;
+  if (content->image_bytes <= order.image_bytes_max) content->layout = tensor::lay_out(content->index);
   content->index_ns = base::monotonic_ns() - begin_ns;
   return std::shared_ptr<const Content>(std::move(content));
 }

@@ -20,6 +20,16 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
+namespace {
+
+tl::unexpected<base::Error> no_room_ahead(const std::string& path) {
+  return fail(Code::exhausted, base::text("open ", path, ": no room for a batch ahead of another"));
+}
+
+bool is_zero(const tensor::Digest& digest) { return digest == tensor::Digest(); }
+
+}  // namespace
+
 Engine::Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
                storage::ReadPool& pool, Owner owner)
     : options_(std::move(options)),
@@ -43,25 +53,26 @@ void Engine::open(OpenOrder order, GrantDone done) {
     return done(fail(Code::invalid_argument, base::text("open ", order.path, ": ", order.files.size(),
                                                         " files; 1 to ", kFileCountMax, " are possible")));
   }
-  Key key;
-  for (const OpenFile& file : order.files) key.push_back(file.identity);
+  ReplicaKey key{.only = std::move(order.only)};
+  for (const OpenFile& file : order.files) key.files.push_back(file.identity);
+  std::sort(key.only.begin(), key.only.end());
+  key.only.erase(std::unique(key.only.begin(), key.only.end()), key.only.end());
+  Waiter waiter{order.index_only, order.stay, std::move(order.holder), std::move(done)};
   const auto known = by_key_.find(key);
   if (known != by_key_.end()) {
     Replica& replica = *replicas_.at(known->second);
-    const bool named =
-        std::find(replica.paths.begin(), replica.paths.end(), order.path) != replica.paths.end();
-    if (!named && replica.paths.size() < kPathCountMax) replica.paths.push_back(std::move(order.path));
+    replica.add_path(order.path);
     if (!order.index_only) last_opened_ = replica.number;
-    if (replica.state == ReplicaState::indexing) {
-      replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
-    } else {
-      LoadReport* report = report_of(replica.number);
-      if (report != nullptr && !order.index_only && replica.state == ReplicaState::ready) {
-        report->reopened_ns = base::monotonic_ns();
-      }
-      done(grant(replica, order.index_only, order.holder));
+    const bool for_batches = std::any_of(parked_.begin(), parked_.end(), [&](const Parked& parked) {
+      return parked.replica == replica.number && parked.for_batches;
+    });
+    if (for_batches && waiter.stay == Stay::batch_ahead) return waiter.done(no_room_ahead(order.path));
+    if (replica.state == ReplicaState::indexing) return replica.waiters.push_back(std::move(waiter));
+    LoadReport* report = report_of(replica.number);
+    if (report != nullptr && !order.index_only && replica.state == ReplicaState::ready) {
+      report->reopened_ns = base::monotonic_ns();
     }
-    return;
+    return waiter.done(grant(replica, waiter));
   }
   auto made = std::make_unique<Replica>();
   Replica& replica = *made;
@@ -72,7 +83,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
   replica.files = std::move(order.files);
   replica.asked_ns = replica.last_used_ns = base::monotonic_ns();
   if (!order.index_only) last_opened_ = replica.number;
-  replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
+  replica.waiters.push_back(std::move(waiter));
   by_key_[std::move(key)] = replica.number;
   replicas_[replica.number] = std::move(made);
   index(replica);
@@ -82,12 +93,18 @@ void Engine::index(Replica& replica) {
   struct Job {
     uint64_t number;
     const std::vector<OpenFile>* files;  // not touched by the owner while indexing
+    ContentOrder order;
     Indexed outcome;
   };
-  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, {}});
+  ContentOrder order{.only = replica.key.only, .image_bytes_max = options_.host_memory_bytes};
+  for (const auto& [number, other] : replicas_) {
+    if (other->content == nullptr || other->key.files != replica.key.files) continue;
+    order.whole = other->content->whole == nullptr ? other->content : other->content->whole;
+  }
+  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, std::move(order), {}});
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
-    outcome.content = read_content(*job->files, options_.host_memory_bytes);
+    outcome.content = read_content(*job->files, job->order);
     if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
     // A header that was being rewritten looks corrupt: say what really happened.
     for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
@@ -111,33 +128,90 @@ void Engine::indexed(uint64_t number, Indexed outcome) {
   begin(replica, std::move(outcome.known));
 }
 
-// From an index to a load that runs, to waiting for room, or to grants of the index alone.
+// Another replica that holds all tensors of this one.
+Replica* Engine::covering(const Replica& replica) {
+  const auto covers = [&](const Replica& other) {
+    if (other.number == replica.number || other.key.files != replica.key.files || other.doomed) return false;
+    if (other.state != ReplicaState::filling && other.state != ReplicaState::ready) return false;
+    const auto has = [&](const tensor::Tensor& tensor) {
+      return other.content->index.find(tensor.name) != nullptr;
+    };
+    const auto& wanted = replica.content->index.tensors;
+    return other.content->whole == nullptr || std::all_of(wanted.begin(), wanted.end(), has);
+  };
+  const auto found = std::find_if(replicas_.begin(), replicas_.end(),
+                                  [&](const auto& entry) { return covers(*entry.second); });
+  return found == replicas_.end() ? nullptr : found->second.get();
+}
+
+void Engine::hand_over(Replica& replica, Replica& larger) {
+  larger.add_path(replica.path());
+  if (last_opened_ == replica.number) last_opened_ = larger.number;
+  const auto waiters = std::exchange(replica.waiters, {});
+  forget(replica.number);
+  for (const Waiter& waiter : waiters) waiter.done(grant(larger, waiter));
+  end_drain();
+}
+
+// From an index to another replica that serves, to a load that runs, to waiting for room, or to grants of the index alone.
 void Engine::begin(Replica& replica, Digests known) {
   const uint64_t number = replica.number;
   if (cancelling_) {
     return fail_waiters(replica,
                         {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
   }
+  if (Replica* larger = covering(replica)) return hand_over(replica, *larger);
   const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
                                   [](const Waiter& waiter) { return !waiter.index_only; });
   if (wanted) {
     uint64_t memory_bytes = 0;
     for (const uint64_t size : memory::segment_sizes(replica.content->image_bytes)) memory_bytes += size;
+    if (memory_bytes > pool_memory_.limit_bytes()) return decline(replica, memory_bytes);
     if (replica.room_ns == 0) replica.room_ns = base::monotonic_ns();
     const Result<Room> room = make_room(memory_bytes);
     if (!room) {
       return fail_waiters(
           replica, {room.error().code, base::text("open ", replica.path(), ": ", room.error().message)});
     }
-    if (*room == Room::later) return parked_.push_back({number, std::move(known)});
+    if (*room != Room::now) return park(replica, std::move(known), *room == Room::after_batches);
     const Status begun = begin_load(replica, std::move(known));
     if (!begun) return fail_waiters(replica, begun.error());
   }
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
-    waiter.done(grant(replica, waiter.index_only, waiter.holder));
+    waiter.done(grant(replica, waiter));
   }
   if (wanted) return;
   forget(number);
+  end_drain();
+}
+
+// It can never be loaded whole: who wanted it to stay gets the index alone.
+void Engine::decline(Replica& replica, uint64_t memory_bytes) {
+  const std::string why = base::text("open ", replica.path(), ": it needs ", base::human_bytes(memory_bytes),
+                                     ", host_memory is ", base::human_bytes(pool_memory_.limit_bytes()));
+  log(LogLevel::warning, why, "; it is not kept, clients read it in batches (resident=\"view\")");
+  for (Waiter& waiter : std::exchange(replica.waiters, {})) {
+    if (!waiter.index_only && waiter.stay != Stay::artifact) {
+      waiter.done(fail(Code::exhausted, why + "; raise host_memory"));
+      continue;
+    }
+    waiter.index_only = true;
+    waiter.done(grant(replica, waiter));
+  }
+  forget(replica.number);
+  end_drain();
+}
+
+void Engine::park(Replica& replica, Digests known, bool for_batches) {
+  const auto ahead = [](const Waiter& waiter) { return waiter.stay == Stay::batch_ahead; };
+  const auto refused =
+      for_batches ? std::stable_partition(replica.waiters.begin(), replica.waiters.end(), std::not_fn(ahead))
+                  : replica.waiters.end();
+  for (auto waiter = refused; waiter != replica.waiters.end(); ++waiter)
+    waiter->done(no_room_ahead(replica.path()));
+  replica.waiters.erase(refused, replica.waiters.end());
+  if (!replica.waiters.empty()) return parked_.push_back({replica.number, std::move(known), for_batches});
+  forget(replica.number);
   end_drain();
 }
 
@@ -163,13 +237,16 @@ void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   end_drain();
 }
 
-Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& holder) {
+Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
+  const Holder& holder = waiter.holder;
   Grant granted;
+  granted.memory_bytes_max = pool_memory_.limit_bytes();
+  granted.batch_bytes = std::min(kBatchBytesMax, granted.memory_bytes_max / 4);
   granted.replica = replica.number;
   granted.content = replica.content;
   granted.index_fd = replica.index_file.fd.get();
   granted.index_bytes = replica.index_file.size_bytes;
-  if (index_only) return granted;
+  if (waiter.index_only) return granted;
   if (holder.user_id != replica.owner) {
     return fail(Code::denied, base::text(replica.path(), " was opened by uid ", replica.owner,
                                          ", you are uid ", holder.user_id));
@@ -181,7 +258,9 @@ Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& hol
   const uint64_t lease = next_lease_++;
   TRY(owner_.watch_hangup(pipe.read_end.get(),
                           [this, number = replica.number, lease] { lease_ended(number, lease); }));
-  replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns()};
+  replica.leases[lease] =
+      Lease{std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch};
+  replica.stays = replica.stays || waiter.stay == Stay::artifact;
   ++lease_count_;
   granted.lease = std::move(pipe.write_end);
   granted.fill_map_fd = replica.fill->fd();
@@ -202,6 +281,8 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
   --lease_count_;
   replica.last_used_ns = base::monotonic_ns();
   settle(replica);
+  drop_passing();
+  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
 }
 
 // ---- loading ------------------------------------------------------------------------------------------------------
@@ -227,8 +308,14 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   report.memory_ns = report.fill_ns - replica.room_ns;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
-  report.checked_against_record =
-      std::all_of(known.begin(), known.end(), [](const auto& leaves) { return !leaves.empty(); });
+  report.only = replica.key.only;
+  report.tensor_count = content.index.tensors.size();
+  report.whole_tensor_count = (content.whole == nullptr ? content : *content.whole).index.tensors.size();
+  size_t known_count = 0;
+  for (const auto& leaves : known) {
+    known_count += leaves.size() - static_cast<size_t>(std::count_if(leaves.begin(), leaves.end(), is_zero));
+  }
+  report.checked_against_record = replica.checked = known_count == content.layout.leaves.size();
 
   std::vector<storage::SourceFile> files;
   for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
@@ -268,20 +355,21 @@ void Engine::start_load(Replica& replica, std::vector<memory::Segment> surplus) 
 
 Result<Engine::Room> Engine::make_room(uint64_t memory_bytes) {
   const uint64_t limit_bytes = pool_memory_.limit_bytes();
-  if (memory_bytes > limit_bytes) {
-    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes), ", host_memory is ",
-                                            base::human_bytes(limit_bytes), "; raise host_memory"));
-  }
   const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
   if (in_use_bytes + memory_bytes <= limit_bytes) return Room::now;
   const uint64_t needed_bytes = in_use_bytes + memory_bytes - limit_bytes;
   if (needed_bytes <= claimed_bytes_) return Room::later;
   std::vector<EvictionCandidate> candidates;
   for (const auto& [number, replica] : replicas_) {
-    candidates.push_back({number, replica->memory.size_bytes(), replica->last_used_ns, replica->held()});
+    candidates.push_back(
+        {number, replica->memory.size_bytes(), replica->last_used_ns, replica->held(), replica->stays});
   }
-  const auto victims = choose_victims(std::move(candidates), needed_bytes - claimed_bytes_);
+  const auto victims = choose_victims(candidates, needed_bytes - claimed_bytes_);
   if (!victims) {
+    for (auto& candidate : candidates) {
+      if (replicas_.at(candidate.replica)->held_briefly()) candidate.held = false;
+    }
+    if (choose_victims(std::move(candidates), needed_bytes - claimed_bytes_)) return Room::after_batches;
     return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes),
                                             ", but of host_memory ", base::human_bytes(limit_bytes), " only ",
                                             base::human_bytes(limit_bytes - in_use_bytes),
@@ -331,17 +419,19 @@ std::string Engine::holders_text() const {
 
 Engine::Digests Engine::known_digests(const Content& content) {
   Digests known(content.identities.size());
-  for (uint32_t file = 0; file < content.layout_digests.size(); ++file) {
+  for (uint32_t file = 0; file < known.size(); ++file) {
+    const auto [first, last] = leaves_of_file(content, file);
+    const FileLeaves& all = content.file_leaves[file];
+    if (first == last || all.count == 0) continue;
     auto record = catalog_.find_file(content.identities[file]);
     if (!record) {
       note_catalog(base::pass_on(record));
       break;
     }
-    const auto [first, last] = leaves_of_file(content, file);
-    if (*record && (*record)->layout_digest == content.layout_digests[file] &&
-        (*record)->leaves.size() == last - first) {
-      known[file] = std::move((*record)->leaves);
-    }
+    if (!*record || (*record)->layout_digest != all.layout_digest || (*record)->leaves.size() != all.count)
+      continue;
+    for (uint32_t at = first; at < last; ++at)
+      known[file].push_back((*record)->leaves[content.number_of(content.layout.leaves[at])]);
   }
   return known;
 }
@@ -391,20 +481,38 @@ void Engine::note_catalog(const Status& status) {
   catalog_failed_ = !status;
 }
 
+// A record is of all leaves of a file: those of other tensors are kept, or are zeros until somebody reads them.
 void Engine::remember(const Replica& replica) {
   const Content& content = *replica.content;
-  catalog::ArtifactRecord artifact{*replica.artifact, replica.path(), content.index.payload_bytes(),
-                                   content.index.tensors.size(), content.identities};
+  if (!replica.stays && replica.checked) return;  // a batch that taught nothing
+  std::optional<catalog::ArtifactRecord> artifact;
+  if (replica.stays) {
+    artifact = {*replica.artifact, replica.path(), content.index.payload_bytes(),
+                content.index.tensors.size(), content.identities};
+  }
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
-    files.push_back({content.identities[file],
-                     content.index.files[file].path,
-                     content.layout_digests[file],
-                     {replica.leaves.begin() + first, replica.leaves.begin() + last}});
+    const FileLeaves& all = content.file_leaves[file];
+    if (first == last || all.count == 0) continue;
+    files.push_back({content.identities[file], content.index.files[file].path, all.layout_digest, {}});
+    auto& leaves = files.back().leaves;
+    leaves.resize(all.count);
+    for (uint32_t at = first; at < last; ++at)
+      leaves[content.number_of(content.layout.leaves[at])] = replica.leaves[at];
   }
   ++remembering_count_;
-  catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)] {
+  catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)]() mutable {
+    for (catalog::FileRecord& file : files) {
+      if (std::none_of(file.leaves.begin(), file.leaves.end(), is_zero)) continue;
+      const auto older = catalog_.find_file(file.identity);
+      if (!older || !*older || (*older)->layout_digest != file.layout_digest ||
+          (*older)->leaves.size() != file.leaves.size())
+        continue;
+      for (size_t at = 0; at < file.leaves.size(); ++at) {
+        if (is_zero(file.leaves[at])) file.leaves[at] = (*older)->leaves[at];
+      }
+    }
     note_catalog(catalog_.remember(artifact, files));
     owner_.post([this] {
       --remembering_count_;
@@ -418,6 +526,19 @@ void Engine::remember(const Replica& replica) {
 void Engine::settle(Replica& replica) {
   if (replica.load || !replica.leases.empty() || replica.verify_count > 0) return;
   if (replica.state == ReplicaState::failed || replica.doomed) forget(replica.number);
+}
+
+// Batches that nobody holds stay for those who stream the same, as long as anybody streams.
+void Engine::drop_passing() {
+  std::vector<uint64_t> passing;
+  for (const auto& [number, replica] : replicas_) {
+    for (const auto& [lease, held] : replica->leases) {
+      if (held.brief) return;
+    }
+    if (!replica->stays && !replica->held() && !replica->doomed && replica->state != ReplicaState::failed)
+      passing.push_back(number);
+  }
+  for (const uint64_t number : passing) CHECK(evict(number));
 }
 
 // Nobody finds it by its files any more.
@@ -476,7 +597,11 @@ void Engine::want(uint64_t number, uint32_t first, uint32_t last) {
   if (found != replicas_.end() && found->second->load) found->second->load->want(first, last);
 }
 
-void Engine::set_pinned(uint64_t number, bool pinned) { replicas_.at(number)->pinned = pinned; }
+void Engine::set_pinned(uint64_t number, bool pinned) {
+  Replica& replica = *replicas_.at(number);
+  replica.pinned = pinned;
+  replica.stays = replica.stays || pinned;
+}
 
 void Engine::drain(std::function<void()> done) {
   draining_ = true;

@@ -51,8 +51,14 @@ struct OpenOrder {
   std::string path;  // what the client opened; for people and selectors
   std::vector<OpenFile> files;
   bool index_only = false;
+  std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
+  Stay stay = Stay::artifact;
   Holder holder;
 };
+
+// Clients read what does not fit host_memory in batches of this size: two of one client, one that is copied and one that
+// is read, leave half of the memory to others.
+inline constexpr uint64_t kBatchBytesMax = 256 << 20;
 
 struct VerifyFault {
   std::string file;
@@ -84,8 +90,9 @@ class Engine {
   ~Engine();
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
-  // one replica and one read. `done` is called on the owner's thread, maybe at once; the replica may still be filling.
-  // Code::exhausted names what holds the memory.
+  // one replica and one read; what holds more tensors than are wanted serves too. `done` is called on the owner's thread,
+  // maybe at once; the replica may still be filling. Code::exhausted names what holds the memory. An artifact that is to
+  // stay and is larger than host_memory: its index alone is granted, for its client to open parts of it.
   void open(OpenOrder order, GrantDone done);
 
   // A path, an artifact id (or its beginning, 4 digits at least), a replica's number, or "last" (opened last).
@@ -129,10 +136,7 @@ class Engine {
   void cancel_all();
 
  private:
-  using Key = std::vector<base::FileIdentity>;
-
-  using Digests =
-      std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; empty where the file is not known
+  using Digests = std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; as LoadOrder::expected
 
   // What reading the headers came to, passed from thread to thread.
   struct Indexed {
@@ -143,10 +147,14 @@ class Engine {
 
   void index(Replica& replica);
   void indexed(uint64_t number, Indexed outcome);
+  Replica* covering(const Replica& replica);
+  void hand_over(Replica& replica, Replica& larger);
   void begin(Replica& replica, Digests known);
+  void decline(Replica& replica, uint64_t memory_bytes);
+  void park(Replica& replica, Digests known, bool for_batches);
   Status begin_load(Replica& replica, Digests known);
   void start_load(Replica& replica, std::vector<memory::Segment> surplus);
-  enum class Room { now, later };
+  enum class Room { now, later, after_batches };
   Result<Room> make_room(uint64_t memory_bytes);
   void retry_parked();
   Digests known_digests(const Content& content);  // on the catalog thread
@@ -154,8 +162,9 @@ class Engine {
   void loaded(uint64_t number, LoadResult result);
   void cancel_load(Replica& replica, base::Error reason);
   void remember(const Replica& replica);
-  Result<Grant> grant(Replica& replica, bool index_only, const Holder& holder);
+  Result<Grant> grant(Replica& replica, const Waiter& waiter);
   void lease_ended(uint64_t number, uint64_t lease);
+  void drop_passing();
   void fail_waiters(Replica& replica, const base::Error& error);
   void end_drain();
   void verify_portion(std::shared_ptr<Verification> job, std::function<void()> finish);
@@ -176,11 +185,12 @@ class Engine {
   memory::SegmentPool pool_memory_;
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;
-  std::map<Key, uint64_t> by_key_;
-  // Indexed, but there is no room until an abandoned load has ended or a claim is settled.
+  std::map<ReplicaKey, uint64_t> by_key_;
+  // Indexed, but there is no room until an abandoned load has ended, a claim is settled, or a client is done with a batch.
   struct Parked {
     uint64_t replica = 0;
     Digests known;
+    bool for_batches = false;
   };
   std::vector<Parked> parked_;
   uint64_t claimed_bytes_ = 0;

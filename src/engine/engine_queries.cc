@@ -46,7 +46,8 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     return fail(Code::not_found, base::text("no replica of ", base::quoted(selector),
                                             " is resident; `tensord ls` lists them"));
   }
-  // Of one path there may be an old and a new replica when its files changed: the newest is meant.
+  // Of one path there may be an old and a new replica when its files changed: the newest is meant,
+  // and before a selection of its tensors a whole one.
   const bool one_path = std::all_of(found.begin(), found.end(), [&](uint64_t at) {
     return replicas_.at(at)->path() == replicas_.at(found.front())->path();
   });
@@ -54,7 +55,9 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     return fail(Code::invalid_argument, base::text(base::quoted(selector), " stands for ", found.size(),
                                                    " replicas; use a replica's number from `tensord ls`"));
   }
-  return found.back();
+  const auto whole = std::find_if(found.rbegin(), found.rend(),
+                                  [&](uint64_t at) { return replicas_.at(at)->content->whole == nullptr; });
+  return whole == found.rend() ? found.back() : *whole;
 }
 
 const LoadReport* Engine::report_of(uint64_t number) const {
@@ -190,8 +193,8 @@ struct Verification {
     const tensor::Tensor& tensor = content->index.tensors[leaf.tensor];
     base::MutexLock lock(mutex);
     if (report.faults.size() == kFaultCountMax) return;
-    report.faults.push_back({content->index.files[tensor.file].path, tensor.name, leaf.leaf,
-                             leaf.image_offset - content->layout.file_offsets[tensor.file], leaf.size_bytes});
+    report.faults.push_back(
+        {content->index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
   }
 
   // False when nothing is left.

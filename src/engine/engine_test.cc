@@ -266,15 +266,21 @@ TEST_F(EngineTest, a_replica_is_found_by_every_name_it_was_opened_by) {
   EXPECT_EQ(engine_.find(link).value(), replica);
 }
 
-TEST_F(EngineTest, an_artifact_above_the_limit_is_refused_but_its_index_can_be_read) {
+TEST_F(EngineTest, of_an_artifact_above_the_limit_the_index_is_granted) {
   const std::string path = write("a", 9 << 20);
-  const Result<Grant> refused = open(path);
-  ASSERT_FALSE(refused);
-  EXPECT_EQ(refused.error().code, Code::exhausted);
-  EXPECT_NE(refused.error().message.find("raise host_memory"), std::string::npos);
-  const Grant index = open(path, true).value();
-  EXPECT_EQ(index.content->index.tensors.size(), 1u);
-  EXPECT_EQ(index.fill_map_fd, -1);
+  for (const bool index_only : {false, true}) {
+    const Grant index = open(path, index_only).value();
+    EXPECT_EQ(index.content->index.tensors.size(), 1u);
+    EXPECT_EQ(index.fill_map_fd, -1);
+    EXPECT_EQ(index.batch_bytes, 2u << 20);
+  }
+  OpenOrder batch = order(path);
+  batch.stay = Stay::batch;
+  std::optional<Result<Grant>> refused;
+  engine_.open(std::move(batch), [&](Result<Grant> grant) { refused = std::move(grant); });
+  owner_.run_until([&] { return refused.has_value(); });
+  EXPECT_EQ(refused->error().code, Code::exhausted);
+  EXPECT_NE(refused->error().message.find("raise host_memory"), std::string::npos);
   EXPECT_TRUE(engine_.replicas().empty());
 }
 

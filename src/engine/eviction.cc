@@ -1,13 +1,14 @@
 #include "engine/eviction.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace tensord::engine {
 
 std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
                                                     uint64_t needed_bytes) {
   std::sort(candidates.begin(), candidates.end(), [](const EvictionCandidate& a, const EvictionCandidate& b) {
-    return a.last_used_ns != b.last_used_ns ? a.last_used_ns < b.last_used_ns : a.replica < b.replica;
+    return std::tie(a.stays, a.last_used_ns, a.replica) < std::tie(b.stays, b.last_used_ns, b.replica);
   });
   std::vector<uint64_t> victims;
   uint64_t freed_bytes = 0;

@@ -35,7 +35,8 @@ struct LoadOrder {
   std::byte* image = nullptr;           // layout.size_bytes; must outlive the load
   memory::FillMap* fill = nullptr;      // must outlive the load
   memory::FreshPages* pages = nullptr;  // of the image; must outlive the load; nullptr: it has its pages
-  // What the leaves hashed to before, one entry per file; empty where the file was never read whole.
+  // What the leaves hashed to before, one entry per file; empty where nothing of the file is known, zeros where a leaf
+  // is not.
   std::vector<std::vector<tensor::Digest>> expected;
   uint32_t thread_count = 2;  // of the source
   uint64_t in_flight_bytes = kInFlightBytes;
@@ -79,7 +80,6 @@ class Load {
   void fail(base::Error error);
   void finish();
   void keep_span(LoadSpan span);
-  uint64_t file_offset(const tensor::Block& block) const;
 
   const std::shared_ptr<const Content> content_;
   std::byte* const image_;

@@ -98,8 +98,8 @@ TEST(Load, fills_the_image_with_every_byte_of_every_file) {
   const Outcome run = run_load(checkpoint);
   ASSERT_TRUE(run.result.status) << run.result.status.error().message;
   for (size_t file = 0; file < checkpoint.files.size(); ++file) {
-    const auto begin =
-        run.image.begin() + static_cast<ptrdiff_t>(checkpoint.content->layout.file_offsets[file]);
+    const auto begin = run.image.begin() +
+                       static_cast<ptrdiff_t>(checkpoint.content->layout.windows.list[file].image_offset);
     EXPECT_TRUE(std::equal(checkpoint.files[file].begin(), checkpoint.files[file].end(), begin));
   }
   EXPECT_EQ(run.fill.ready_bytes(), checkpoint.files[0].size() + checkpoint.files[1].size());

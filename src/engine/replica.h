@@ -4,6 +4,7 @@
 //       └───────────────────┴──────► failed ──► (gone with its last lease)
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -26,12 +27,28 @@ struct Holder {
   std::string process_name;
 };
 
+// How long a replica stays, and what its opener does where there is no room. The numbers are the protocol's.
+enum class Stay : uint8_t {
+  artifact,  // until its memory is needed
+  lease,     // with its last lease
+  batch,  // with its last lease, which ends soon: others may wait for its room, as this one for that of others
+  batch_ahead,  // the same, but its opener holds a batch already: it must not wait, lest two wait for each other
+};
+
 // A client's hold: the read end of a pipe whose write end the client has. The pipe hangs up when the last process that
 // holds the write end lets go.
 struct Lease {
   base::Fd read_end;
   Holder holder;
   int64_t since_ns = 0;
+  bool brief = false;  // of a batch
+};
+
+// Which bytes a replica holds: two requests with equal keys are for one replica.
+struct ReplicaKey {
+  std::vector<base::FileIdentity> files;
+  std::vector<std::string> only;  // as asked for, sorted; empty: all tensors
+  auto operator<=>(const ReplicaKey&) const = default;
 };
 
 // Names of one replica that selectors know: links and lists of files can name it in many ways.
@@ -50,6 +67,8 @@ struct Grant {
   std::vector<int> segment_fds;
   std::vector<uint64_t> segment_bytes;
   base::Fd lease;
+  uint64_t batch_bytes = 0;       // in which clients read what does not fit
+  uint64_t memory_bytes_max = 0;  // nothing larger can be loaded
 };
 using GrantDone = std::function<void(Result<Grant>)>;
 
@@ -62,6 +81,7 @@ struct IndexFile {
 // Somebody who asked for a replica that is still being indexed.
 struct Waiter {
   bool index_only = false;
+  Stay stay = Stay::artifact;
   Holder holder;
   GrantDone done;
 };
@@ -69,11 +89,13 @@ struct Waiter {
 struct Replica {
   uint64_t number = 0;
   std::vector<std::string> paths;  // as clients named it, the first one first; at most kPathCountMax
-  std::vector<base::FileIdentity> key;
+  ReplicaKey key;
   uid_t owner = 0;
   ReplicaState state = ReplicaState::indexing;
   bool pinned = false;
-  bool doomed = false;  // evicted while it was filling: goes when the load has ended
+  bool stays = false;    // somebody wants it beyond the leases
+  bool checked = false;  // every leaf was known before
+  bool doomed = false;   // evicted while it was filling: goes when the load has ended
   uint32_t verify_count = 0;
   int64_t asked_ns = 0;  // when it was opened first
   int64_t room_ns = 0;   // when memory for it was first asked for
@@ -94,8 +116,18 @@ struct Replica {
   std::unique_ptr<Load> load;  // while filling; before memory and fill in destruction
 
   const std::string& path() const { return paths.front(); }
+  void add_path(const std::string& path) {
+    if (paths.size() < kPathCountMax && std::find(paths.begin(), paths.end(), path) == paths.end())
+      paths.push_back(path);
+  }
   // Nobody waits for it any more: its clients went while it was filling.
   bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
+  // What holds it lets go soon.
+  bool held_briefly() const {
+    const auto brief = [](const auto& lease) { return lease.second.brief; };
+    return !leases.empty() && !pinned && verify_count == 0 &&
+           std::all_of(leases.begin(), leases.end(), brief);
+  }
   bool held() const {
     return !leases.empty() || pinned || verify_count > 0 || state == ReplicaState::indexing;
   }

@@ -64,6 +64,9 @@ struct LoadReport {
   uint64_t load = 0;  // 0: it only waits so far
   uint64_t replica = 0;
   std::string path;
+  std::vector<std::string> only;  // what was asked for; empty: all tensors
+  uint64_t tensor_count = 0;
+  uint64_t whole_tensor_count = 0;  // of the files
   LoadState state = LoadState::filling;
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;

@@ -2,9 +2,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "base/text.h"
+#include "tensor/selection.h"
 
 namespace tensord::rpc {
 
@@ -58,7 +60,9 @@ bool texts_are_short(const protocol::RequestFrame& frame) {
   for (const auto* path : *open->paths()) {
     if (!is_short(path)) return false;
   }
-  return true;
+  if (open->only() == nullptr) return true;
+  if (open->only()->size() > tensor::kOnlyCountMax) return false;
+  return std::all_of(open->only()->begin(), open->only()->end(), is_short);
 }
 
 // The error in a refusal, or our own when the bytes are none.

@@ -15,17 +15,17 @@ class BlockCutter {
  public:
   explicit BlockCutter(ImageLayout& layout) : layout_(layout) {}
 
-  void begin_file(uint32_t file, uint64_t image_offset) {
+  void begin_window(const Window& window) {
     close();
-    file_ = file;
-    cursor_ = image_offset;
+    window_ = window;
+    cursor_ = window.file_offset;
   }
 
-  // Bytes of no tensor up to `image_end`: cut wherever a block is full.
-  void add_untyped(uint64_t image_end) {
-    while (cursor_ < image_end) {
+  // Bytes of no tensor up to `file_end`: cut wherever a block is full.
+  void add_untyped(uint64_t file_end) {
+    while (cursor_ < file_end) {
       if (open_bytes_ == kBlockBytes) close();
-      const uint64_t piece = std::min(image_end - cursor_, kBlockBytes - open_bytes_);
+      const uint64_t piece = std::min(file_end - cursor_, kBlockBytes - open_bytes_);
       open_bytes_ += piece;
       cursor_ += piece;
     }
@@ -35,7 +35,8 @@ class BlockCutter {
     for (uint64_t done = 0; done < size_bytes; done += kLeafBytes) {
       const uint64_t leaf_bytes = std::min(kLeafBytes, size_bytes - done);
       if (open_bytes_ + leaf_bytes > kBlockBytes) close();
-      layout_.leaves.push_back(Leaf{tensor, static_cast<uint32_t>(done / kLeafBytes), cursor_, leaf_bytes});
+      layout_.leaves.push_back(
+          {tensor, static_cast<uint32_t>(done / kLeafBytes), in_image(cursor_), cursor_, leaf_bytes});
       open_bytes_ += leaf_bytes;
       cursor_ += leaf_bytes;
     }
@@ -44,16 +45,21 @@ class BlockCutter {
   void close() {
     const auto leaf_end = static_cast<uint32_t>(layout_.leaves.size());
     if (open_bytes_ > 0) {
-      layout_.blocks.push_back(Block{cursor_ - open_bytes_, open_bytes_, file_, leaf_begin_, leaf_end});
+      const uint64_t begin = cursor_ - open_bytes_;
+      layout_.blocks.push_back({in_image(begin), begin, open_bytes_, window_.file, leaf_begin_, leaf_end});
     }
     open_bytes_ = 0;
     leaf_begin_ = leaf_end;
   }
 
  private:
+  uint64_t in_image(uint64_t file_offset) const {
+    return file_offset - window_.file_offset + window_.image_offset;
+  }
+
   ImageLayout& layout_;
-  uint32_t file_ = 0;
-  uint64_t cursor_ = 0;      // image offset behind the last piece
+  Window window_;
+  uint64_t cursor_ = 0;      // file offset behind the last piece
   uint64_t open_bytes_ = 0;  // of the block that is not closed yet; it ends at cursor_
   uint32_t leaf_begin_ = 0;  // of that block
 };
@@ -77,7 +83,49 @@ std::vector<Place> places_in_order(const std::vector<Tensor>& tensors) {
   return places;
 }
 
+Windows windows_over(const Index& index, const std::vector<Place>& places) {
+  Windows windows;
+  uint64_t used_bytes = 0;  // of the file, by tensors so far
+  for (const Place& place : places) {
+    const uint64_t tensor_bytes = index.tensors[place.tensor].size_bytes;
+    const uint64_t file_bytes = index.files[place.file].size_bytes;
+    Window* last = windows.list.empty() ? nullptr : &windows.list.back();
+    if (last == nullptr || last->file != place.file) used_bytes = 0;
+    CHECK(place.offset >= used_bytes && place.offset <= file_bytes);
+    CHECK(tensor_bytes <= file_bytes - place.offset);
+    used_bytes = place.offset + tensor_bytes;
+    const uint64_t begin = place.offset - place.offset % kImageAlignment;
+    if (last == nullptr || last->file != place.file ||
+        begin > last->file_offset + last->size_bytes + kWindowGapBytes) {
+      last = &windows.list.emplace_back(Window{place.file, begin, windows.image_bytes, 0});
+    }
+    last->size_bytes = used_bytes - last->file_offset;
+    windows.image_bytes = base::align_up(last->image_offset + last->size_bytes, kImageAlignment);
+  }
+  return windows;
+}
+
 }  // namespace
+
+uint64_t Windows::image_offset(const Tensor& tensor) const {
+  if (tensor.size_bytes == 0) return 0;
+  const auto behind = std::partition_point(list.begin(), list.end(), [&](const Window& window) {
+    return std::tie(window.file, window.file_offset) <= std::tie(tensor.file, tensor.offset);
+  });
+  CHECK(behind != list.begin());
+  const Window& window = *std::prev(behind);
+  CHECK(window.file == tensor.file &&
+        tensor.offset + tensor.size_bytes <= window.file_offset + window.size_bytes);
+  return window.image_offset + (tensor.offset - window.file_offset);
+}
+
+const Window* Windows::at(uint64_t image_offset) const {
+  const auto behind = std::partition_point(
+      list.begin(), list.end(), [&](const Window& window) { return window.image_offset <= image_offset; });
+  if (behind == list.begin()) return nullptr;
+  const Window& window = *std::prev(behind);
+  return image_offset - window.image_offset < window.size_bytes ? &window : nullptr;
+}
 
 ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_bytes) const {
   if (range_bytes == 0) return {};
@@ -90,38 +138,24 @@ ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_
   return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
 }
 
-std::vector<uint64_t> file_offsets(const Index& index) {
-  std::vector<uint64_t> offsets = {0};
-  for (const IndexFile& file : index.files) {
-    offsets.push_back(base::align_up(offsets.back() + file.size_bytes, kImageAlignment));
-  }
-  return offsets;
-}
+Windows windows_of(const Index& index) { return windows_over(index, places_in_order(index.tensors)); }
 
 ImageLayout lay_out(const Index& index) {
   const std::vector<Place> places = places_in_order(index.tensors);
   ImageLayout layout;
-  layout.file_offsets = file_offsets(index);
-  layout.size_bytes = layout.file_offsets.back();
-  layout.file_offsets.pop_back();
+  layout.windows = windows_over(index, places);
+  layout.size_bytes = layout.windows.image_bytes;
   layout.leaves.reserve(index.payload_bytes() / kLeafBytes + places.size());
-  layout.blocks.reserve(layout.leaves.capacity() + index.files.size());
+  layout.blocks.reserve(layout.leaves.capacity() + layout.windows.list.size());
   BlockCutter cutter(layout);
   auto next = places.begin();
-  for (uint32_t file = 0; file < index.files.size(); ++file) {
-    const uint64_t file_begin = layout.file_offsets[file];
-    const uint64_t file_bytes = index.files[file].size_bytes;
-    cutter.begin_file(file, file_begin);
-    uint64_t used_bytes = 0;  // of the file, by tensors so far
-    for (; next != places.end() && next->file == file; ++next) {
-      const uint64_t tensor_bytes = index.tensors[next->tensor].size_bytes;
-      CHECK(next->offset >= used_bytes && next->offset <= file_bytes);
-      CHECK(tensor_bytes <= file_bytes - next->offset);
-      cutter.add_untyped(file_begin + next->offset);
-      cutter.add_tensor(next->tensor, tensor_bytes);
-      used_bytes = next->offset + tensor_bytes;
+  for (const Window& window : layout.windows.list) {
+    cutter.begin_window(window);
+    const uint64_t file_end = window.file_offset + window.size_bytes;
+    for (; next != places.end() && next->file == window.file && next->offset < file_end; ++next) {
+      cutter.add_untyped(next->offset);
+      cutter.add_tensor(next->tensor, index.tensors[next->tensor].size_bytes);
     }
-    cutter.add_untyped(file_begin + file_bytes);
   }
   cutter.close();
   CHECK(next == places.end());

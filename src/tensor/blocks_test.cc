@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "base/bytes.h"
 #include "base/text.h"
 
 namespace tensord::tensor {
@@ -73,17 +74,70 @@ std::string blocks(std::string_view lines) {
   return describe(index, lay_out(index));
 }
 
-// Every byte of every file in exactly one block; every leaf in exactly one block; leaves tile their tensors.
+// One line a window: "file@offset+size -> image offset".
+std::string windows(const Index& index) {
+  std::string out;
+  for (const Window& window : windows_of(index).list) {
+    out += text("f", window.file, "@", window.file_offset, "+", window.size_bytes, " -> ",
+                window.image_offset, "\n");
+  }
+  return out;
+}
+
+// A byte for every place of a file, so that an image tells where its bytes are from.
+uint64_t mark(uint32_t file, uint64_t offset) { return (uint64_t{file} + 1) << 48 | offset; }
+
+// Windows are apart, aligned, no more and no larger than they must be; where a byte lies and what lies there agree.
+void expect_windows(const Index& index) {
+  const Windows windows = windows_of(index);
+  uint64_t cursor = 0;
+  const Window* before = nullptr;
+  for (const Window& window : windows.list) {
+    ASSERT_GT(window.size_bytes, 0u);
+    ASSERT_EQ(window.file_offset % kImageAlignment, 0u);
+    ASSERT_EQ(window.image_offset, base::align_up(cursor, kImageAlignment));
+    cursor = window.image_offset + window.size_bytes;
+    if (before != nullptr && before->file == window.file) {
+      ASSERT_GT(window.file_offset, before->file_offset + before->size_bytes + kWindowGapBytes);
+    }
+    ASSERT_EQ(windows.at(window.image_offset), &window);
+    ASSERT_EQ(windows.at(cursor - 1), &window);
+    const Window* behind = windows.at(cursor);
+    ASSERT_TRUE(behind == nullptr || behind == &window + 1);
+    before = &window;
+  }
+  ASSERT_EQ(windows.image_bytes, base::align_up(cursor, kImageAlignment));
+  uint64_t edge_count = 0;  // of windows, that are edges of tensors
+  for (const Tensor& tensor : index.tensors) {
+    if (tensor.size_bytes == 0) continue;
+    const uint64_t begin = windows.image_offset(tensor);
+    const Window* window = windows.at(begin);
+    ASSERT_NE(window, nullptr);
+    ASSERT_EQ(window, windows.at(begin + tensor.size_bytes - 1));
+    ASSERT_EQ(mark(window->file, window->file_offset + begin - window->image_offset),
+              mark(tensor.file, tensor.offset));
+    if (tensor.offset - window->file_offset < kImageAlignment &&
+        begin - window->image_offset < kImageAlignment)
+      edge_count += tensor.offset / kImageAlignment * kImageAlignment == window->file_offset ? 1 : 0;
+  }
+  ASSERT_GE(edge_count, windows.list.size());
+}
+
+// Every byte of every window in exactly one block; every leaf in exactly one block; leaves tile their tensors.
 void expect_invariants(const Index& index, const ImageLayout& layout) {
-  std::vector<uint64_t> covered(index.files.size(), 0);
+  std::vector<uint64_t> covered(layout.windows.list.size(), 0);
   uint64_t cursor = 0;
   uint32_t leaf = 0;
   for (const Block& block : layout.blocks) {
     ASSERT_GT(block.size_bytes, 0u);
     ASSERT_GE(block.image_offset, cursor) << "blocks in image order, apart";
-    const uint64_t file_begin = layout.file_offsets[block.file];
-    ASSERT_EQ(block.image_offset, file_begin + covered[block.file]);
-    covered[block.file] += block.size_bytes;
+    const Window* window = layout.windows.at(block.image_offset);
+    ASSERT_NE(window, nullptr);
+    ASSERT_EQ(block.file, window->file);
+    uint64_t& done = covered[static_cast<size_t>(window - layout.windows.list.data())];
+    ASSERT_EQ(block.image_offset, window->image_offset + done);
+    ASSERT_EQ(block.file_offset, window->file_offset + done);
+    done += block.size_bytes;
     cursor = block.image_offset + block.size_bytes;
     ASSERT_LE(cursor, layout.size_bytes);
     ASSERT_LE(block.size_bytes, kBlockBytes);
@@ -92,6 +146,7 @@ void expect_invariants(const Index& index, const ImageLayout& layout) {
     for (; leaf < block.leaf_end; ++leaf) {
       const Leaf& piece = layout.leaves[leaf];
       ASSERT_GE(piece.image_offset, leaf_cursor);
+      ASSERT_EQ(piece.image_offset - block.image_offset, piece.file_offset - block.file_offset);
       leaf_cursor = piece.image_offset + piece.size_bytes;
     }
     ASSERT_LE(leaf_cursor, cursor);
@@ -100,16 +155,14 @@ void expect_invariants(const Index& index, const ImageLayout& layout) {
     ASSERT_EQ(last, first + 1);
   }
   ASSERT_EQ(leaf, layout.leaves.size());
-  for (size_t i = 0; i < index.files.size(); ++i) {
-    ASSERT_EQ(covered[i], index.files[i].size_bytes);
-    ASSERT_EQ(layout.file_offsets[i] % kImageAlignment, 0u);
-  }
-  ASSERT_EQ(layout.size_bytes % kImageAlignment, 0u);
+  for (size_t i = 0; i < covered.size(); ++i) ASSERT_EQ(covered[i], layout.windows.list[i].size_bytes);
+  ASSERT_EQ(layout.size_bytes, layout.windows.image_bytes);
   std::vector<uint64_t> done(index.tensors.size(), 0);
   for (const Leaf& piece : layout.leaves) {
     const Tensor& tensor = index.tensors[piece.tensor];
     ASSERT_EQ(done[piece.tensor], piece.leaf * kLeafBytes);
-    ASSERT_EQ(piece.image_offset, layout.tensor_offset(tensor) + done[piece.tensor]);
+    ASSERT_EQ(piece.image_offset, layout.windows.image_offset(tensor) + done[piece.tensor]);
+    ASSERT_EQ(piece.file_offset, tensor.offset + done[piece.tensor]);
     ASSERT_EQ(piece.size_bytes, std::min(kLeafBytes, tensor.size_bytes - done[piece.tensor]));
     done[piece.tensor] += piece.size_bytes;
   }
@@ -145,12 +198,17 @@ TEST(Blocks, a_leaf_is_never_cut) {
             "2097153+1 f0: c0\n");
 }
 
-TEST(Blocks, bytes_of_no_tensor_are_cut_anywhere) {
+TEST(Blocks, bytes_of_no_tensor_within_a_window_are_cut_anywhere) {
+  EXPECT_EQ(blocks("_:100 a:1000K _:60K b:1M"),
+            "0+1048576 f0: a0\n"
+            "1048576+36964 f0:\n"
+            "1085540+1048576 f0: b0\n");
+}
+
+TEST(Blocks, never_span_two_windows) {
   EXPECT_EQ(blocks("_:2500K a:10 _:1M b:5"),
-            "0+1048576 f0:\n"
-            "1048576+1048576 f0:\n"
-            "2097152+1048576 f0: a0\n"
-            "3145728+462863 f0: b0\n");
+            "0+10 f0: a0\n"
+            "4096+15 f0: b0\n");
 }
 
 TEST(Blocks, never_span_two_files_and_files_begin_aligned) {
@@ -160,11 +218,35 @@ TEST(Blocks, never_span_two_files_and_files_begin_aligned) {
             "8192+9 f2: c0\n");
 }
 
-TEST(Blocks, the_size_of_the_image_follows_the_offsets_of_its_files) {
-  const Index index{.files = {{"a", 4097}, {"b", 0}, {"c", 1}}};
-  EXPECT_EQ(file_offsets(index), (std::vector<uint64_t>{0, 8192, 8192, 12288}));
-  EXPECT_EQ(lay_out(index).size_bytes, 12288u);
-  EXPECT_EQ(file_offsets({}), std::vector<uint64_t>{0});
+TEST(Windows, whole_files_are_one_window_each) {
+  EXPECT_EQ(windows(read_index("_:8 a:4090\n_:8 e:0\n_:9000 b:1M c:1 d:7")),
+            "f0@0+4098 -> 0\n"
+            "f2@8192+1049392 -> 8192\n");
+  EXPECT_EQ(windows(Index{}), "");
+  EXPECT_EQ(windows_of(Index{}).image_bytes, 0u);
+}
+
+TEST(Windows, gaps_up_to_64_KiB_are_read_along) {
+  EXPECT_EQ(windows(read_index("a:4096 _:64K b:1")), "f0@0+69633 -> 0\n");
+  EXPECT_EQ(windows(read_index("a:4096 _:68K b:1")), "f0@0+4096 -> 0\nf0@73728+1 -> 4096\n");
+  EXPECT_EQ(windows(read_index("a:4095 _:68K b:1")), "f0@0+4095 -> 0\nf0@69632+4096 -> 4096\n")
+      << "counted between pages";
+}
+
+TEST(Windows, lie_at_pages_wherever_tensors_begin) {
+  EXPECT_EQ(windows(read_index("_:5000 a:10 _:1M b:9000 _:1M c:4096")),
+            "f0@4096+914 -> 0\n"
+            "f0@1052672+9914 -> 4096\n"
+            "f0@2109440+5818 -> 16384\n");
+  const Index index = read_index("_:5000 a:10 _:1M b:9000");
+  EXPECT_EQ(windows_of(index).image_offset(*index.find("b")), 4096u + (5010 + (1 << 20)) % 4096);
+  EXPECT_EQ(windows_of(index).at(914), nullptr) << "between two windows";
+}
+
+TEST(Windows, tensors_without_bytes_need_none) {
+  const Index index = read_index("_:8 e:0 _:1M a:1");
+  EXPECT_EQ(windows(index), "f0@1048576+9 -> 0\n");
+  EXPECT_EQ(windows_of(index).image_offset(*index.find("e")), 0u);
 }
 
 TEST(Blocks, tensors_are_visited_by_offset_not_by_name) {
@@ -176,7 +258,7 @@ TEST(Blocks, tensors_are_visited_by_offset_not_by_name) {
 
 TEST(Blocks, empty_tensors_have_no_leaves) {
   EXPECT_EQ(blocks("_:8 e:0 a:10 f:0"), "0+18 f0: a0\n");
-  EXPECT_EQ(blocks("_:8 e:0"), "0+8 f0:\n");
+  EXPECT_EQ(blocks("_:8 e:0"), "");
   EXPECT_EQ(blocks(""), "");
   EXPECT_EQ(lay_out(Index{}).size_bytes, 0u);
 }
@@ -195,7 +277,7 @@ TEST(Blocks, a_range_finds_the_blocks_that_hold_it) {
   EXPECT_EQ(range(0, UINT64_MAX), "0-5");
   EXPECT_EQ(range(5, UINT64_MAX), "0-5");
   EXPECT_EQ(range(2097253, 1), "4-4") << "between two files";
-  EXPECT_EQ(range(layout.file_offsets[1], 60), "4-5");
+  EXPECT_EQ(range(layout.windows.list[1].image_offset, 60), "4-5");
   EXPECT_EQ(range(layout.size_bytes, 10), "5-5");
   const auto empty = layout.blocks_of(500, 0);
   EXPECT_EQ(empty.first, empty.last);
@@ -219,7 +301,12 @@ TEST(Blocks, hold_their_invariants_for_random_indices) {
       lines += "\n";
     }
     const Index index = read_index(lines);
+    expect_windows(index);
     expect_invariants(index, lay_out(index));
+    Index part = index;  // every selection is as sound
+    std::erase_if(part.tensors, [&](const Tensor&) { return below(3) > 0; });
+    expect_windows(part);
+    expect_invariants(part, lay_out(part));
     ASSERT_FALSE(HasFatalFailure()) << lines;
   }
 }

@@ -32,7 +32,7 @@ std::vector<Digest> tensor_digests(const Index& index, const std::vector<std::ve
   std::vector<std::vector<Digest>> leaves(index.tensors.size());
   for (const Leaf& leaf : layout.leaves) {
     const uint32_t file = index.tensors[leaf.tensor].file;
-    const uint64_t offset = leaf.image_offset - layout.file_offsets[file];
+    const uint64_t offset = leaf.file_offset;
     leaves[leaf.tensor].push_back(hash(std::span(images[file]).subspan(offset, leaf.size_bytes)));
   }
   std::vector<Digest> digests;

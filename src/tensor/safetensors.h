@@ -47,8 +47,11 @@ struct ShardIndex {
 // kHeaderBytesMax or kEntryCountMax. Everything beside weight_map is ignored.
 Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& path);
 
-// Code::corrupt when a tensor of the shard index is not in the file it names; tensors the index does not
-// mention are kept. File names are matched with the ends of Index::files' paths, whole components only.
-Status check_shard_index(const ShardIndex& shards, const Index& index);
+// Whether an Index holds all tensors of its files.
+enum class Holds : uint8_t { all, some };
+
+// Code::corrupt when a tensor of the shard index is not in the file it names, or, where the index holds all, is in none;
+// tensors the shard index does not mention are kept. File names are matched with the ends of Index::files' paths, whole components only.
+Status check_shard_index(const ShardIndex& shards, const Index& index, Holds holds = Holds::all);
 
 }  // namespace tensord::tensor
