@@ -48,8 +48,12 @@ Result<Sample> load(const Daemon& daemon, const std::string& path, Cache cache) 
 Status compare_replica(const std::string& path) {
   TRY_ASSIGN(const auto model, open_ready(path));
   TRY_ASSIGN(const memory::Mapped file, map_file(path));
-  if (std::memcmp(model->mapping()->data(), file.data(), file.size_bytes()) == 0) return {};
-  return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
+  for (const tensor::Tensor& tensor : model->index().tensors) {
+    if (std::memcmp(model->data(tensor), file.data() + tensor.offset, tensor.size_bytes) != 0) {
+      return base::fail(base::Code::corrupt, path + ": the replica differs from the file");
+    }
+  }
+  return {};
 }
 
 std::vector<Contender> load_peers(Bench& bench, const Daemon& daemon, const std::string& path,

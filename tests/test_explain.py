@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEADLINE_SECONDS, Daemon, counted
-
 import tensord
+from conftest import DEADLINE_SECONDS, Daemon, counted
 
 
 @pytest.fixture

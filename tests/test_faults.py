@@ -400,6 +400,25 @@ def test_a_file_that_changes_during_a_load_fails_it(
         assert_opens_as_it_is_now(path)
 
 
+def test_a_copy_never_mixes_what_a_file_was_with_what_it_became(
+    make_daemon: Callable[..., Daemon], make_file: Callable[..., Path]
+) -> None:
+    shape = (128 << 20,)
+    for _ in range(3):
+        make_daemon()  # fresh: its memory takes time to be touched, so that the writing falls into the load
+        path = make_file({"w": np.full(shape, 1, np.uint8)})
+        target = np.zeros(shape, np.uint8)
+        with tensord.open(path, "np") as model:
+            with path.open("r+b") as file:
+                file.seek(-shape[0] // 2, os.SEEK_END)
+                file.write(b"\2" * (shape[0] // 2))
+            try:
+                model.load_into({"w": target})
+            except tensord.ChangedError:
+                continue
+            assert (target == 1).all()
+
+
 def assert_opens_as_it_is_now(path: Path) -> None:
     """A load that failed is no hindrance: the file is read anew."""
     try:
@@ -473,9 +492,15 @@ def test_a_refusal_names_what_holds_the_memory(
 def test_what_never_fits_is_told_the_limit(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = make_daemon("--host-memory", "64MiB")
     path = sparse_file(tmp_path / "huge.safetensors", 1 << 40)
+    with pytest.warns(tensord.TensordWarning, match="larger than the daemon's host_memory"):
+        model = tensord.open(path, "np")
     with pytest.raises(tensord.ExhaustedError, match=r"1\.00 TiB.*64\.00 MiB.*raise host_memory") as caught:
-        tensord.open(path)
+        model["w"]
     assert str(path) in str(caught.value)
+    target = np.full(10, 7, np.uint8)
+    with pytest.raises(tensord.ExhaustedError, match=r"1\.00 TiB.*64\.00 MiB.*raise host_memory"):
+        model.load_into([("w", np.s_[:10], target)])
+    assert (target == 7).all()
     assert daemon.ask("status")["memory"] == {"in_use": 0, "kept": 0}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,3 +277,19 @@ def test_packed_and_unknown_types(make_file: Callable[..., Path]) -> None:
             model.load_into({"q": np.zeros(6, np.uint8)})
         with pytest.raises(IndexError, match="whole"):
             model.view({"q": np.s_[1:]})
+
+
+def test_a_refused_copy_lets_go_of_its_targets(model: tensord.Model) -> None:
+    class Kept(np.ndarray):
+        """An array that weak references can follow."""
+
+    gc.disable()
+    try:
+        target = np.zeros((8, 6), np.int64).view(Kept)
+        gone = weakref.ref(target)
+        with pytest.raises(tensord.InvalidArgumentError):
+            model.load_into({"w": target})
+        del target
+        assert gone() is None
+    finally:
+        gc.enable()

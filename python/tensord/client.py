@@ -273,12 +273,15 @@ class Model:
             return True
         error = last_error(code)
         now = time.monotonic()
-        if not isinstance(error, UnavailableError) or now - begin < piece * 0.9:
-            raise error
-        if self._progress().state not in (_library.FILLING, _library.READY):
-            raise error
-        if deadline is not None and now >= deadline:
-            raise WaitTimeoutError(error.message)
+        try:
+            if not isinstance(error, UnavailableError) or now - begin < piece * 0.9:
+                raise error
+            if self._progress().state not in (_library.FILLING, _library.READY):
+                raise error
+            if deadline is not None and now >= deadline:
+                raise WaitTimeoutError(error.message)
+        finally:
+            del error  # else error and frame hold each other, and the frame the model
         return False
 
     def _wait_for(self, entry: Entry) -> None:
@@ -500,7 +503,10 @@ class Model:
             for entry, items, _ in orders:
                 if items:
                     self._resolve(entry, items)
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # else it and this frame hold each other, and with them the targets
 
 
 def _triples(targets: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -623,11 +629,7 @@ def open(
         No daemon answers.
     """
     chosen = framework_of(framework)
-    given = [path] if isinstance(path, (str, bytes, os.PathLike)) else path
-    paths = [os.fsencode(one) for one in given]
-    for one in paths:
-        if b"\0" in one:
-            raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
+    paths = _encoded_paths(path)
     if resident not in ("artifact", "view"):
         raise InvalidArgumentError(f'open: resident is "artifact" or "view", not {resident!r}')
     wanted = _encoded_names([only] if isinstance(only, str) else only)
@@ -657,6 +659,15 @@ def open(
             stacklevel=2,
         )
     return model
+
+
+def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
+    given = [path] if isinstance(path, (str, bytes, os.PathLike)) else path
+    paths = [os.fsencode(one) for one in given]
+    for one in paths:
+        if b"\0" in one:
+            raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
+    return paths
 
 
 def _encoded_names(only: Sequence[str] | None) -> list[bytes]:

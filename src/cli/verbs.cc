@@ -400,7 +400,7 @@ std::string help_text() {
     lines.emplace_back(text(verb.name, shown_operand(verb.operand)), verb.summary);
   return text("tensord: the shared tensor layer of a machine\n\nUsage: tensord VERB [words]\n\n",
               described(lines),
-              "\n`tensord VERB --help` tells more, with an example. Every verb has --json.\n\n", kExitHelp);
+              "\n`tensord VERB --help` tells more, with an example. All but serve have --json.\n\n", kExitHelp);
 }
 
 std::string help_text(const Verb& verb) {

@@ -50,6 +50,12 @@ Status detach() {
   if (child < 0) return tl::unexpected(base::errno_error("go to the background", errno));
   if (child > 0) ::_exit(0);
   ::setsid();
+  // Who reads this command's output is not to wait for the daemon's end. Log lines still go to standard error.
+  const base::Fd nowhere(::open("/dev/null", O_RDWR | O_CLOEXEC));
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO}) {
+    if (::dup2(nowhere.get(), stream) < 0)
+      return tl::unexpected(base::errno_error("let go of the terminal", errno));
+  }
   if (::chdir("/") != 0) return tl::unexpected(base::errno_error("leave the working folder", errno));
   return {};
 }

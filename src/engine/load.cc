@@ -87,13 +87,19 @@ class Load::Run {
     }
   }
 
-  // Blocks that end before `image_end` are in the image and checked.
+  // Blocks that end before `image_end` are in the image and hashed. They were read before the file is looked at here: what
+  // is marked is what the file was when it was opened.
   void mark_until(uint64_t image_end) {
-    while (status_ && marked_ < blocks_.size()) {
+    const auto is_there = [&] {
       const tensor::Block& block = blocks_[marked_];
-      if (block.image_offset + block.size_bytes > image_end) return;
-      load_.bytes_ += block.size_bytes;
-      load_.fill_->mark_block(first_ + marked_++, block.size_bytes);
+      return block.image_offset + block.size_bytes <= image_end;
+    };
+    if (!status_ || marked_ == blocks_.size() || !is_there()) return;
+    status_ = load_.source_->check_unchanged(front().file);
+    while (status_ && marked_ < blocks_.size() && is_there()) {
+      const uint64_t block_bytes = blocks_[marked_].size_bytes;
+      load_.bytes_ += block_bytes;
+      load_.fill_->mark_block(first_ + marked_++, block_bytes);
     }
   }
 
@@ -226,16 +232,16 @@ bool Load::issue_run() {
 }
 
 void Load::finish_run(Run& run, const Status& read, const storage::ReadTiming& timing) {
+  if (read) run.mark_rest();
   const Status& status = read ? run.status() : read;
   if (status) {
-    run.mark_rest();
     if (keep_spans_) {
       keep_span({LoadSpan::Kind::read, static_cast<uint32_t>(::gettid()), run.first(), run.size_bytes(),
                  timing.begin_ns, timing.end_ns});
     }
   } else {
     // A short read of a file that shrank is no corruption: say what really happened.
-    const Status unchanged = source_->check_unchanged();
+    const Status unchanged = source_->check_unchanged(run.front().file);
     fail(unchanged ? status.error() : unchanged.error());
     source_->cancel();
   }
@@ -281,7 +287,9 @@ void Load::finish() {
     result.spans = std::move(spans_);
   }
   end_ns_ = base::monotonic_ns();
-  if (result.status) result.status = source_->check_unchanged();
+  for (uint32_t file = 0; result.status && file < content_->index.files.size(); ++file) {
+    result.status = source_->check_unchanged(file);
+  }
   if (result.status) {
     std::vector<std::vector<tensor::Digest>> by_tensor(content_->index.tensors.size());
     for (size_t at = 0; at < leaves_.size(); ++at) {

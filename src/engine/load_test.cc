@@ -139,6 +139,7 @@ TEST(Load, a_read_error_ends_it_with_that_error) {
 TEST(Load, a_file_that_changed_meanwhile_is_told_rather_than_what_it_looked_like) {
   const Outcome quiet = run_load(make_checkpoint(), {.changed = true});
   EXPECT_EQ(quiet.result.status.error().code, Code::changed);
+  EXPECT_EQ(quiet.fill.ready_bytes(), 0u) << "what may be half old and half new is shown to nobody";
   const Outcome torn =
       run_load(make_checkpoint(),
                {.faults = {{.file = 1, .offset = 5000, .error = {Code::corrupt, "short"}}}, .changed = true});

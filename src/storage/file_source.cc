@@ -96,12 +96,10 @@ class FileSource final : public Source {
     for (const ReadPool::Work& work : pool_.withdraw(this)) work();
   }
 
-  Status check_unchanged() override {
-    for (const auto& file : files_) {
-      const SourceFile& source = file->source;
-      TRY(base::check_unchanged(source.fd.get(), source.identity, source.path));
-    }
-    return {};
+  Status check_unchanged(uint32_t file) override {
+    CHECK(file < files_.size());
+    const SourceFile& source = files_[file]->source;
+    return base::check_unchanged(source.fd.get(), source.identity, source.path);
   }
 
   SourceCounters counters() const override {

@@ -126,7 +126,7 @@ TEST_F(FileSource, a_file_cut_short_while_it_is_read_is_an_error_and_never_zeros
   Bytes read(8192);
   EXPECT_EQ(failure(*source, 0, read),
             "corrupt: read model at 4096: the file ends 4096 bytes early; was it cut short?");
-  EXPECT_EQ(source->check_unchanged().error().code, Code::changed);
+  EXPECT_EQ(source->check_unchanged(0).error().code, Code::changed);
 }
 
 TEST_F(FileSource, bytes_added_since_it_was_opened_are_not_read) {
@@ -149,9 +149,9 @@ TEST_F(FileSource, a_changed_file_is_told_by_size_time_and_name) {
   const auto changed_by = [&](auto change) {
     path_ = folder_.write("model", Bytes(10));
     auto source = make(open_file(path_));
-    EXPECT_TRUE(source->check_unchanged());
+    EXPECT_TRUE(source->check_unchanged(0));
     change();
-    const Status status = source->check_unchanged();
+    const Status status = source->check_unchanged(0);
     return status ? "unchanged" : std::string(base::code_name(status.error().code));
   };
   EXPECT_EQ(changed_by([&] { EXPECT_EQ(::truncate(path_.c_str(), 11), 0); }), "changed");

@@ -69,8 +69,9 @@ class ScriptedSource final : public MemorySource {
     return held_.size();
   }
 
-  Status check_unchanged() override {
-    if (changed_) return fail(Code::changed, "file 0 changed while it was read; open it again");
+  Status check_unchanged(uint32_t file) override {
+    if (changed_)
+      return fail(Code::changed, text("file ", file, " changed while it was read; open it again"));
     return {};
   }
 

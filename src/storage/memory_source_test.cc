@@ -49,7 +49,7 @@ TEST(MemorySource, held_reads_are_released_oldest_first) {
 }
 
 TEST(MemorySource, a_change_can_be_scripted) {
-  EXPECT_EQ(make_memory_source({.changed = true})->check_unchanged().error().code, Code::changed);
+  EXPECT_EQ(make_memory_source({.changed = true})->check_unchanged(0).error().code, Code::changed);
 }
 
 }  // namespace

@@ -62,8 +62,8 @@ class Source {
   // Later reads are refused with the same code.
   virtual void cancel() = 0;
 
-  // Code::changed when a file is not what it was when the source was made.
-  virtual Status check_unchanged() = 0;
+  // Code::changed when the file is not what it was when the source was made.
+  virtual Status check_unchanged(uint32_t file) = 0;
 
   virtual SourceCounters counters() const = 0;
 
