@@ -222,13 +222,15 @@ def test_null_pointers_are_refused_by_name(daemon: Daemon, make_file: Callable[.
     assert raw.tensord_tensor_count(None) == raw.tensord_file_count(None) == 0
 
 
-def test_options_of_a_newer_header_are_taken_and_smaller_ones_refused(
+def test_options_of_newer_and_older_headers_are_taken_and_smaller_ones_refused(
     daemon: Daemon, make_file: Callable[..., Path]
 ) -> None:
     path = (ctypes.c_char_p * 1)(os.fsencode(make_file({"w": np.zeros(3)})))
-    for more, wanted in ((4, 0), (0, 0), (-4, INVALID_ARGUMENT)):
+    full = ctypes.sizeof(_library.OpenOptions)
+    first = 12  # of the first header
+    for size, wanted in ((full + 4, 0), (full, 0), (first, 0), (first - 4, INVALID_ARGUMENT)):
         handle = ctypes.c_void_p()
-        options = _library.OpenOptions(ctypes.sizeof(_library.OpenOptions) + more, 0, 1)
+        options = _library.OpenOptions(size, 0, 1)
         code = library().tensord_open(path, 1, ctypes.byref(options), ctypes.byref(handle))
         assert code == wanted
         assert library().tensord_retain_mapping(handle) is None  # index_only

@@ -63,7 +63,7 @@ def test_only_names_and_patterns_are_read(
 
 def test_a_pattern_that_matches_nothing_is_refused(daemon: Daemon, make_file: Callable[..., Path]) -> None:
     path = make_file(weights(2))
-    with pytest.raises(tensord.UnknownTensorError, match="did you mean 'layers.1.w'"):
+    with pytest.raises(tensord.UnknownTensorError, match=r"did you mean 'layers\.1\.w'"):
         tensord.open(path, "np", only=["layers.0.w", "layers.1.x"])
     with pytest.raises(tensord.InvalidArgumentError):
         tensord.open(path, "np", only=[])
@@ -113,7 +113,7 @@ def test_digests_of_parts_and_wholes_check_each_other(
     flip_byte(path, path.stat().st_size - 3 * MIB)  # in layers.3.w
     with (
         tensord.open(path, "np", only=second) as model,
-        pytest.raises(tensord.CorruptError, match="layers.3.w"),
+        pytest.raises(tensord.CorruptError, match=r"layers\.3\.w"),
     ):
         model.wait()
 

@@ -48,6 +48,11 @@ LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, An
 # The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
 WAIT_PIECE_SECONDS = 0.25
 
+TOO_LARGE = (
+    "is larger than the daemon's host_memory: it is not kept, load_into has it read in batches "
+    '(resident="view"); raise host_memory, or open fewer tensors with only='
+)
+
 
 class _Handle:
     """A tensord_model, closed when the last call that uses it is over and its Model is closed."""
@@ -69,8 +74,8 @@ class Model:
     privately. They stay valid as long as they are referenced: after `close`, without the Model, and in
     forked children. Methods may be called from several threads at once.
 
-    Of a model with ``resident="view"`` the daemon keeps nothing between calls: `load_into` has it read batch by
-    batch, and each zero-copy tensor holds memory of its own.
+    Of a model with ``resident="view"`` the daemon keeps nothing between calls: `load_into` has it read batch
+    by batch, and each zero-copy tensor holds memory of its own.
     """
 
     def __init__(self, handle: _Handle, paths: Sequence[str], framework: str) -> None:
@@ -641,23 +646,14 @@ def open(
         only_count=len(wanted),
     )
     pointer = ctypes.c_void_p()
-    code = library().tensord_open(
-        (ctypes.c_char_p * len(paths))(*paths),
-        len(paths),
-        ctypes.byref(options),
-        ctypes.byref(pointer),
-    )
+    given = (ctypes.c_char_p * len(paths))(*paths)
+    code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
     names = [os.fsdecode(one) for one in paths]
     if code != _library.OK:
         raise _open_error(code, last_error(code), names)
     model = Model(_Handle(pointer), names, chosen)
     if model._is_view and resident == "artifact":
-        warnings.warn(
-            f"{', '.join(names)} is larger than the daemon's host_memory: it is not kept, load_into has it "
-            'read in batches (resident="view"); raise host_memory, or open fewer tensors with only=',
-            TensordWarning,
-            stacklevel=2,
-        )
+        warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
     return model
 
 

@@ -80,7 +80,7 @@ std::string machine_file(const std::string& state_dir) { return state_dir + "/ma
 std::optional<MachineRates> load_rates(const std::string& state_dir, const Machine& machine) {
   const std::string path = machine_file(state_dir);
   const base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd.valid() && errno == ENOENT) return std::nullopt;
+  if (!fd.valid() && (errno == ENOENT || errno == ENOTDIR)) return std::nullopt;
   base::Result<MachineRates> rates = tl::unexpected(base::errno_error("open it", errno));
   try {
     if (fd.valid()) rates = read_rates(fd.get(), path, machine);
