@@ -398,9 +398,9 @@ std::string help_text() {
   std::vector<std::pair<std::string, std::string>> lines;
   for (const Verb& verb : verbs())
     lines.emplace_back(text(verb.name, shown_operand(verb.operand)), verb.summary);
-  return text("tensord: the shared tensor layer of a machine\n\nUsage: tensord VERB [words]\n\n",
-              described(lines),
-              "\n`tensord VERB --help` tells more, with an example. All but serve have --json.\n\n", kExitHelp);
+  return text(
+      "tensord: the shared tensor layer of a machine\n\nUsage: tensord VERB [words]\n\n", described(lines),
+      "\n`tensord VERB --help` tells more, with an example. All but serve have --json.\n\n", kExitHelp);
 }
 
 std::string help_text(const Verb& verb) {
