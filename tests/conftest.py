@@ -175,7 +175,7 @@ def make_daemon(binary: Path, short_folder: Path) -> Iterator[Callable[..., Daem
     made: list[Daemon] = []
     with contextlib.ExitStack() as stack:
 
-        def make(*arguments: str) -> Daemon:
+        def make(*arguments: str, binary: Path = binary) -> Daemon:
             daemon = Daemon(binary, Path(tempfile.mkdtemp(dir=short_folder)), arguments)
             made.append(daemon)
             stack.enter_context(_environment(daemon.environment))

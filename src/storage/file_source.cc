@@ -69,8 +69,15 @@ class FileSource final : public Source {
 
   ~FileSource() override {
     cancel();
-    MutexLock lock(mutex_);
-    while (in_flight_count_ > 0) lock.wait(none_in_flight_);
+    {
+      MutexLock lock(mutex_);
+      while (in_flight_count_ > 0) lock.wait(none_in_flight_);
+    }
+    // What the kernel read ahead after its part was dropped.
+    for (const auto& file : files_) {
+      if (options_.cache_left == CacheLeft::drop)
+        ::posix_fadvise(file->source.fd.get(), 0, 0, POSIX_FADV_DONTNEED);
+    }
   }
 
   void read(ReadRequest request) override {
