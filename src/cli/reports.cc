@@ -181,8 +181,8 @@ Result<std::string> status_text(std::string_view report) {
                 human_bytes(limits.at("host_memory").get<uint64_t>()), " in use, ",           //
                 human_bytes(memory.at("kept").get<uint64_t>()), " kept for the next load\n",  //
                 "replicas  ", status.at("replicas").get<uint64_t>(), ", ", loads,
-                loads == 1 ? " load" : " loads",
-                " running\n",                                                                       //
+                loads == 1 ? " load" : " loads", " running, ",
+                status.at("loads_waiting").get<uint64_t>(), " waiting for memory\n",                                                                       //
                 "reading   ", count_of(limits.at("read_threads").get<uint64_t>(), "thread"), "\n",  //
                 "clients   ", count_of(status.at("connections").get<uint64_t>(), "connection"), "\n");
   });
@@ -206,6 +206,9 @@ Result<std::string> list_text(std::string_view report) {
                  text(replica.value("tensor_count", uint64_t{0})),
                  string_or(replica.at("artifact"), "-").substr(0, 12), holders_of(replica),
                  replica.at("path").get<std::string>()});
+      if (const std::string wanted = string_or(replica.value("waits_for", json()), ""); !wanted.empty()) {
+        errors += text("replica ", replica.at("replica").get<uint64_t>(), " waits for ", wanted, "\n");
+      }
       if (const json& error = replica.at("error"); !error.is_null()) {
         errors += text("replica ", replica.at("replica").get<uint64_t>(),
                        " failed: ", error.at("message").get<std::string>(), "\n");

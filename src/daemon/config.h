@@ -19,6 +19,8 @@ struct Config {
   std::string runtime_dir;
   std::string state_dir;
   uint64_t host_memory = 0;
+  bool follows_cgroup = true;  // host_memory is the default, and changes with the limit it comes from
+  int64_t memory_wait_seconds = 10;
   uint64_t prefault = 0;
   int read_threads = 0;
   base::LogLevel log_level = base::LogLevel::info;
@@ -50,8 +52,5 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments);
 Result<Config> make_config(const CommandLine& command_line);
 
 std::string serve_help();
-
-// Half of what the cgroup (v2, the lowest limit up to the root) or the machine allows.
-uint64_t default_host_memory();
 
 }  // namespace tensord::daemon

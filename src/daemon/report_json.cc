@@ -21,7 +21,7 @@ double gb_per_s(uint64_t bytes, int64_t ns) {
 }
 
 const char* state_name(engine::ReplicaState state) {
-  static constexpr const char* kNames[] = {"indexing", "filling", "ready", "failed"};
+  static constexpr const char* kNames[] = {"indexing", "waiting", "filling", "ready", "failed"};
   return kNames[static_cast<size_t>(state)];
 }
 
@@ -43,6 +43,7 @@ json replica_value(const engine::Replica& replica) {
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
+                {"waits_for", replica.state == engine::ReplicaState::waiting ? json(replica.waits_for) : json()},
                 {"memory_bytes", replica.memory.size_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
@@ -166,7 +167,8 @@ std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, 
          {"connections", facts.connection_count_max}}},
        {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
        {"replicas", engine.replicas().size()},
-       {"loads_running", engine.running_count()},
+       {"loads_running", engine.running_count() - engine.waiting_count()},
+       {"loads_waiting", engine.waiting_count()},
        {"connections", connection_count}});
 }
 

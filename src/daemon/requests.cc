@@ -34,7 +34,8 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
                                                    " paths came with ", request.fds.size(), " descriptors"));
   }
   engine::OpenOrder order{.path = open.path()->str(), .index_only = open.index_only()};
-  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
+  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name,
+                  request.client.connection};
   for (size_t at = 0; at < file_count; ++at) {
     TRY_ASSIGN(engine::OpenFile file,
                accept_file(std::move(request.fds[at]), open.paths()->Get(static_cast<uint32_t>(at))->str()));

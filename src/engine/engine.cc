@@ -3,6 +3,8 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "base/bytes.h"
@@ -10,7 +12,6 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
-#include "engine/eviction.h"
 #include "storage/file_source.h"
 
 namespace tensord::engine {
@@ -19,6 +20,13 @@ using base::Code;
 using base::fail;
 using base::log;
 using base::LogLevel;
+
+namespace {
+uint64_t memory_bytes_of(const Replica& replica) {
+  const std::vector<uint64_t> sizes = memory::segment_sizes(replica.content->image_bytes);
+  return std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
+}
+}  // namespace
 
 Engine::Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
                storage::ReadPool& pool, Owner owner)
@@ -52,8 +60,10 @@ void Engine::open(OpenOrder order, GrantDone done) {
         std::find(replica.paths.begin(), replica.paths.end(), order.path) != replica.paths.end();
     if (!named && replica.paths.size() < kPathCountMax) replica.paths.push_back(std::move(order.path));
     if (!order.index_only) last_opened_ = replica.number;
-    if (replica.state == ReplicaState::indexing) {
+    const bool waits = replica.state == ReplicaState::waiting && !order.index_only;
+    if (replica.state == ReplicaState::indexing || waits) {
       replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
+      if (waits) wake_parked();  // its wait may be hopeless
     } else {
       done(grant(replica, order.index_only, order.holder));
     }
@@ -70,6 +80,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
   if (!order.index_only) last_opened_ = replica.number;
   replica.waiters.push_back({order.index_only, std::move(order.holder), std::move(done)});
   by_key_[std::move(key)] = replica.number;
+  asked_.insert(replica.number);
   replicas_[replica.number] = std::move(made);
   index(replica);
 }
@@ -78,12 +89,13 @@ void Engine::index(Replica& replica) {
   struct Job {
     uint64_t number;
     const std::vector<OpenFile>* files;  // not touched by the owner while indexing
+    uint64_t image_bytes_max;
     Indexed outcome;
   };
-  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, {}});
+  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, pool_memory_.limit_bytes(), {}});
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
-    outcome.content = read_content(*job->files, options_.host_memory_bytes);
+    outcome.content = read_content(*job->files, job->image_bytes_max);
     if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
     // A header that was being rewritten looks corrupt: say what really happened.
     for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
@@ -107,39 +119,121 @@ void Engine::indexed(uint64_t number, Indexed outcome) {
   begin(replica, std::move(outcome.known));
 }
 
-// From an index to a load that runs, to waiting for room, or to grants of the index alone.
+// From an index to the line of those who wait for room, or to grants of the index alone.
 void Engine::begin(Replica& replica, Digests known) {
-  const uint64_t number = replica.number;
-  if (cancelling_) {
-    return fail_waiters(replica,
-                        {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
-  }
-  const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
-                                  [](const Waiter& waiter) { return !waiter.index_only; });
-  if (wanted) {
-    uint64_t memory_bytes = 0;
-    for (const uint64_t size : memory::segment_sizes(replica.content->image_bytes)) memory_bytes += size;
-    if (replica.room_ns == 0) replica.room_ns = base::monotonic_ns();
-    const Result<Room> room = make_room(memory_bytes);
-    if (!room) {
-      return fail_waiters(
-          replica, {room.error().code, base::text("open ", replica.path(), ": ", room.error().message)});
-    }
-    if (*room == Room::later) return parked_.push_back({number, std::move(known)});
-    const Status begun = begin_load(replica, std::move(known));
-    if (!begun) return fail_waiters(replica, begun.error());
-  }
+  std::vector<Waiter> waiters;
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
-    waiter.done(grant(replica, waiter.index_only, waiter.holder));
+    if (waiter.index_only) {
+      waiter.done(grant(replica, true, waiter.holder));
+    } else {
+      waiters.push_back(std::move(waiter));
+    }
   }
-  if (wanted) return;
-  forget(number);
-  end_drain();
+  if (waiters.empty()) {  // or all who asked are gone
+    forget(replica.number);
+    return end_drain();
+  }
+  replica.waiters = std::move(waiters);
+  replica.state = ReplicaState::waiting;
+  replica.room_ns = base::monotonic_ns();
+  parked_.push_back({replica.number, std::move(known)});
+  retry_parked();
+  if (!parked_.empty() && options_.memory_wait_ms > 0) {
+    owner_.call_after(options_.memory_wait_ms, [this] { retry_parked(); });
+  }
 }
 
+// The first that has to wait keeps all behind it waiting: small ones would pass a large one for ever.
 void Engine::retry_parked() {
-  for (Parked& parked : std::exchange(parked_, {}))
-    begin(*replicas_.at(parked.replica), std::move(parked.known));
+  std::optional<Room> ahead;
+  for (Parked& parked : std::exchange(parked_, {})) {
+    Replica& replica = *replicas_.at(parked.replica);
+    if (cancelling_) {
+      fail_waiters(replica,
+                   {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
+      continue;
+    }
+    if (refuse_hopeless(replica)) continue;
+    const Room room = ahead ? *ahead : make_room(replica);
+    if (room == Room::now) {
+      const Status begun = begin_load(replica, std::move(parked.known));
+      if (!begun) {
+        fail_waiters(replica, begun.error());
+        continue;
+      }
+      asked_.erase(replica.number);
+      for (Waiter& waiter : std::exchange(replica.waiters, {})) {
+        waiter.done(grant(replica, false, waiter.holder));
+      }
+      continue;
+    }
+    const int64_t waited_ns = base::monotonic_ns() - replica.room_ns;
+    if (room == Room::held && waited_ns >= options_.memory_wait_ms * 1'000'000) {
+      fail_waiters(replica, refusal(replica));
+      continue;
+    }
+    const std::string bytes = base::human_bytes(memory_bytes_of(replica));
+    replica.waits_for = ahead                   ? base::text(bytes, ", after others that wait for memory")
+                        : room == Room::freeing ? base::text(bytes, " that are being given back")
+                                                : base::text(bytes, "; held: ", holders_text());
+    if (!ahead) ahead = room;
+    parked_.push_back(std::move(parked));
+  }
+}
+
+void Engine::wake_parked() {
+  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
+}
+
+// Refuses those whom waiting cannot help; true when nobody is left. A process that waits here does not let go meanwhile.
+bool Engine::refuse_hopeless(Replica& replica) {
+  const uint64_t needed_bytes = memory_bytes_of(replica);
+  const uint64_t limit_bytes = pool_memory_.limit_bytes();
+  // It has no layout when it was over the limit that held when its header was read.
+  if (needed_bytes > limit_bytes || replica.content->layout.size_bytes < replica.content->image_bytes) {
+    fail_waiters(replica, {Code::exhausted, base::text("open ", replica.path(), ": it needs ",
+                                                       base::human_bytes(needed_bytes), ", host_memory is ",
+                                                       base::human_bytes(limit_bytes), "; raise host_memory")});
+    return true;
+  }
+  const auto hopeless = [&](const Waiter& waiter) {
+    uint64_t fixed_bytes = 0;
+    for (const auto& [number, other] : replicas_) {
+      if (other->pinned || other->is_leased_by(waiter.holder.process_id)) {
+        fixed_bytes += other->memory.size_bytes();
+      }
+    }
+    return fixed_bytes > limit_bytes - needed_bytes;
+  };
+  std::vector<Waiter> refused;
+  std::erase_if(replica.waiters, [&](Waiter& waiter) {
+    if (!hopeless(waiter)) return false;
+    refused.push_back(std::move(waiter));
+    return true;
+  });
+  if (refused.empty()) return false;
+  const base::Error error = refusal(replica);
+  if (replica.waiters.empty()) {
+    replica.waiters = std::move(refused);
+    fail_waiters(replica, error);
+    return true;
+  }
+  for (const Waiter& waiter : refused) waiter.done(tl::unexpected(error));
+  return false;
+}
+
+void Engine::withdraw(uint64_t asker) {
+  std::vector<uint64_t> unwanted;
+  for (const uint64_t number : asked_) {
+    Replica& replica = *replicas_.at(number);
+    std::erase_if(replica.waiters, [&](const Waiter& waiter) { return waiter.holder.asker == asker; });
+    if (replica.waiters.empty() && replica.state == ReplicaState::waiting) unwanted.push_back(number);
+  }
+  for (const uint64_t number : unwanted) {
+    std::erase_if(parked_, [&](const Parked& parked) { return parked.replica == number; });
+    forget(number);
+  }
+  end_drain();
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
@@ -161,8 +255,9 @@ Result<Grant> Engine::grant(Replica& replica, bool index_only, const Holder& hol
     return fail(Code::denied, base::text(replica.path(), " was opened by uid ", replica.owner,
                                          ", you are uid ", holder.user_id));
   }
-  if (lease_count_ >= kLeaseCountMax) {
-    return fail(Code::exhausted, base::text(lease_count_, " leases are held, no more are possible"));
+  if (lease_count_ >= options_.lease_count_max) {
+    return fail(Code::exhausted, base::text("open ", replica.path(), ": ", lease_count_,
+                                            " leases are held, no more are possible; raise ulimit -n"));
   }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
   const uint64_t lease = next_lease_++;
@@ -195,8 +290,14 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
 
 Status Engine::begin_load(Replica& replica, Digests known) {
   const Content& content = *replica.content;
+  // Kept segments go for descriptors too.
+  const size_t others = descriptor_count() - pool_memory_.kept_count() +
+                        memory::segment_sizes(content.layout.size_bytes).size();
+  std::vector<memory::Segment> surplus = pool_memory_.trim(
+      pool_memory_.kept_bytes(), options_.descriptor_count_max - std::min(others, options_.descriptor_count_max));
   TRY_ASSIGN(memory::SegmentPool::Allocation allocation,
              pool_memory_.allocate(content.layout.size_bytes, replica.owner));
+  std::move(allocation.surplus.begin(), allocation.surplus.end(), std::back_inserter(surplus));
   replica.memory = std::move(allocation.run);
   if (replica.memory.segments.size() > kSegmentCountMax) {
     return fail(Code::unsupported,
@@ -236,54 +337,121 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
-  start_load(replica, std::move(allocation.surplus));
+  start_after(std::move(surplus), replica.number);
   return {};
 }
 
-// What goes to make room is given back to the kernel first, on a pool thread.
-void Engine::start_load(Replica& replica, std::vector<memory::Segment> surplus) {
-  if (surplus.empty())
-    return owner_.post([this, number = replica.number] { replicas_.at(number)->load->start(); });
+// What goes to make room is given back to the kernel first, on a pool thread. Loads begin in the order in which they got
+// their room: what has to go for one of them may be more than it needs, and count as room for the next.
+void Engine::start_after(std::vector<memory::Segment> surplus, uint64_t replica) {
+  if (surplus.empty() && replica == 0) return;
+  auto start = std::make_shared<Start>(Start{replica, surplus.empty()});
+  starts_.push_back(start);
+  if (start->due) return owner_.post([this] { start_due(); });
   auto shared = std::make_shared<std::vector<memory::Segment>>(std::move(surplus));
-  pool_.post(this, [this, number = replica.number, shared] {
+  pool_.post(this, [this, start, shared, post = owner_.post] {
     shared->clear();
-    owner_.post([this, number] { replicas_.at(number)->load->start(); });
+    post([this, start] {
+      start->due = true;
+      start_due();
+    });
   });
 }
 
-Result<Engine::Room> Engine::make_room(uint64_t memory_bytes) {
-  const uint64_t limit_bytes = pool_memory_.limit_bytes();
-  if (memory_bytes > limit_bytes) {
-    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes), ", host_memory is ",
-                                            base::human_bytes(limit_bytes), "; raise host_memory"));
+void Engine::start_due() {
+  while (!starts_.empty() && starts_.front()->due) {
+    const auto replica = replicas_.find(starts_.front()->replica);
+    starts_.pop_front();
+    if (replica != replicas_.end() && replica->second->load) replica->second->load->start();
   }
-  const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
-  if (in_use_bytes + memory_bytes <= limit_bytes) return Room::now;
-  const uint64_t needed_bytes = in_use_bytes + memory_bytes - limit_bytes;
-  if (needed_bytes <= claimed_bytes_) return Room::later;
-  std::vector<EvictionCandidate> candidates;
+}
+
+std::vector<EvictionCandidate> Engine::candidates() const {
+  std::vector<EvictionCandidate> all;
   for (const auto& [number, replica] : replicas_) {
-    candidates.push_back({number, replica->memory.size_bytes(), replica->last_used_ns, replica->held()});
+    all.push_back({number, replica->memory.size_bytes(), replica->descriptor_count(), replica->last_used_ns,
+                   replica->held()});
   }
-  const auto victims = choose_victims(std::move(candidates), needed_bytes - claimed_bytes_);
-  if (!victims) {
-    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes),
-                                            ", but of host_memory ", base::human_bytes(limit_bytes), " only ",
-                                            base::human_bytes(limit_bytes - in_use_bytes),
-                                            " are free, and the rest cannot be evicted: ", holders_text(),
-                                            "; close or unpin some of them, or raise host_memory"));
-  }
-  Room room = claimed_bytes_ > 0 ? Room::later : Room::now;
+  return all;
+}
+
+size_t Engine::descriptor_count() const {
+  size_t count = pool_memory_.kept_count();
+  for (const auto& [number, replica] : replicas_) count += replica->descriptor_count();
+  return count;
+}
+
+Engine::Room Engine::make_room(const Replica& replica) {
+  const auto missing = [](uint64_t wanted, uint64_t most) { return wanted > most ? wanted - most : 0; };
+  const uint64_t needed_bytes =
+      missing(pool_memory_.in_use_bytes() + memory_bytes_of(replica), pool_memory_.limit_bytes());
+  const size_t needed_descriptors =
+      missing(descriptor_count() - pool_memory_.kept_count() +
+                  memory::segment_sizes(replica.content->image_bytes).size(),
+              options_.descriptor_count_max);
+  if (needed_bytes == 0 && needed_descriptors == 0) return Room::now;
+  if (needed_bytes <= claimed_bytes_ && needed_descriptors == 0) return Room::freeing;
+  const auto victims =
+      choose_victims(candidates(), missing(needed_bytes, claimed_bytes_), needed_descriptors);
+  if (!victims) return Room::held;
+  Room room = claimed_bytes_ > 0 ? Room::freeing : Room::now;
   for (const uint64_t victim : *victims) {
     log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path(), ") to make room");
-    if (replicas_.at(victim)->abandoned()) room = Room::later;
+    if (replicas_.at(victim)->abandoned()) room = Room::freeing;
     CHECK(evict(victim));
   }
   return room;
 }
 
+base::Error Engine::refusal(const Replica& replica) const {
+  const auto waited_ns = static_cast<double>(base::monotonic_ns() - replica.room_ns);
+  const std::string waited = waited_ns < 1e9 ? "" : base::text(" (waited ", waited_ns / 1e9, " s)");
+  const std::string holders = holders_text();
+  const std::string needed = base::human_bytes(memory_bytes_of(replica));
+  const std::string lack =
+      memory_bytes_of(replica) > pool_memory_.free_bytes()
+          ? base::text(needed, ", but of host_memory ", base::human_bytes(pool_memory_.limit_bytes()), " only ",
+                       base::human_bytes(pool_memory_.free_bytes()), " are free")
+          : base::text(needed, " and descriptors, but those for ", options_.descriptor_count_max,
+                       " files (half of ulimit -n) are in use");
+  return {Code::exhausted,
+          base::text("open ", replica.path(), ": it needs ", lack, ", and the rest cannot be evicted: ",
+                     holders.empty() ? "others wait for it" : holders, waited,
+                     "; close or unpin some of them, or raise ",
+                     memory_bytes_of(replica) > pool_memory_.free_bytes() ? "host_memory" : "ulimit -n")};
+}
+
+void Engine::set_host_memory(uint64_t limit_bytes) {
+  const uint64_t before_bytes = pool_memory_.limit_bytes();
+  if (limit_bytes == before_bytes) return;
+  if (limit_bytes < pool_memory_.in_use_bytes()) evict_for(pool_memory_.in_use_bytes() - limit_bytes);
+  start_after(pool_memory_.set_limit(limit_bytes), 0);
+  const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
+  log(LogLevel::warning, "host_memory is now ", base::human_bytes(limit_bytes), ", it was ",
+      base::human_bytes(before_bytes), ": the memory limit changed",
+      in_use_bytes <= limit_bytes ? ""
+                                  : base::text("; ", base::human_bytes(in_use_bytes),
+                                               " are in use and stay until they are let go: ", holders_text()));
+  wake_parked();
+}
+
+// Evicts what nobody holds for `needed_bytes`, and for what is in use over the limit; as far as that goes.
+void Engine::evict_for(uint64_t needed_bytes) {
+  const uint64_t limit_bytes = pool_memory_.limit_bytes();
+  needed_bytes += std::max(pool_memory_.in_use_bytes(), limit_bytes) - limit_bytes;
+  if (needed_bytes == 0) return;
+  uint64_t evictable_bytes = 0;
+  const std::vector<EvictionCandidate> all = candidates();
+  for (const EvictionCandidate& one : all) evictable_bytes += one.held ? 0 : one.memory_bytes;
+  const auto victims = choose_victims(all, std::min(needed_bytes, evictable_bytes), 0);
+  for (const uint64_t victim : *victims) {
+    log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path(), "): over the limit");
+    CHECK(evict(victim));
+  }
+}
+
 bool Engine::claim_memory(uint64_t size_bytes) {
-  if (!parked_.empty() || !pool_memory_.claim(size_bytes)) return false;
+  if (!parked_.empty() || !starts_.empty() || !pool_memory_.claim(size_bytes)) return false;
   claimed_bytes_ += size_bytes;
   return true;
 }
@@ -397,8 +565,10 @@ void Engine::remember(const Replica& replica) {
 // ---- letting go ---------------------------------------------------------------------------------------------------
 
 void Engine::settle(Replica& replica) {
-  if (replica.load || !replica.leases.empty() || replica.verify_count > 0) return;
-  if (replica.state == ReplicaState::failed || replica.doomed) forget(replica.number);
+  const bool used = replica.load || !replica.leases.empty() || replica.verify_count > 0;
+  if (!used && (replica.state == ReplicaState::failed || replica.doomed)) return forget(replica.number);
+  evict_for(0);
+  wake_parked();
 }
 
 // Nobody finds it by its files any more.
@@ -413,8 +583,10 @@ void Engine::forget(uint64_t number) {
   CHECK(!replica.load && replica.leases.empty());
   unlist(replica);
   pool_memory_.free(std::move(replica.memory));
+  start_after(pool_memory_.trim(pool_memory_.free_bytes(), SIZE_MAX), 0);
+  asked_.erase(number);
   replicas_.erase(found);
-  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
+  wake_parked();
 }
 
 Status Engine::evict(uint64_t number) {
@@ -431,7 +603,7 @@ Status Engine::evict(uint64_t number) {
                 base::text("replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
                            " pid ", holder.process_id, others, "; close it there first"));
   }
-  if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
+  if (replica.state <= ReplicaState::waiting || replica.verify_count > 0) {
     return fail(Code::unavailable,
                 base::text("replica ", number, " ", replica.path(), " is busy; try again"));
   }
@@ -446,7 +618,11 @@ Status Engine::evict(uint64_t number) {
   return {};
 }
 
-void Engine::set_pinned(uint64_t number, bool pinned) { replicas_.at(number)->pinned = pinned; }
+void Engine::set_pinned(uint64_t number, bool pinned) {
+  Replica& replica = *replicas_.at(number);
+  replica.pinned = pinned;
+  settle(replica);
+}
 
 void Engine::drain(std::function<void()> done) {
   draining_ = true;

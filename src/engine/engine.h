@@ -2,6 +2,7 @@
 //
 //   open ──► known? ──► grant
 //              └─► index (pool) ──► room? evict ──► segments ──► load (pool) ──► ready
+//                                     └─► wait in line until somebody lets go, or for memory_wait_ms
 //
 // Everything here runs on one thread, the owner's; work for other threads comes back through Owner::post.
 #pragma once
@@ -12,10 +13,12 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "catalog/catalog.h"
+#include "engine/eviction.h"
 #include "engine/replica.h"
 #include "engine/report.h"
 #include "memory/segment_pool.h"
@@ -33,6 +36,7 @@ struct Owner {
   std::function<void(std::function<void()>)> post;                    // thread safe
   std::function<Status(int fd, std::function<void()>)> watch_hangup;  // once, when the other end is gone
   std::function<void(int fd)> unwatch;
+  std::function<void(int64_t delay_ms, std::function<void()>)> call_after;
 };
 
 struct EngineOptions {
@@ -40,6 +44,10 @@ struct EngineOptions {
   bool keep_spans = false;
   // Encodes an index for clients. Called on pool threads.
   std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
+  int64_t memory_wait_ms = 0;  // how long an open waits for room that others hold
+  // Of replicas and kept segments, which evict each other for them as for memory; and of leases, one each.
+  size_t descriptor_count_max = 1 << 20;
+  size_t lease_count_max = kLeaseCountMax;
 };
 
 struct OpenOrder {
@@ -80,8 +88,15 @@ class Engine {
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
   // one replica and one read. `done` is called on the owner's thread, maybe at once; the replica may still be filling.
-  // Code::exhausted names what holds the memory.
+  // An open that finds no room waits for it in line, at most for memory_wait_ms, unless waiting cannot help: it needs
+  // more than host_memory, or what is in the way is pinned or leased by the process that asks. Code::exhausted names
+  // what holds the memory.
   void open(OpenOrder order, GrantDone done);
+  // Drops the requests of an asker that is gone; their `done` is not called.
+  void withdraw(uint64_t asker);
+
+  // A lower limit evicts what nobody holds, now and as leases end.
+  void set_host_memory(uint64_t limit_bytes);
 
   // A path, an artifact id (or its beginning, 4 digits at least), a replica's number, or "last" (opened last).
   // Code::not_found; Code::invalid_argument when it is ambiguous.
@@ -111,6 +126,7 @@ class Engine {
   const memory::SegmentPool& memory() const { return pool_memory_; }
   // Of requests and loads that are not done, and of results the catalog has not taken yet.
   size_t running_count() const;
+  size_t waiting_count() const { return parked_.size(); }  // of those, loads that wait for room
 
   // No new loads from now on (Code::unavailable); `done` is called when none runs any more.
   void drain(std::function<void()> done);
@@ -134,10 +150,17 @@ class Engine {
   void indexed(uint64_t number, Indexed outcome);
   void begin(Replica& replica, Digests known);
   Status begin_load(Replica& replica, Digests known);
-  void start_load(Replica& replica, std::vector<memory::Segment> surplus);
-  enum class Room { now, later };
-  Result<Room> make_room(uint64_t memory_bytes);
+  void start_after(std::vector<memory::Segment> surplus, uint64_t replica);
+  void start_due();
+  enum class Room { now, freeing, held };  // freeing: the engine's own doing, and soon over
+  Room make_room(const Replica& replica);
+  void evict_for(uint64_t needed_bytes);
+  std::vector<EvictionCandidate> candidates() const;
+  size_t descriptor_count() const;
   void retry_parked();
+  void wake_parked();
+  bool refuse_hopeless(Replica& replica);
+  base::Error refusal(const Replica& replica) const;
   Digests known_digests(const Content& content);  // on the catalog thread
   void note_catalog(const Status& status);        // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
@@ -163,12 +186,19 @@ class Engine {
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;
   std::map<Key, uint64_t> by_key_;
-  // Indexed, but there is no room until an abandoned load has ended or a claim is settled.
+  std::set<uint64_t> asked_;  // replicas with waiters
+  // Indexed; first come, first served.
   struct Parked {
     uint64_t replica = 0;
     Digests known;
   };
   std::vector<Parked> parked_;
+  // Loads that begin when what had to go for them, and for those before them, has left memory. Replica 0: none.
+  struct Start {
+    uint64_t replica = 0;
+    bool due = false;
+  };
+  std::deque<std::shared_ptr<Start>> starts_;
   uint64_t claimed_bytes_ = 0;
   std::deque<LoadReport> reports_;  // newest last
   uint64_t next_replica_ = 1;

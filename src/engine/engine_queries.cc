@@ -38,7 +38,7 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
   if (selector == "last") number = last_opened_;
   std::vector<uint64_t> found;
   for (const auto& [at, replica] : replicas_) {
-    if (replica->state == ReplicaState::indexing) continue;
+    if (replica->content == nullptr) continue;
     if (at == number && (is_number || selector == "last")) return at;
     if (is_named(*replica, selector)) found.push_back(at);
   }

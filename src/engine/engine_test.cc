@@ -32,7 +32,8 @@ class TestOwner {
                   hangups_[fd] = std::move(gone);
                   return Status();
                 },
-            .unwatch = [this](int fd) { hangups_.erase(fd); }};
+            .unwatch = [this](int fd) { hangups_.erase(fd); },
+            .call_after = [this](int64_t, std::function<void()> work) { timers_.push_back(std::move(work)); }};
   }
 
   void run_until(const std::function<bool()>& reached) {
@@ -51,6 +52,12 @@ class TestOwner {
     work();
   }
 
+  // As if the time of every timer had come.
+  void fire_timers() {
+    for (const auto& work : std::exchange(timers_, {})) work();
+  }
+  size_t timer_count() const { return timers_.size(); }
+
   void hang_up_all() {
     while (!hangups_.empty()) std::function<void()>(hangups_.begin()->second)();
   }
@@ -60,15 +67,19 @@ class TestOwner {
   std::condition_variable changed_;
   std::deque<std::function<void()>> posted_ GUARDED_BY(mutex_);
   std::map<int, std::function<void()>> hangups_;
+  std::vector<std::function<void()>> timers_;
 };
 
 class EngineTest : public testing::Test {
  protected:
-  explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
+  explicit EngineTest(uint64_t host_memory_bytes = 8 << 20, int64_t memory_wait_ms = 0)
       : catalog_thread_(storage::start_read_pool(1).value()),
         pool_(storage::start_read_pool(2).value()),
         engine_(
-            {host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }},
+            {.host_memory_bytes = host_memory_bytes,
+             .encode_index = [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); },
+             .memory_wait_ms = memory_wait_ms,
+             .descriptor_count_max = 24},
             *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
     std::string name = "/tmp/tensord-engine-test-XXXXXX";
     folder_ = ::mkdtemp(name.data());
@@ -112,6 +123,20 @@ class EngineTest : public testing::Test {
     Result<Grant> granted = open(path);
     owner_.run_until([&] { return engine_.running_count() == 0; });
     return granted;
+  }
+
+  using Granted = std::shared_ptr<std::optional<Result<Grant>>>;
+  // Asks as another process, whose answer may take long.
+  Granted ask(const std::string& path, pid_t process_id, uint64_t asker = 0) {
+    auto granted = std::make_shared<std::optional<Result<Grant>>>();
+    OpenOrder asked = order(path);
+    asked.holder.process_id = process_id;
+    asked.holder.asker = asker;
+    engine_.open(std::move(asked), [granted](Result<Grant> grant) { *granted = std::move(grant); });
+    return granted;
+  }
+  void run_until_waiting(size_t count) {
+    owner_.run_until([&] { return engine_.waiting_count() == count; });
   }
 
   TestOwner owner_;
@@ -205,7 +230,7 @@ TEST_F(EngineTest, a_refusal_names_what_holds_the_memory) {
   const Result<Grant> refused = open(write("b", 5 << 20));
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code, Code::exhausted);
-  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.25 MiB, pinned, leased by test pid 77)"),
+  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.12 MiB, pinned, leased by test pid 77)"),
             std::string::npos)
       << refused.error().message;
   EXPECT_EQ(engine_.replica(held.replica).state, ReplicaState::ready);
@@ -359,6 +384,133 @@ TEST_F(EngineTest, draining_refuses_new_loads_and_ends_when_none_runs) {
   std::optional<Result<Grant>> refused;
   engine_.open(order(path), [&](Result<Grant> grant) { refused = std::move(grant); });
   EXPECT_EQ(refused->error().code, Code::unavailable);
+}
+
+// ---- waiting for memory ---------------------------------------------------------------------------------------------
+
+namespace {
+class WaitingTest : public EngineTest {
+ protected:
+  WaitingTest() : EngineTest(8 << 20, 60'000) {}
+};
+// Its time has come when a timer is fired.
+class ImpatientTest : public EngineTest {
+ protected:
+  ImpatientTest() : EngineTest(8 << 20, 1) {}
+};
+}  // namespace
+
+TEST_F(WaitingTest, an_open_waits_until_a_lease_ends) {
+  const std::string path = write("a", 5 << 20);
+  load(path).value();
+  const Granted waiting = ask(write("b", 5 << 20), 88);
+  run_until_waiting(1);
+  const Replica& replica = engine_.replica(2);
+  EXPECT_EQ(replica.state, ReplicaState::waiting);
+  EXPECT_NE(replica.waits_for.find("5.12 MiB; held: replica 1 " + path), std::string::npos) << replica.waits_for;
+  owner_.hang_up_all();
+  owner_.run_until([&] { return waiting->has_value(); });
+  EXPECT_TRUE(*waiting);
+  EXPECT_FALSE(engine_.replicas().contains(1));
+}
+
+TEST_F(WaitingTest, what_waiting_cannot_help_is_refused_at_once) {
+  load(write("a", 5 << 20)).value();
+  EXPECT_EQ(open(write("b", 5 << 20)).error().code, Code::exhausted);  // by the process that holds it
+  EXPECT_EQ(open(write("c", 9 << 20)).error().code, Code::exhausted);
+  engine_.set_pinned(1, true);
+  const Granted other = ask(write("d", 5 << 20), 88);
+  owner_.run_until([&] { return other->has_value(); });
+  EXPECT_EQ((*other)->error().code, Code::exhausted);
+  EXPECT_EQ(engine_.running_count(), 0u);
+}
+
+TEST_F(WaitingTest, a_small_one_does_not_pass_a_large_one_but_what_is_resident_is_granted) {
+  const std::string resident = write("a", 5 << 20);
+  load(resident).value();
+  const Granted large = ask(write("b", 7 << 20), 88);
+  run_until_waiting(1);
+  const Granted small = ask(write("c", 1 << 20), 88);
+  run_until_waiting(2);
+  EXPECT_TRUE(*ask(resident, 99));
+  owner_.hang_up_all();
+  owner_.run_until([&] { return large->has_value(); });
+  EXPECT_TRUE(*large);
+  EXPECT_FALSE(*small);
+  owner_.run_until([&] { return engine_.running_count() == 1; });  // the large one is ready, the small one waits
+  owner_.hang_up_all();
+  owner_.run_until([&] { return small->has_value(); });
+  EXPECT_TRUE(*small);
+}
+
+TEST_F(WaitingTest, an_asker_that_goes_takes_its_request_out_of_the_line) {
+  load(write("a", 5 << 20)).value();
+  const Granted gone = ask(write("b", 7 << 20), 88, 5);
+  run_until_waiting(1);
+  const Granted next = ask(write("c", 1 << 20), 99, 6);
+  run_until_waiting(2);
+  engine_.withdraw(5);
+  owner_.run_until([&] { return next->has_value(); });
+  EXPECT_TRUE(*next);
+  EXPECT_FALSE(*gone);
+  EXPECT_EQ(engine_.waiting_count(), 0u);
+}
+
+TEST_F(WaitingTest, the_index_of_what_waits_can_be_read) {
+  load(write("a", 5 << 20)).value();
+  const std::string path = write("b", 5 << 20);
+  const Granted waiting = ask(path, 88);
+  run_until_waiting(1);
+  EXPECT_EQ(open(path, true).value().content->index.tensors.size(), 1u);
+  engine_.cancel_all();
+  EXPECT_EQ((*waiting)->error().code, Code::cancelled);
+}
+
+TEST_F(ImpatientTest, after_its_time_it_is_refused_with_the_holders) {
+  const std::string path = write("a", 5 << 20);
+  load(path).value();
+  const Granted waiting = ask(write("b", 5 << 20), 88);
+  owner_.run_until([&] { return waiting->has_value() || owner_.timer_count() > 0; });
+  ::usleep(2000);  // the wait itself
+  owner_.fire_timers();
+  ASSERT_TRUE(waiting->has_value());
+  EXPECT_EQ((*waiting)->error().code, Code::exhausted);
+  EXPECT_NE((*waiting)->error().message.find("replica 1 " + path), std::string::npos);
+}
+
+TEST_F(WaitingTest, a_lower_limit_evicts_what_nobody_holds_now_and_later) {
+  load(write("a", 2 << 20)).value();
+  owner_.hang_up_all();
+  load(write("b", 4 << 20)).value();
+  engine_.set_host_memory(3 << 20);
+  EXPECT_EQ(engine_.replicas().size(), 1u);
+  EXPECT_GT(engine_.memory().in_use_bytes(), uint64_t{4 << 20});
+  EXPECT_EQ(engine_.memory().kept_bytes(), 0u);
+  owner_.hang_up_all();
+  EXPECT_TRUE(engine_.replicas().empty());
+  EXPECT_EQ(engine_.memory().kept_bytes(), 0u);
+  engine_.set_host_memory(8 << 20);
+  EXPECT_TRUE(load(write("c", 4 << 20)));
+}
+
+TEST_F(EngineTest, descriptors_are_room_too) {
+  const std::string path = write("a", 1000);
+  std::vector<std::string> paths;
+  for (int at = 0; at < 12; ++at) paths.push_back(write("d" + std::to_string(at), 1000, at));
+  for (const std::string& one : paths) {
+    ASSERT_TRUE(load(one));
+    owner_.hang_up_all();
+  }
+  EXPECT_LT(engine_.replicas().size(), 9u);  // three each, of 24
+  std::optional<Result<Grant>> last;
+  std::vector<Grant> held;
+  for (const std::string& one : paths) {
+    last = load(one);
+    if (!*last) break;
+  }
+  ASSERT_FALSE(*last);
+  EXPECT_EQ(last->error().code, Code::exhausted);
+  EXPECT_NE(last->error().message.find("ulimit -n"), std::string::npos) << last->error().message;
 }
 
 }  // namespace tensord::engine

@@ -1,9 +1,10 @@
 // Replica: one resident copy of an artifact in host memory, possibly still filling. Owned by the engine's thread.
 //
-//   indexing ──(room)──► filling ──► ready ──► (evicted)
-//       └───────────────────┴──────► failed ──► (gone with its last lease)
+//   indexing ──► waiting ──(room)──► filling ──► ready ──► (evicted)
+//       └───────────┴───────────────────┴──────► failed ──► (gone with its last lease)
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -24,6 +25,7 @@ struct Holder {
   pid_t process_id = 0;
   uid_t user_id = 0;
   std::string process_name;
+  uint64_t asker = 0;  // by which Engine::withdraw() knows it; 0: it does not
 };
 
 // A client's hold: the read end of a pipe whose write end the client has. The pipe hangs up when the last process that
@@ -37,7 +39,7 @@ struct Lease {
 // Names of one replica that selectors know: links and lists of files can name it in many ways.
 inline constexpr size_t kPathCountMax = 16;
 
-enum class ReplicaState : uint8_t { indexing, filling, ready, failed };
+enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 
 // What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
 struct Grant {
@@ -59,7 +61,7 @@ struct IndexFile {
   uint64_t size_bytes = 0;
 };
 
-// Somebody who asked for a replica that is still being indexed.
+// Somebody who asked for a replica that is being indexed or waits for room.
 struct Waiter {
   bool index_only = false;
   Holder holder;
@@ -80,7 +82,8 @@ struct Replica {
   int64_t last_used_ns = 0;
 
   std::vector<OpenFile> files;  // until the load begins
-  std::vector<Waiter> waiters;  // while indexing
+  std::vector<Waiter> waiters;  // while indexing and waiting
+  std::string waits_for;        // while waiting; for people
   std::shared_ptr<const Content> content;
   IndexFile index_file;
   memory::SegmentRun memory;
@@ -95,8 +98,17 @@ struct Replica {
   const std::string& path() const { return paths.front(); }
   // Nobody waits for it any more: its clients went while it was filling.
   bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
+  bool is_leased_by(pid_t process_id) const {
+    return std::any_of(leases.begin(), leases.end(), [&](const auto& lease) {
+      return lease.second.holder.process_id == process_id;
+    });
+  }
+  // The index, the fill map, the segments, and the files until they are read.
+  size_t descriptor_count() const {
+    return 2 + memory.segments.size() + (state <= ReplicaState::filling ? key.size() : 0);
+  }
   bool held() const {
-    return !leases.empty() || pinned || verify_count > 0 || state == ReplicaState::indexing;
+    return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::waiting;
   }
 };
 

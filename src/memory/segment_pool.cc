@@ -42,9 +42,10 @@ std::vector<uint64_t> segment_sizes(uint64_t image_bytes) {
   std::vector<uint64_t> sizes(image_bytes / kSegmentBytesMax, kSegmentBytesMax);
   uint64_t rest = image_bytes % kSegmentBytesMax;
   if (rest == 0) return sizes;
-  constexpr uint64_t kDigits = 5;
+  constexpr uint64_t kDigits = 6;
   const uint64_t unit = std::max(kSegmentBytesMin, std::bit_floor(rest) >> (kDigits - 1));
   rest = base::align_up(rest, unit);
+  if (rest <= kUndividedBytesMax) return sizes.push_back(rest), sizes;
   while (rest > 0) {
     sizes.push_back(std::bit_floor(rest));
     rest -= sizes.back();
@@ -142,7 +143,9 @@ Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_
   for (const uint64_t size : sizes) {
     auto segment = take(size, owner);
     if (!segment) {
-      for (Segment& taken : run.segments) keep(std::move(taken));
+      for (Segment& taken : run.segments) {
+        if (in_use_bytes_ + kept_bytes_ + taken.size_bytes() <= limit_bytes_) keep(std::move(taken));
+      }
       return base::pass_on(segment);
     }
     run.segments.push_back(std::move(*segment));
@@ -152,7 +155,7 @@ Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_
     free(std::move(run));
     return base::pass_on(placed);
   }
-  allocation.surplus = trim(limit_bytes_ - in_use_bytes_);
+  allocation.surplus = trim(limit_bytes_ - in_use_bytes_, SIZE_MAX);
   return allocation;
 }
 
@@ -173,15 +176,23 @@ void SegmentPool::settle_claim(uint64_t size_bytes, std::optional<Segment> segme
 }
 
 void SegmentPool::keep(Segment segment) {
-  if (in_use_bytes_ + kept_bytes_ + segment.size_bytes() > limit_bytes_) return;
   kept_bytes_ += segment.size_bytes();
   kept_.push_back(std::move(segment));
 }
 
-std::vector<Segment> SegmentPool::trim(uint64_t kept_bytes_max) {
+std::vector<Segment> SegmentPool::set_limit(uint64_t limit_bytes) {
+  limit_bytes_ = limit_bytes;
+  return trim(free_bytes(), SIZE_MAX);
+}
+
+std::vector<Segment> SegmentPool::trim(uint64_t kept_bytes_max, size_t kept_count_max) {
   std::vector<Segment> oldest;
   auto first_to_stay = kept_.begin();
-  while (kept_bytes_ > kept_bytes_max) {
+  const auto over = [&] {
+    return kept_bytes_ > kept_bytes_max ||
+           static_cast<size_t>(kept_.end() - first_to_stay) > kept_count_max;
+  };
+  while (over()) {
     CHECK(first_to_stay != kept_.end());
     kept_bytes_ -= first_to_stay->size_bytes();
     oldest.push_back(std::move(*first_to_stay));
