@@ -430,7 +430,7 @@ TEST_F(WaitingTest, a_small_one_does_not_pass_a_large_one_but_what_is_resident_i
   load(resident).value();
   const Granted large = ask(write("b", 7 << 20), 88);
   run_until_waiting(1);
-  const Granted small = ask(write("c", 1 << 20), 88);
+  const Granted small = ask(write("c", 1 << 20), 101);
   run_until_waiting(2);
   EXPECT_TRUE(*ask(resident, 99));
   owner_.hang_up_all();
