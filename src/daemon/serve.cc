@@ -153,10 +153,10 @@ class Prefaulter {
   bool touch(memory::Segment& segment) const {
     memory::SegmentRun run;
     run.segments.push_back(std::move(segment));
-    memory::FreshPages(run, huge_).prepare(0, run.size_bytes());
+    memory::FreshPages(run, run.size_bytes(), huge_).prepare(0, run.size_bytes());
     segment = std::move(run.segments.front());
     if (::madvise(segment.data(), segment.size_bytes(), MADV_POPULATE_WRITE) != 0) return false;
-    segment.set_touched();
+    segment.set_touched(segment.size_bytes());
     return true;
   }
 

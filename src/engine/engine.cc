@@ -320,7 +320,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   std::vector<storage::SourceFile> files;
   for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
   replica.files.clear();
-  replica.pages.emplace(replica.memory, options_.huge_pages);
+  replica.pages.emplace(replica.memory, content.layout.size_bytes, options_.huge_pages);
   LoadOrder order{.content = replica.content,
                   .source = storage::make_file_source(std::move(files), pool_, options_.reads),
                   .image = replica.memory.data(),
@@ -456,7 +456,12 @@ void Engine::loaded(uint64_t number, LoadResult result) {
   replica.pages.reset();
   replica.last_used_ns = base::monotonic_ns();
   if (result.status) {
-    for (memory::Segment& segment : replica.memory.segments) segment.set_touched();
+    uint64_t left_bytes = replica.content->layout.size_bytes;
+    for (memory::Segment& segment : replica.memory.segments) {
+      const uint64_t touched_bytes = std::min(left_bytes, segment.size_bytes());
+      segment.set_touched(std::max(segment.touched_bytes(), touched_bytes));
+      left_bytes -= touched_bytes;
+    }
     replica.state = ReplicaState::ready;
     replica.artifact = result.artifact_id;
     replica.leaves = std::move(result.leaves);

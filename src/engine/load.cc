@@ -42,24 +42,35 @@ class Load::Run {
   // Bytes in order, from image offset begin() + at on: those before them are in the image by now.
   void add(uint64_t at, std::span<const std::byte> bytes) {
     mark_until(begin() + at);
-    // Reading the clock takes as long as hashing 1 KiB: of small pieces every 16th is timed.
+    // Reading the clock takes as long as hashing 1 KiB: of small pieces every 16th is timed, but all where spans are kept.
     constexpr uint64_t kLargePiece = 64 << 10, kSampleEvery = 16;
-    const bool large = bytes.size() >= kLargePiece;
-    const bool timed = large || piece_count_++ % kSampleEvery == 0;
+    const bool all = load_.keep_spans_ || bytes.size() >= kLargePiece;
+    const bool timed = all || piece_count_++ % kSampleEvery == 0;
     const int64_t begin_ns = timed ? base::monotonic_ns() : 0;
     hash(begin() + at, bytes);
     if (!timed) return;
-    const int64_t end_ns = base::monotonic_ns();
-    load_.check_ns_ += (end_ns - begin_ns) * static_cast<int64_t>(large ? 1 : kSampleEvery);
-    if (large && load_.keep_spans_) {
-      load_.keep_span(
-          {LoadSpan::Kind::check, static_cast<uint32_t>(::gettid()), first_, bytes.size(), begin_ns, end_ns});
-    }
+    const int64_t took_ns = base::monotonic_ns() - begin_ns;
+    load_.check_ns_ += took_ns * static_cast<int64_t>(all ? 1 : kSampleEvery);
+    if (load_.keep_spans_) note_check(begin_ns, took_ns, bytes.size());
   }
 
-  void mark_rest() { mark_until(begin() + size_bytes()); }
+  void mark_rest() {
+    mark_until(begin() + size_bytes());
+    if (check_.size_bytes > 0) load_.keep_span(std::exchange(check_, {}));
+  }
 
  private:
+  // About one span a MiB: hashing that takes turns with reading is drawn as if it had come in one go.
+  void note_check(int64_t begin_ns, int64_t took_ns, uint64_t size_bytes) {
+    if (check_.size_bytes == 0) {
+      check_ = {
+          LoadSpan::Kind::check, static_cast<uint32_t>(::gettid()), first_ + marked_, 0, begin_ns, begin_ns};
+    }
+    check_.size_bytes += size_bytes;
+    check_.end_ns += took_ns;
+    if (check_.size_bytes >= tensor::kBlockBytes) load_.keep_span(std::exchange(check_, {}));
+  }
+
   void hash(uint64_t image_at, std::span<const std::byte> bytes) {
     const uint32_t leaf_end = blocks_.back().leaf_end;
     while (!bytes.empty() && leaf_ < leaf_end) {
@@ -111,7 +122,8 @@ class Load::Run {
   uint32_t marked_ = 0;  // of blocks_
   uint64_t piece_count_ = 0;
   tensor::Hasher hasher_;
-  Status status_;  // of the first leaf that differs
+  LoadSpan check_;  // under way, where spans are kept
+  Status status_;   // of the first leaf that differs
 };
 
 Load::Load(LoadOrder order, std::function<void(LoadResult)> done)

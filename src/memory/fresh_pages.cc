@@ -13,24 +13,25 @@
 
 namespace tensord::memory {
 
-FreshPages::FreshPages(const SegmentRun& run, HugePages huge)
-    : data_(run.data()),
-      done_((run.size_bytes() + kHugePageBytes - 1) / kHugePageBytes),
-      gave_up_(huge == HugePages::unwanted) {
+FreshPages::FreshPages(const SegmentRun& run, uint64_t image_bytes, HugePages huge)
+    : data_(run.data()), done_(image_bytes / kHugePageBytes), gave_up_(huge == HugePages::unwanted) {
   uint64_t offset = 0;
   for (const Segment& segment : run.segments) {
-    // A segment below 2 MiB has no room for a huge page; such ones share the run's last stretch.
-    const bool skips = segment.is_touched() || segment.size_bytes() < kHugePageBytes;
+    const uint64_t fresh = offset + segment.touched_bytes();
     const uint64_t end = offset + segment.size_bytes();
-    for (uint64_t at = offset / kHugePageBytes; skips && at * kHugePageBytes < end; ++at) done_[at] = true;
+    for (uint64_t at = offset / kHugePageBytes; at < done_.size() && at * kHugePageBytes < end; ++at) {
+      const uint64_t stretch_end = (at + 1) * kHugePageBytes;
+      // A stretch of several small segments has no room for a huge page.
+      if (stretch_end <= fresh || stretch_end > end) done_[at] = true;
+    }
     offset = end;
   }
 }
 
 void FreshPages::prepare(uint64_t offset, uint64_t size_bytes) {
-  if (size_bytes == 0) return;
-  const uint64_t last = (offset + size_bytes - 1) / kHugePageBytes;
-  for (uint64_t at = offset / kHugePageBytes; at <= last && !gave_up_; ++at) {
+  const uint64_t end =
+      std::min<uint64_t>((offset + size_bytes + kHugePageBytes - 1) / kHugePageBytes, done_.size());
+  for (uint64_t at = offset / kHugePageBytes; at < end && !gave_up_; ++at) {
     if (!done_[at].exchange(true)) fill(data_ + at * kHugePageBytes);
   }
 }

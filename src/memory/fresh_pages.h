@@ -1,7 +1,8 @@
 // FreshPages: gives memory its pages before bytes are written into it, huge ones where they can be had.
 //
-//   run       [segment, touched before][fresh segment .....................]
-//   stretches                          [2 MiB][2 MiB][2 MiB]...             each given its pages once, by whoever needs it first
+//   run       [segment, touched before][fresh segment .......image|        ]
+//   stretches                          [2 MiB][2 MiB][2 MiB]                whole ones of the image; each given its pages
+//                                                                           once, by whoever needs it first
 //
 // MADV_COLLAPSE (Linux 6.1) makes a stretch one huge page also where the system gives shared memory none by itself
 // (shmem_enabled `never`, the usual setting). Done before the first byte it copies nothing: 3.7 GB/s with two threads,
@@ -26,9 +27,10 @@ enum class HugePages : uint8_t { wanted, unwanted };
 // Thread safe. Must not outlive the run's memory.
 class FreshPages {
  public:
-  FreshPages(const SegmentRun& run, HugePages huge);
+  // `image_bytes` of the run are going to be written; a stretch that reaches beyond them gets no page it does not need.
+  FreshPages(const SegmentRun& run, uint64_t image_bytes, HugePages huge);
 
-  // Before bytes are written to [offset, offset + size_bytes) of the run.
+  // Before bytes are written to [offset, offset + size_bytes) of the image.
   void prepare(uint64_t offset, uint64_t size_bytes);
 
   // Why not all pages are huge; empty when nothing hindered it.
@@ -38,7 +40,7 @@ class FreshPages {
   void fill(std::byte* stretch);
 
   std::byte* const data_;
-  std::vector<std::atomic<bool>> done_;  // by stretch of the run
+  std::vector<std::atomic<bool>> done_;  // by whole stretch of the image
   std::atomic<bool> gave_up_;
   mutable base::Mutex mutex_;
   std::string problem_ GUARDED_BY(mutex_);

@@ -57,14 +57,14 @@ Segment::Segment(Segment&& other) noexcept
       data_(std::exchange(other.data_, nullptr)),
       size_bytes_(other.size_bytes_),
       owner_(other.owner_),
-      touched_(other.touched_) {}
+      touched_bytes_(other.touched_bytes_) {}
 
 Segment& Segment::operator=(Segment&& other) noexcept {
   std::swap(fd_, other.fd_);
   std::swap(data_, other.data_);
   std::swap(size_bytes_, other.size_bytes_);
   std::swap(owner_, other.owner_);
-  std::swap(touched_, other.touched_);
+  std::swap(touched_bytes_, other.touched_bytes_);
   return *this;
 }
 

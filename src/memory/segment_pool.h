@@ -41,9 +41,9 @@ class Segment {
   std::byte* data() const { return data_; }
   uint64_t size_bytes() const { return size_bytes_; }
   uid_t owner() const { return owner_; }
-  // Whether all its pages are there; fresh memory costs its first touch.
-  bool is_touched() const { return touched_; }
-  void set_touched() { touched_ = true; }
+  // So many bytes from its beginning have their pages; the rest costs its first touch.
+  uint64_t touched_bytes() const { return touched_bytes_; }
+  void set_touched(uint64_t bytes) { touched_bytes_ = bytes; }
 
   // Moves the mapping, with its page tables, to `address` (reserved by the caller).
   Status move_to(std::byte* address);
@@ -53,7 +53,7 @@ class Segment {
   std::byte* data_ = nullptr;
   uint64_t size_bytes_ = 0;
   uid_t owner_ = 0;
-  bool touched_ = false;
+  uint64_t touched_bytes_ = 0;
 };
 
 // Segments at consecutive addresses: the memory of one replica.
