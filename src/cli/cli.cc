@@ -140,9 +140,7 @@ int cli_main(int argc, char** argv) {
 
   const Result<Output> output = parsed.verb->run(parsed.words);
   if (!output) return report_error(name, output.error(), form, exit_status(output.error().code));
-  const bool has_document =
-      form == Form::json && !output->json.empty();  // else the verb has printed by itself
-  if (!print(has_document ? output->json + "\n" : output->text)) {
+  if (!print(form == Form::json ? output->json + "\n" : output->text)) {
     return report_error(name, base::errno_error("write to standard output", errno), Form::text, kFailed);
   }
   return output->status;

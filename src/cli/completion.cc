@@ -9,10 +9,9 @@ using base::text;
 
 namespace {
 
-// A command that prints the flags of a verb that main() knows, one a line.
-std::string told_flags(const Verb& verb) {
-  return text("tensord ", verb.name, " --help 2>/dev/null | grep -oE -- '--[a-z][a-z-]*' | sort -u");
-}
+// Prints the flags of the daemon, one a line.
+constexpr std::string_view kServeFlags =
+    "tensord serve --help 2>/dev/null | grep -oE -- '--[a-z][a-z-]*' | sort -u";
 
 std::string joined(std::span<const std::string_view> words) {
   std::string out;
@@ -59,9 +58,9 @@ std::string bash_script() {
       values +=
           text("    ", verb.name, ":", flag.name, ") ", bash_words(flag.completes, flag.choices), " ;;\n");
     });
-    const bool told = verb.run == nullptr;
+    const bool daemon = verb.run == nullptr;
     flags += text("    ", verb.name,
-                  ":-*) words=", told ? text("$(", told_flags(verb), ")") : text("'", names, "'"), " ;;\n");
+                  ":-*) words=", daemon ? text("$(", kServeFlags, ")") : text("'", names, "'"), " ;;\n");
     if (verb.operand.name.empty()) continue;
     operands +=
         text("    ", verb.name, ":*) ", bash_words(verb.operand.completes, verb.operand.choices), " ;;\n");
@@ -112,7 +111,7 @@ std::string zsh_script() {
   for (const Verb& verb : verbs()) {
     described += text("    ", shell_quoted(text(verb.name, ":", zsh_escaped(verb.summary))), "\n");
     if (verb.run == nullptr) {
-      cases += text("    ", verb.name, ") compadd -- $(", told_flags(verb), ") ;;\n");
+      cases += text("    ", verb.name, ") compadd -- $(", kServeFlags, ") ;;\n");
       continue;
     }
     cases += text("    ", verb.name, ") _arguments");
@@ -163,7 +162,7 @@ std::string fish_script() {
                 shell_quoted(verb.summary), "\n");
     const std::string seen = text("complete -c tensord -n '__fish_seen_subcommand_from ", verb.name, "'");
     if (verb.run == nullptr) {
-      out += text(seen, " -a \"(", told_flags(verb), ")\"\n");
+      out += text(seen, " -a \"(", kServeFlags, ")\"\n");
       continue;
     }
     for_each_flag(verb, [&](const Flag& flag) {

@@ -6,7 +6,6 @@
 
 #include "base/bytes.h"
 #include "base/text.h"
-#include "cli/explain_page.h"
 #include "cli/table.h"
 
 namespace tensord::cli {
@@ -81,138 +80,83 @@ std::string state_of(const json& replica) {
   return text(state, " ", replica.value("ready_bytes", uint64_t{0}) * 100 / total, " %");
 }
 
-constexpr size_t kTextWidth = 80;
-constexpr int kAxisWidth = 40;
-
-// Breaks at blanks, so that lines have kTextWidth characters at most where words allow it.
-std::string wrapped(std::string_view words) {
-  std::string out;
-  size_t width = 0;
-  for (size_t at = 0; at < words.size();) {
-    const size_t end = std::min(words.find(' ', at), words.size());
-    const std::string_view word = words.substr(at, end - at);
-    const bool breaks = width > 0 && width + 1 + shown_width(word) > kTextWidth;
-    out += text(out.empty() ? "" : breaks ? "\n" : " ", word);
-    width = (breaks || width == 0 ? 0 : width + 1) + shown_width(word);
-    at = end + 1;
+std::string phases_table(const json& phases) {
+  Table table({{"phase"},
+               {"time", Align::right},
+               {"threads' time", Align::right},
+               {"bytes", Align::right},
+               {"GB/s", Align::right},
+               {"share", Align::right},
+               {""}});
+  for (const json& phase : phases) {
+    if (phase.at("thread_ns").get<int64_t>() == 0) continue;  // nobody mapped or copied yet
+    const auto bytes = phase.at("bytes").get<uint64_t>();
+    const double share = phase.at("share").get<double>();
+    std::string name = phase.at("name").get<std::string>();
+    std::replace(name.begin(), name.end(), '_', ' ');
+    table.add({name, human_ns(phase.at("ns").get<int64_t>()), human_ns(phase.at("thread_ns").get<int64_t>()),
+               bytes == 0 ? "" : human_bytes(bytes),
+               bytes == 0 ? "" : decimals(phase.at("gb_per_s").get<double>(), 2),
+               decimals(share * 100, 1) + " %", bar(share, 20)});
   }
-  return out + "\n";
-}
-
-std::string name_of(const json& bar) {
-  std::string name = bar.at("name").get<std::string>();
-  std::replace(name.begin(), name.end(), '_', ' ');
-  return name;
-}
-
-// "   ======   ": where on the axis, and in its characters how much of the threads' time the phase had.
-std::string axis_bar(const json& bar, int64_t span_ns) {
-  const auto column = [&](const char* field) {
-    const double share = bar.at(field).get<double>() / static_cast<double>(std::max<int64_t>(span_ns, 1));
-    return static_cast<size_t>(std::clamp(share, 0.0, 1.0) * kAxisWidth);
-  };
-  const double busy = bar.at("busy").get<double>();
-  const size_t begin = std::min<size_t>(column("begin_ns"), kAxisWidth - 1);
-  const size_t end = std::max(column("end_ns"), begin + 1);
-  return std::string(begin, ' ') +
-         std::string(end - begin, busy > 0.66   ? '#'
-                                  : busy > 0.33 ? '='
-                                  : busy > 0.05 ? '-'
-                                                : '.') +
-         std::string(kAxisWidth - end, ' ');
-}
-
-std::string waterfall_text(const json& waterfall) {
-  constexpr size_t kLaneCountMax = 8;
-  const auto span_ns = waterfall.at("span_ns").get<int64_t>();
-  const std::string span = human_ns(span_ns);
-  Table table(
-      {{""},
-       {text("0", std::string(kAxisWidth - 1 - std::min<size_t>(span.size(), kAxisWidth - 1), ' '), span)},
-       {"time", Align::right},
-       {"GB/s", Align::right}});
-  std::string lane = "daemon";
-  size_t lane_count = 0;
-  for (const json& bar : waterfall.at("bars")) {
-    const int64_t begin_ns = bar.at("begin_ns").get<int64_t>(), end_ns = bar.at("end_ns").get<int64_t>();
-    const auto ns =
-        static_cast<int64_t>(static_cast<double>(end_ns - begin_ns) * bar.at("busy").get<double>());
-    if (ns <= 0) continue;
-    if (bar.at("lane") != lane) {
-      lane = bar.at("lane").get<std::string>();
-      if (++lane_count <= kLaneCountMax) table.add({lane.substr(0, 40), "", "", ""});
-    }
-    if (lane_count > kLaneCountMax) continue;
-    table.add({(lane == "daemon" ? "" : "  ") + name_of(bar), axis_bar(bar, span_ns), human_ns(ns),
-               rate(bar.at("bytes").get<uint64_t>(), end_ns - begin_ns)});
-  }
-  if (lane_count > kLaneCountMax) table.add({text("and ", lane_count - kLaneCountMax, " more"), "", "", ""});
   return table.text();
 }
 
-std::string origins(const json& report) {
-  const auto field = [&](const char* name) { return report.at(name).get<uint64_t>(); };
-  const auto disk = field("disk_bytes");
-  if (field("cached_bytes") + field("direct_bytes") + field("buffered_bytes") == 0) {
-    return disk == 0 ? "no byte came from disk" : text(human_bytes(disk), " came from disk");
+std::string uses_table(const json& uses) {
+  Table table({{"process"},
+               {"map", Align::right},
+               {"plan", Align::right},
+               {"wait", Align::right},
+               {"copy", Align::right},
+               {"copied", Align::right},
+               {"GB/s", Align::right},
+               {"records", Align::right},
+               {"threads", Align::right}});
+  for (const json& use : uses) {
+    const auto ns = [&](const char* field) { return human_ns(use.at(field).get<int64_t>()); };
+    const auto bytes = use.at("copy_bytes").get<uint64_t>();
+    table.add({text(string_or(use.at("name"), "?"), " ", use.at("pid").get<int64_t>()), ns("map_ns"),
+               ns("plan_ns"), ns("wait_ns"), ns("copy_ns"), human_bytes(bytes),
+               rate(bytes, use.at("copy_ns").get<int64_t>()), text(use.at("record_count").get<uint64_t>()),
+               text(use.at("thread_count").get<uint64_t>())});
   }
-  std::string out;
-  const auto add = [&](const char* name, const char* how) {
-    if (field(name) > 0) out += text(out.empty() ? "" : ", ", human_bytes(field(name)), how);
-  };
-  add("cached_bytes", " from the page cache");
-  add("direct_bytes", " past it (O_DIRECT)");
-  add("buffered_bytes", " through it");
-  const std::string path = report.at("read_path").get<std::string>();
-  return out + (path.empty() ? "" : text("; read by ", path));
+  return table.text();
 }
 
-std::string possible(const json& report) {
-  if (!report.at("possible_gb_per_s").is_null()) {
-    return text(", of ", decimals(report.at("possible_gb_per_s").get<double>(), 2),
-                " GB/s that are possible here (", report.at("possible_by").get<std::string>(), ")");
-  }
-  return report.at("rates_known").get<bool>() ? "" : "; `tensord doctor` tells what is possible here";
+// Where the bytes came from.
+std::string origins(const json& report) {
+  std::string out;
+  const auto add = [&](const char* name, const char* how) {
+    const auto bytes = report.at(name).get<uint64_t>();
+    if (bytes > 0) out += text(out.empty() ? "; " : ", ", human_bytes(bytes), how);
+  };
+  add("cached_bytes", " from the page cache");
+  add("direct_bytes", text(" by ", report.at("read_path").get<std::string>()).c_str());
+  add("buffered_bytes", " from the disk through the page cache");
+  return out;
 }
 
 std::string explained(const json& report) {
-  const json& waterfall = report.at("waterfall");
-  const auto bytes = waterfall.at("bytes").get<uint64_t>();
-  const auto span_ns = waterfall.at("span_ns").get<int64_t>();
-  const auto load = report.at("load").get<uint64_t>();
-  const std::string state = report.at("state").get<std::string>();
-  const std::string path = report.at("path").get<std::string>();
-  std::string out;
-  if (waterfall.at("served") == "resident") {
-    out = text(path, ": resident since load ", load, "\n") +
-          wrapped(text("copied ", human_bytes(bytes), " in ", human_ns(span_ns), ", ", rate(bytes, span_ns),
-                       " GB/s", possible(report)));
-  } else {
-    const auto wall_ns = report.at("wall_ns").get<int64_t>();
-    const bool first = report.at("checked_against") == "first_load";
-    out = text(load == 0 ? std::string("opening") : text("load ", load), " of ", path, ": ", state, "\n");
-    if (bytes > 0) {
-      out +=
-          wrapped(text(human_bytes(bytes), " in ", human_ns(wall_ns), ", ", rate(bytes, wall_ns), " GB/s by ",
-                       count_of(report.at("read_threads").get<uint64_t>(), "thread"), possible(report)));
-      out += wrapped(origins(report));
-    }
-    if (state == "ready") {
-      out += first ? "the first load of these files: their digests were recorded\n"
-                   : "every byte is what it was at the first load\n";
-    }
-    if (!report.value("only", json()).is_null())
-      out += wrapped(text("only ", tensors_of(report), " tensors: ", only_of(report)));
-    for (const json& note : report.at("notes")) out += wrapped(note.get<std::string>());
-    if (const json& error = report.at("error"); !error.is_null()) {
-      out += text("error: ", error.at("code").get<std::string>(), ": ",
-                  error.at("message").get<std::string>(), "\n");
-    }
+  const std::string checked = report.at("checked_against").get<std::string>();
+  std::string out = text(
+      "load ", report.at("load").get<uint64_t>(), " of ", report.at("path").get<std::string>(), ": ",
+      report.at("state").get<std::string>(), "\n", human_bytes(report.at("bytes").get<uint64_t>()), " in ",
+      human_ns(report.at("wall_ns").get<int64_t>()), ", ", decimals(report.at("gb_per_s").get<double>(), 2),
+      " GB/s, by ", count_of(report.at("read_threads").get<uint64_t>(), "thread"), origins(report), "\n",
+      checked == "recorded" ? "every byte is what it was at the first load\n"
+                            : "the first load of these files: their digests were recorded\n");
+  if (!report.value("only", json()).is_null())
+    out += text("only ", tensors_of(report), " tensors: ", only_of(report), "\n");
+  for (const json& note : report.at("notes")) out += note.get<std::string>() + "\n";
+  if (const json& error = report.at("error"); !error.is_null()) {
+    out += text("error: ", error.at("code").get<std::string>(), ": ", error.at("message").get<std::string>(),
+                "\n");
   }
-  out += "\n" + waterfall_text(waterfall);
-  return out + "\n" +
-         wrapped(text("limited by: ", report.at("limited_by").get<std::string>(), ". ",
-                      report.at("advice").get<std::string>()));
+  out += "\n" + phases_table(report.at("phases"));
+  const std::string limit = string_or(report.at("limited_by"), "");
+  if (!limit.empty()) out += text("\nlimited by ", limit, ". ", string_or(report.at("advice"), ""), "\n");
+  if (!report.at("uses").empty()) out += "\n" + uses_table(report.at("uses"));
+  return out;
 }
 
 Result<std::string> traced(const json& report) {
@@ -344,17 +288,6 @@ Result<Verified> verify_text(std::string_view report) {
 Result<std::string> chrome_trace(std::string_view report) {
   TRY_ASSIGN(auto trace, read_report(report, traced));
   return trace;
-}
-
-Result<std::string> explain_page(std::string_view report) {
-  return read_report(report, [](json document) {
-    document.erase("trace");  // the page draws the timeline
-    std::string page(kExplainPage);
-    constexpr std::string_view kMark = "@report@";
-    std::string safe;  // within <script>: nothing in it ends the element or begins a comment
-    for (const char c : dump(document)) safe += c == '<' ? "\\u003c" : std::string(1, c);
-    return page.replace(page.find(kMark), kMark.size(), safe);
-  });
 }
 
 Result<std::string> without_trace(std::string_view report, const std::string& trace_path) {

@@ -31,9 +31,6 @@ Result<Verified> verify_text(std::string_view report);
 // one track a thread. Code::not_found when the daemon kept none.
 Result<std::string> chrome_trace(std::string_view report);
 
-// One HTML page that draws an `explain` report and needs nothing else.
-Result<std::string> explain_page(std::string_view report);
-
 // The report without its spans, and with where they were written.
 Result<std::string> without_trace(std::string_view report, const std::string& trace_path);
 

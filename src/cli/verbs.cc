@@ -20,7 +20,6 @@
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
-#include "cli/top.h"
 #include "client/connection.h"
 #include "client/model.h"
 #include "client/version.h"
@@ -174,11 +173,6 @@ Result<Output> run_explain(const Words& words) {
     TRY_ASSIGN(report, without_trace(report, absolute(words.trace)));
     for_people += text("\ntrace in ", words.trace, "; ui.perfetto.dev and chrome://tracing show it\n");
   }
-  if (!words.html.empty()) {
-    TRY_ASSIGN(const std::string page, explain_page(report));
-    TRY(write_file(words.html, page));
-    for_people += text("\npicture in ", words.html, "; any browser shows it\n");
-  }
   return Output{.json = std::move(report), .text = std::move(for_people)};
 }
 
@@ -228,20 +222,6 @@ Status check_view(const std::string& view) {
   return {};
 }
 
-// Of a thousand seconds at most, and a thousandth at least.
-Status check_interval(const std::string& seconds) {
-  char* rest = nullptr;
-  const double value = std::strtod(seconds.c_str(), &rest);
-  if (*rest == '\0' && value >= 0.001 && value <= 1000) return {};
-  return fail(Code::invalid_argument,
-              text(base::quoted(seconds), " is no number of seconds from 0.001 to 1000"));
-}
-
-Status check_count(const std::string& count) {
-  if (is_made_of(count, "0123456789") && count.size() < 19 && count != "0") return {};
-  return fail(Code::invalid_argument, text(base::quoted(count), " is no count from 1"));
-}
-
 constexpr Flag kCommonFlags[] = {
     {.name = "--json", .summary = "print one JSON document instead of text", .field = &Words::json},
     {.name = "--help", .summary = "print this", .field = &Words::help},
@@ -271,27 +251,10 @@ constexpr Flag kShowFlags[] = {
      .value = "VIEW",
      .check = check_view},
 };
-constexpr Flag kTopFlags[] = {
-    {.name = "--interval",
-     .summary = "time between two looks (1)",
-     .field = &Words::interval,
-     .value = "SECONDS",
-     .check = check_interval},
-    {.name = "--count",
-     .summary = "end after so many looks",
-     .field = &Words::count,
-     .value = "COUNT",
-     .check = check_count},
-};
 constexpr Flag kExplainFlags[] = {
     {.name = "--trace",
      .summary = "write every read, check and copy to FILE, for chrome://tracing",
      .field = &Words::trace,
-     .value = "FILE",
-     .completes = Completes::files},
-    {.name = "--html",
-     .summary = "draw it in FILE, a page for any browser",
-     .field = &Words::html,
      .value = "FILE",
      .completes = Completes::files},
 };
@@ -309,12 +272,6 @@ constexpr Operand kHelpVerb = {
 
 constexpr Verb kVerbs[] = {
     {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", {}, {}, nullptr},
-    {"doctor",
-     "measure this machine and say what could be better",
-     "tensord doctor --folder /models",
-     {},
-     {},
-     nullptr},
     {"stop", "stop the daemon and wait until it is gone", "tensord stop", {}, {}, run_stop},
     {"status", "say which daemon runs, and its limits", "tensord status --json", {}, {}, run_status},
     {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", kPath,
@@ -324,9 +281,8 @@ constexpr Verb kVerbs[] = {
      "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", kPath, kShowFlags, run_show},
     {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", kReplica,
      kVerifyFlags, run_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
+    {"explain", "say where the time of a load went", "tensord explain last --trace load.json", kLoad,
      kExplainFlags, run_explain},
-    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", {}, kTopFlags, run_top},
     {"evict",
      "give back the memory of a replica that nobody holds",
      "tensord evict /models/Qwen3-14B",
@@ -416,7 +372,7 @@ std::string help_text(const Verb& verb) {
   }
   return text("tensord ", verb.name, ": ", verb.summary, "\n\nUsage: tensord ", verb.name, " [flags]",
               shown_operand(verb.operand), "\n\n", described(lines),
-              verb.run == nullptr ? text("`tensord ", verb.name, " --help` lists its flags.\n") : "",
+              verb.run == nullptr ? "`tensord serve --help` lists its flags.\n" : "",
               "\nExample: ", verb.example, "\n\n", kExitHelp);
 }
 

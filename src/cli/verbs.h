@@ -32,9 +32,6 @@ struct Words {
   std::vector<std::string> views;
   std::vector<std::string> only;
   std::string trace;
-  std::string html;
-  std::string interval = "1";
-  std::string count;
 };
 
 enum class Completes { nothing, files, choices };

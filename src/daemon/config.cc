@@ -171,9 +171,8 @@ int default_read_threads() {
   return std::clamp(count, 1, kEnough);
 }
 
-}  // namespace
-
-uint64_t cgroup_memory(const char* file_name) {
+// The lowest memory.max from this process's cgroup up to the root; UINT64_MAX where there is none.
+uint64_t cgroup_memory_max() {
   std::ifstream own("/proc/self/cgroup");
   std::string line;
   std::string path;
@@ -182,7 +181,7 @@ uint64_t cgroup_memory(const char* file_name) {
   }
   uint64_t lowest = UINT64_MAX;
   while (true) {
-    std::ifstream file("/sys/fs/cgroup" + path + "/" + file_name);
+    std::ifstream file("/sys/fs/cgroup" + path + "/memory.max");
     uint64_t limit = 0;
     if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
     const size_t slash = path.rfind('/');
@@ -191,13 +190,15 @@ uint64_t cgroup_memory(const char* file_name) {
   }
 }
 
+}  // namespace
+
 std::span<const Setting> settings() { return kSettings; }
 
 uint64_t default_host_memory() {
   struct sysinfo machine;
   uint64_t bytes = UINT64_MAX;
   if (::sysinfo(&machine) == 0) bytes = static_cast<uint64_t>(machine.totalram) * machine.mem_unit;
-  return std::min(bytes, cgroup_memory("memory.max")) / 2;
+  return std::min(bytes, cgroup_memory_max()) / 2;
 }
 
 Result<CommandLine> parse_command_line(std::span<char*> arguments) {

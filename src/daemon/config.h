@@ -59,10 +59,6 @@ Result<Config> make_config(const CommandLine& command_line);
 
 std::string serve_help();
 
-// The lowest limit in files of that name (memory.max, memory.high) from this process's cgroup (v2) up to the root;
-// UINT64_MAX where there is none.
-uint64_t cgroup_memory(const char* file_name);
-
 // Half of what the cgroup (v2, the lowest limit up to the root) or the machine allows.
 uint64_t default_host_memory();
 

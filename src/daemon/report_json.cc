@@ -3,13 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
-#include "base/text.h"
-#include "daemon/waterfall.h"
 
 namespace tensord::daemon {
 
@@ -58,9 +54,6 @@ json replica_value(const engine::Replica& replica) {
                 {"memory_bytes", replica.memory.size_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
-                {"filling_s", replica.state == engine::ReplicaState::filling
-                                  ? static_cast<double>(now_ns - replica.asked_ns) / 1e9
-                                  : 0.0},
                 {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
   if (replica.content != nullptr) {
     uint64_t total_bytes = 0;
@@ -113,6 +106,39 @@ std::vector<Phase> phases_of(const engine::LoadReport& report) {
   return phases;
 }
 
+// What the load itself waited for most, and what may help.
+std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
+  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
+  const int64_t reading_ns = report.counters.read_ns / threads;
+  const int64_t check_ns = report.counters.check_ns / threads;
+  const int64_t touch_ns = report.counters.touch_ns / threads;
+  const int64_t most = std::max({report.index_ns, report.memory_ns, reading_ns, check_ns, touch_ns});
+  constexpr int64_t kWorthNamingNs = 1'000'000;
+  if (most < kWorthNamingNs) return {"none", "It was over before anything could hold it up."};
+  if (most == report.index_ns) {
+    return {"index",
+            "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
+  }
+  if (most == report.memory_ns) {
+    return {"memory", "Most of the time went into waiting for room: raise host_memory."};
+  }
+  if (most == touch_ns) {
+    return {"fresh memory",
+            "Most of the time went into memory touched for the first time: `prefault` does that beforehand."};
+  }
+  if (most == check_ns)
+    return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
+  if (report.direct_bytes + report.buffered_bytes > report.cached_bytes) {
+    return {
+        "disk",
+        "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
+  }
+  return {"page cache",
+          "The bytes came from the page cache: more read_threads or cores, or keeping the replica resident "
+          "(pin), "
+          "would help."};
+}
+
 // Keeps the report below what a frame can carry (64 MiB): about 130 bytes a span.
 constexpr size_t kTraceCountMax = 400'000;
 
@@ -142,53 +168,6 @@ json trace_value(const engine::LoadReport& report) {
   return trace;
 }
 
-// How busy each thread was over the axis, in percent of each of kBinCount parts of it: what a picture of 10^5 spans needs.
-constexpr size_t kBinCount = 200;
-constexpr size_t kLaneCountMax = 96;
-
-json timeline_value(const json& trace, const Waterfall& waterfall) {
-  std::map<std::pair<std::string, std::string>, std::vector<double>> lanes;
-  const double bin_ns = std::max(1.0, static_cast<double>(waterfall.span_ns) / kBinCount);
-  for (const json& span : trace) {
-    const std::pair key{span.at("thread").get<std::string>(), span.at("name").get<std::string>()};
-    if (lanes.size() == kLaneCountMax && !lanes.contains(key)) continue;
-    const double begin =
-        static_cast<double>(span.at("begin_ns").get<int64_t>() - waterfall.origin_ns) / bin_ns;
-    const double end = static_cast<double>(span.at("end_ns").get<int64_t>() - waterfall.origin_ns) / bin_ns;
-    if (end < 0 || begin > kBinCount) continue;
-    const auto last = static_cast<size_t>(std::clamp<double>(end, 0, kBinCount - 1));
-    std::vector<double>& bins = lanes.try_emplace(key, kBinCount).first->second;
-    for (auto bin = static_cast<size_t>(std::clamp<double>(begin, 0, kBinCount - 1)); bin <= last; ++bin) {
-      const auto left = static_cast<double>(bin);
-      bins[bin] += std::max(0.0, std::min(end, left + 1) - std::max(begin, left));
-    }
-  }
-  json values = json::array();
-  for (const auto& [key, bins] : lanes) {
-    json percents = json::array();
-    for (const double bin : bins) percents.push_back(std::lround(std::min(bin, 1.0) * 100));
-    values.push_back({{"thread", key.first}, {"name", key.second}, {"percent", std::move(percents)}});
-  }
-  return values;
-}
-
-json waterfall_value(const Waterfall& waterfall) {
-  json bars = json::array();
-  for (const Bar& bar : waterfall.bars) {
-    bars.push_back({{"lane", bar.lane},
-                    {"name", bar.name},
-                    {"begin_ns", bar.begin_ns},
-                    {"end_ns", bar.end_ns},
-                    {"busy", bar.busy},
-                    {"bytes", bar.bytes},
-                    {"gb_per_s", gb_per_s(bar.bytes, bar.end_ns - bar.begin_ns)}});
-  }
-  return {{"served", waterfall.resident ? "resident" : "load"},
-          {"span_ns", waterfall.span_ns},
-          {"bytes", waterfall.bytes},
-          {"bars", std::move(bars)}};
-}
-
 }  // namespace
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
@@ -207,8 +186,6 @@ std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, 
        {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
        {"replicas", engine.replicas().size()},
        {"loads_running", engine.running_count()},
-       {"loaded_bytes", engine.loaded_bytes()},
-       {"disk_bytes", engine::disk_bytes_read()},
        {"connections", connection_count}});
 }
 
@@ -242,8 +219,8 @@ std::string verify_json(const engine::VerifyReport& report) {
                {"faults", faults}});
 }
 
-std::string explain_json(const engine::LoadReport& report, const std::optional<MachineRates>& rates) {
-  static constexpr const char* kStates[] = {"filling", "ready", "failed", "waiting"};
+std::string explain_json(const engine::LoadReport& report) {
+  static constexpr const char* kStates[] = {"filling", "ready", "failed"};
   const std::vector<Phase> phases = phases_of(report);
   int64_t all_ns = 0;
   for (const Phase& phase : phases) all_ns += phase.thread_ns;
@@ -269,7 +246,7 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<M
                     {"record_count", use.record_count},
                     {"thread_count", use.thread_count}});
   }
-  const Waterfall waterfall = waterfall_of(report, rates);
+  const auto [limited_by, advice] = verdict(report);
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
@@ -291,15 +268,10 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<M
                 {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
                 {"phases", phase_values},
-                {"waterfall", waterfall_value(waterfall)},
-                {"limited_by", waterfall.limited_by},
-                {"advice", waterfall.advice},
-                {"possible_gb_per_s", waterfall.possible > 0 ? json(waterfall.possible / 1e9) : json()},
-                {"possible_by", waterfall.possible_by},
-                {"rates_known", rates.has_value()},
+                {"limited_by", limited_by},
+                {"advice", advice},
                 {"uses", uses}};
   json trace = trace_value(report);
-  if (!trace.empty()) value["timeline"] = timeline_value(trace, waterfall);
   if (!trace.empty()) value["trace"] = std::move(trace);
   return dump(value);
 }

@@ -3,7 +3,6 @@
 
 #include <string>
 
-#include "daemon/machine.h"
 #include "engine/engine.h"
 
 namespace tensord::daemon {
@@ -18,7 +17,6 @@ struct DaemonFacts {
   int read_threads = 0;
   size_t connection_count_max = 0;
   bool keep_spans = false;
-  std::optional<MachineRates> rates;  // as `tensord doctor` measured them
 };
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count);
@@ -26,6 +24,6 @@ std::string list_json(const engine::Engine& engine);
 std::string replica_json(const engine::Replica& replica);
 std::string stop_json();
 std::string verify_json(const engine::VerifyReport& report);
-std::string explain_json(const engine::LoadReport& report, const std::optional<MachineRates>& rates);
+std::string explain_json(const engine::LoadReport& report);
 
 }  // namespace tensord::daemon

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
 
@@ -132,8 +131,14 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
     case Verb::stop:
       return stop_json();
     case Verb::explain: {
-      TRY_ASSIGN(const engine::LoadReport report, engine_.explain(selector));
-      return explain_json(report, facts_.rates);
+      const auto replica = engine_.find(selector);
+      const auto report = replica              ? engine_.load_report(*replica)
+                          : selector == "last" ? engine_.last_load_report()
+                                               : std::nullopt;
+      if (!report && !replica) return base::pass_on(replica);
+      if (!report)
+        return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
+      return explain_json(*report);
     }
     case Verb::evict: {
       TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
@@ -155,14 +160,10 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
 void Requests::used(const rpc::Request& request) {
   const protocol::Used& used = *request.frame().request_as_Used();
   engine::Use use{.process_id = request.client.process_id, .process_name = request.client.process_name};
-  const int64_t now_ns = base::monotonic_ns();
-  const auto when_ns = [&](int64_t told_ns) { return std::clamp(told_ns, facts_.started_ns, now_ns); };
   use.map_ns = sane_ns(used.map_ns());
   use.plan_ns = sane_ns(used.plan_ns());
   use.wait_ns = sane_ns(used.wait_ns());
   use.copy_ns = sane_ns(used.copy_ns());
-  use.begin_ns = when_ns(used.begin_ns() > 0 ? used.begin_ns() : now_ns - use.plan_ns - use.copy_ns);
-  use.map_begin_ns = used.map_begin_ns() > 0 ? when_ns(used.map_begin_ns()) : use.begin_ns - use.map_ns;
   use.copy_bytes = std::min(used.copy_bytes(), tensor::kIndexBytesMax);
   use.record_count = used.record_count();
   use.thread_count = std::min(used.thread_count(), kUseThreadsMax);

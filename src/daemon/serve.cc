@@ -107,13 +107,6 @@ base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
   return reads;
 }
 
-// What was faster when the doctor measured this machine; else by the instructions that its CPU has.
-storage::CachedPath faster_path(const std::optional<MachineRates>& rates) {
-  if (!rates || rates->cache_pread <= 0) return storage::FileSourceOptions().cached_path;
-  const bool streams = base::can_stream() && rates->cache_stream > rates->cache_pread;
-  return streams ? storage::CachedPath::stream : storage::CachedPath::plain;
-}
-
 // Touches memory for loads to come, piece by piece: the loop claims room, a thread of its own touches it.
 class Prefaulter {
  public:
@@ -219,18 +212,15 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> pool, storage::start_read_pool(config.read_threads));
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));
-  const std::optional<MachineRates> rates = load_rates(config.state_dir, this_machine());
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
-  engine::Engine engine({.host_memory_bytes = config.host_memory,
-                         .keep_spans = keep_spans,
-                         .encode_index = encode_index,
-                         .reads = {.direct = direct.reader.get(),
-                                   .direct_note = direct.note,
-                                   .cached_path = faster_path(rates),
-                                   .cache_left = config.cache},
-                         .huge_pages = config.huge_pages},
-                        *catalog, *catalog_thread, *pool, owner_over(*loop));
+  engine::Engine engine(
+      {.host_memory_bytes = config.host_memory,
+       .keep_spans = keep_spans,
+       .encode_index = encode_index,
+       .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
+       .huge_pages = config.huge_pages},
+      *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
                     .protocol = rpc::kProtocolVersion,
@@ -240,8 +230,7 @@ Status run(const Config& config) {
                     .started_ns = base::monotonic_ns(),
                     .read_threads = config.read_threads,
                     .connection_count_max = rpc::kConnectionCountMax,
-                    .keep_spans = keep_spans,
-                    .rates = rates};
+                    .keep_spans = keep_spans};
   Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
   TRY_ASSIGN(
       const std::unique_ptr<rpc::Server> server,

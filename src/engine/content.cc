@@ -1,8 +1,6 @@
 #include "engine/content.h"
 
 #include <algorithm>
-#include <numeric>
-#include <tuple>
 
 #include "base/bytes.h"
 #include "base/clock.h"
@@ -35,11 +33,7 @@ void append_number(std::string& text, uint64_t number) {
 // Numbers the leaves of each file, in its order.
 void count_leaves(Content& content) {
   const auto& tensors = content.index.tensors;
-  std::vector<uint32_t> order(tensors.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-    return std::tie(tensors[a].file, tensors[a].offset) < std::tie(tensors[b].file, tensors[b].offset);
-  });
+  const std::vector<uint32_t> order = tensor::in_file_order(tensors);
   content.first_leaves.resize(tensors.size());
   auto next = order.begin();
   for (uint32_t file = 0; file < content.index.files.size(); ++file) {

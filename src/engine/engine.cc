@@ -67,10 +67,8 @@ void Engine::open(OpenOrder order, GrantDone done) {
       return parked.replica == replica.number && parked.for_batches;
     });
     if (for_batches && waiter.stay == Stay::batch_ahead) return waiter.done(no_room_ahead(order.path));
-    if (replica.state == ReplicaState::indexing) return replica.waiters.push_back(std::move(waiter));
-    LoadReport* report = report_of(replica.number);
-    if (report != nullptr && !order.index_only && replica.state == ReplicaState::ready) {
-      report->reopened_ns = base::monotonic_ns();
+    if (replica.state == ReplicaState::indexing) {
+      return replica.waiters.push_back(std::move(waiter));
     }
     return waiter.done(grant(replica, waiter));
   }
@@ -223,15 +221,6 @@ void Engine::retry_parked() {
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   log(LogLevel::warning, "not opened: ", error.message);
   const auto waiters = std::exchange(replica.waiters, {});
-  const bool wanted =
-      std::any_of(waiters.begin(), waiters.end(), [](const Waiter& w) { return !w.index_only; });
-  if (wanted) {
-    LoadReport report = waiting_report(replica);
-    report.load = next_load_++;
-    report.state = LoadState::failed;
-    report.error = error;
-    keep(std::move(report));
-  }
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
   end_drain();
@@ -304,8 +293,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path()};
   report.begin_ns = replica.asked_ns;
   report.index_ns = content.index_ns;
-  report.fill_ns = base::monotonic_ns();
-  report.memory_ns = report.fill_ns - replica.room_ns;
+  report.memory_ns = base::monotonic_ns() - replica.room_ns;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.only = replica.key.only;
@@ -335,7 +323,8 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   });
   replica.state = ReplicaState::filling;
   replica.load_number = report.load;
-  keep(std::move(report));
+  reports_.push_back(std::move(report));
+  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
   start_load(replica, std::move(allocation.surplus));
@@ -438,7 +427,6 @@ Engine::Digests Engine::known_digests(const Content& content) {
 
 void Engine::loaded(uint64_t number, LoadResult result) {
   Replica& replica = *replicas_.at(number);
-  loaded_bytes_ += result.counters.bytes;
   if (LoadReport* report = report_of(number)) {
     note_progress(replica, *report);
     for (const std::string& note : report->notes) {

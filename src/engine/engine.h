@@ -123,9 +123,6 @@ class Engine {
   // Of the load that filled a replica (also one that is gone), newest first; nullopt when forgotten.
   std::optional<LoadReport> load_report(uint64_t replica) const;
   std::optional<LoadReport> last_load_report() const;
-  // The newest load that `selector` (as find() takes it, or the path of a load that failed) names, also while it waits.
-  Result<LoadReport> explain(const std::string& selector) const;
-  uint64_t loaded_bytes() const;  // read and checked since the start
   const memory::SegmentPool& memory() const { return pool_memory_; }
   // Of requests and loads that are not done, and of results the catalog has not taken yet.
   size_t running_count() const;
@@ -173,7 +170,6 @@ class Engine {
   void settle(Replica& replica);  // frees a replica that nobody can use any more
   std::string holders_text() const;
   static void note_progress(const Replica& replica, LoadReport& report);
-  void keep(LoadReport report);
   LoadReport* report_of(uint64_t replica);
   const LoadReport* report_of(uint64_t replica) const;
 
@@ -194,7 +190,6 @@ class Engine {
   };
   std::vector<Parked> parked_;
   uint64_t claimed_bytes_ = 0;
-  uint64_t loaded_bytes_ = 0;       // by loads that ended
   std::deque<LoadReport> reports_;  // newest last
   uint64_t next_replica_ = 1;
   uint64_t next_load_ = 1;

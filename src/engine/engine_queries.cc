@@ -21,8 +21,8 @@ using base::fail;
 const Replica& Engine::replica(uint64_t number) const { return *replicas_.at(number); }
 
 namespace {
-constexpr size_t kIdDigitsMin = 4;
 bool is_named(const Replica& replica, const std::string& selector) {
+  constexpr size_t kIdDigitsMin = 4;
   if (std::find(replica.paths.begin(), replica.paths.end(), selector) != replica.paths.end()) return true;
   const auto& files = replica.content->index.files;
   if (files.size() == 1 && files[0].path == selector) return true;
@@ -97,54 +97,6 @@ std::optional<LoadReport> Engine::load_report(uint64_t number) const {
   return report;
 }
 
-LoadReport waiting_report(const Replica& replica) {
-  const int64_t now_ns = base::monotonic_ns();
-  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
-  report.begin_ns = replica.asked_ns;
-  report.wall_ns = now_ns - replica.asked_ns;
-  report.index_ns = replica.room_ns == 0 ? report.wall_ns : replica.content->index_ns;
-  report.memory_ns = replica.room_ns == 0 ? 0 : now_ns - replica.room_ns;
-  return report;
-}
-
-Result<LoadReport> Engine::explain(const std::string& selector) const {
-  const Result<uint64_t> resident = find(selector);
-  uint64_t number = selector == "last" ? last_opened_ : resident.value_or(0);
-  for (const LoadReport& report : reports_) {
-    const bool is_artifact = selector.size() >= kIdDigitsMin && report.artifact &&
-                             report.artifact->to_text().starts_with(selector);
-    if (report.path == selector || std::to_string(report.replica) == selector || is_artifact) {
-      number = std::max(number, report.replica);
-    }
-  }
-  for (const auto& [at, replica] : replicas_) {
-    const bool named =
-        std::find(replica->paths.begin(), replica->paths.end(), selector) != replica->paths.end();
-    if (named) number = std::max(number, at);
-  }
-  const auto waiting = replicas_.find(number);
-  if (waiting != replicas_.end() && waiting->second->state == ReplicaState::indexing) {
-    return waiting_report(*waiting->second);
-  }
-  if (const auto report = number == 0 ? std::nullopt : load_report(number)) return *report;
-  if (selector == "last" && !reports_.empty()) return *last_load_report();
-  if (!resident) return base::pass_on(resident);
-  return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
-}
-
-void Engine::keep(LoadReport report) {
-  reports_.push_back(std::move(report));
-  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
-}
-
-uint64_t Engine::loaded_bytes() const {
-  uint64_t bytes = loaded_bytes_;
-  for (const auto& [number, replica] : replicas_) {
-    if (replica->load) bytes += replica->load->counters().bytes;
-  }
-  return bytes;
-}
-
 std::optional<LoadReport> Engine::last_load_report() const {
   if (reports_.empty()) return std::nullopt;
   return load_report(reports_.back().replica);
@@ -152,11 +104,7 @@ std::optional<LoadReport> Engine::last_load_report() const {
 
 void Engine::note_use(uint64_t number, Use use) {
   LoadReport* report = report_of(number);
-  if (report == nullptr) return;
-  if (report->uses.size() == kUseCountMax) {
-    if (report->uses.front().begin_ns >= report->reopened_ns) return;
-    report->uses.erase(report->uses.begin());  // of an earlier client
-  }
+  if (report == nullptr || report->uses.size() == kUseCountMax) return;
   size_t span_count = report->spans.size();
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();

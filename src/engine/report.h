@@ -46,8 +46,6 @@ struct UseSpan {
 struct Use {
   pid_t process_id = 0;
   std::string process_name;
-  int64_t begin_ns = 0;      // of the load_into; base::monotonic_ns
-  int64_t map_begin_ns = 0;  // of the mapping that it copied out of
   int64_t map_ns = 0;
   int64_t plan_ns = 0;
   int64_t wait_ns = 0;
@@ -58,10 +56,10 @@ struct Use {
   std::vector<UseSpan> spans;
 };
 
-enum class LoadState : uint8_t { filling, ready, failed, waiting };  // waiting: for headers or memory
+enum class LoadState : uint8_t { filling, ready, failed };
 
 struct LoadReport {
-  uint64_t load = 0;  // 0: it only waits so far
+  uint64_t load = 0;
   uint64_t replica = 0;
   std::string path;
   std::vector<std::string> only;  // what was asked for; empty: all tensors
@@ -71,9 +69,7 @@ struct LoadReport {
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;
   int64_t begin_ns = 0;
-  int64_t fill_ns = 0;      // when reading began; 0 while it waits, or when it never came to that
-  int64_t reopened_ns = 0;  // when somebody last found the replica resident
-  int64_t wall_ns = 0;      // from the request to the last checked block; so far, while it fills
+  int64_t wall_ns = 0;  // from the request to the last checked block; so far, while it fills
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // finding room: eviction and new segments
   LoadCounters counters;
@@ -88,9 +84,5 @@ struct LoadReport {
   std::vector<LoadSpan> spans;
   std::vector<Use> uses;
 };
-
-struct Replica;
-// Of a replica that has not come to a load: how long it has waited for its headers and for memory.
-LoadReport waiting_report(const Replica& replica);
 
 }  // namespace tensord::engine

@@ -15,13 +15,7 @@ namespace {
 constexpr uint64_t kStageBytes = 4096;
 constexpr uint64_t kCastWidening = 8;
 
-struct Rows {
-  const std::byte* source;
-  std::byte* target;
-  uint64_t row_bytes;
-  uint64_t row_count;
-  int64_t source_pitch;
-  int64_t target_pitch;
+struct Rows : base::StreamedRows {
   Stores stores = Stores::cached;
 };
 
@@ -51,8 +45,7 @@ void copy_between(Rows rows) {
 
 void copy_rows(const Rows& rows) {
   if (rows.stores == Stores::streamed && base::is_worth_streaming(rows.row_bytes)) {
-    return base::stream_rows(
-        {rows.source, rows.target, rows.row_bytes, rows.row_count, rows.source_pitch, rows.target_pitch});
+    return base::stream_rows(rows);
   }
   if (rows.row_count > 1 && static_cast<uint64_t>(rows.source_pitch) == rows.row_bytes &&
       static_cast<uint64_t>(rows.target_pitch) == rows.row_bytes) {

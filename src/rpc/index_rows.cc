@@ -54,17 +54,15 @@ tensor::Index to_index(const protocol::IndexRows& rows) {
 
 // What tensor::lay_out relies on: no byte of a file belongs to two tensors.
 bool without_overlap(const tensor::Index& index) {
-  std::vector<const tensor::Tensor*> in_order;
-  for (const tensor::Tensor& tensor : index.tensors) {
-    if (tensor.size_bytes > 0) in_order.push_back(&tensor);
+  const tensor::Tensor* last = nullptr;
+  for (const uint32_t at : tensor::in_file_order(index.tensors)) {
+    const tensor::Tensor& tensor = index.tensors[at];
+    if (tensor.size_bytes == 0) continue;
+    if (last != nullptr && last->file == tensor.file && last->offset + last->size_bytes > tensor.offset)
+      return false;
+    last = &tensor;
   }
-  std::sort(in_order.begin(), in_order.end(), [](const tensor::Tensor* a, const tensor::Tensor* b) {
-    return a->file != b->file ? a->file < b->file : a->offset < b->offset;
-  });
-  return std::adjacent_find(in_order.begin(), in_order.end(),
-                            [](const tensor::Tensor* a, const tensor::Tensor* b) {
-                              return a->file == b->file && a->offset + a->size_bytes > b->offset;
-                            }) == in_order.end();
+  return true;
 }
 
 bool files_fit(const std::vector<tensor::IndexFile>& files) {

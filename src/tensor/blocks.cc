@@ -64,40 +64,28 @@ class BlockCutter {
   uint32_t leaf_begin_ = 0;  // of that block
 };
 
-// Where a tensor begins, apart from the tensor, so that sorting stays in few cache lines.
-struct Place {
-  uint32_t file = 0;
-  uint32_t tensor = 0;
-  uint64_t offset = 0;
-};
-
-std::vector<Place> places_in_order(const std::vector<Tensor>& tensors) {
-  std::vector<Place> places;
-  places.reserve(tensors.size());
-  for (uint32_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].size_bytes > 0) places.push_back({tensors[i].file, i, tensors[i].offset});
-  }
-  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
-    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
-  });
-  return places;
+// In file order, those that have bytes.
+std::vector<uint32_t> occupants(const Index& index) {
+  std::vector<uint32_t> order = in_file_order(index.tensors);
+  std::erase_if(order, [&](uint32_t at) { return index.tensors[at].size_bytes == 0; });
+  return order;
 }
 
-Windows windows_over(const Index& index, const std::vector<Place>& places) {
+Windows windows_over(const Index& index, std::span<const uint32_t> order) {
   Windows windows;
   uint64_t used_bytes = 0;  // of the file, by tensors so far
-  for (const Place& place : places) {
-    const uint64_t tensor_bytes = index.tensors[place.tensor].size_bytes;
-    const uint64_t file_bytes = index.files[place.file].size_bytes;
+  for (const uint32_t at : order) {
+    const Tensor& tensor = index.tensors[at];
+    const uint64_t file_bytes = index.files[tensor.file].size_bytes;
     Window* last = windows.list.empty() ? nullptr : &windows.list.back();
-    if (last == nullptr || last->file != place.file) used_bytes = 0;
-    CHECK(place.offset >= used_bytes && place.offset <= file_bytes);
-    CHECK(tensor_bytes <= file_bytes - place.offset);
-    used_bytes = place.offset + tensor_bytes;
-    const uint64_t begin = place.offset - place.offset % kImageAlignment;
-    if (last == nullptr || last->file != place.file ||
+    if (last == nullptr || last->file != tensor.file) used_bytes = 0;
+    CHECK(tensor.offset >= used_bytes && tensor.offset <= file_bytes);
+    CHECK(tensor.size_bytes <= file_bytes - tensor.offset);
+    used_bytes = tensor.offset + tensor.size_bytes;
+    const uint64_t begin = tensor.offset - tensor.offset % kImageAlignment;
+    if (last == nullptr || last->file != tensor.file ||
         begin > last->file_offset + last->size_bytes + kWindowGapBytes) {
-      last = &windows.list.emplace_back(Window{place.file, begin, windows.image_bytes, 0});
+      last = &windows.list.emplace_back(Window{tensor.file, begin, windows.image_bytes, 0});
     }
     last->size_bytes = used_bytes - last->file_offset;
     windows.image_bytes = base::align_up(last->image_offset + last->size_bytes, kImageAlignment);
@@ -138,27 +126,29 @@ ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_
   return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
 }
 
-Windows windows_of(const Index& index) { return windows_over(index, places_in_order(index.tensors)); }
+Windows windows_of(const Index& index) { return windows_over(index, occupants(index)); }
 
 ImageLayout lay_out(const Index& index) {
-  const std::vector<Place> places = places_in_order(index.tensors);
+  const std::vector<uint32_t> order = occupants(index);
   ImageLayout layout;
-  layout.windows = windows_over(index, places);
+  layout.windows = windows_over(index, order);
   layout.size_bytes = layout.windows.image_bytes;
-  layout.leaves.reserve(index.payload_bytes() / kLeafBytes + places.size());
+  layout.leaves.reserve(index.payload_bytes() / kLeafBytes + order.size());
   layout.blocks.reserve(layout.leaves.capacity() + layout.windows.list.size());
   BlockCutter cutter(layout);
-  auto next = places.begin();
+  auto next = order.begin();
   for (const Window& window : layout.windows.list) {
     cutter.begin_window(window);
     const uint64_t file_end = window.file_offset + window.size_bytes;
-    for (; next != places.end() && next->file == window.file && next->offset < file_end; ++next) {
-      cutter.add_untyped(next->offset);
-      cutter.add_tensor(next->tensor, index.tensors[next->tensor].size_bytes);
+    for (; next != order.end(); ++next) {
+      const Tensor& tensor = index.tensors[*next];
+      if (tensor.file != window.file || tensor.offset >= file_end) break;
+      cutter.add_untyped(tensor.offset);
+      cutter.add_tensor(*next, tensor.size_bytes);
     }
   }
   cutter.close();
-  CHECK(next == places.end());
+  CHECK(next == order.end());
   return layout;
 }
 

@@ -1,6 +1,7 @@
 #include "tensor/index.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "base/bytes.h"
 #include "base/check.h"
@@ -30,6 +31,20 @@ uint64_t Index::payload_bytes() const {
   uint64_t sum = 0;
   for (const Tensor& tensor : tensors) sum += tensor.size_bytes;
   return sum;
+}
+
+std::vector<uint32_t> in_file_order(std::span<const Tensor> tensors) {
+  // Apart from the tensors, so that sorting stays in few cache lines.
+  std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint32_t>> places;
+  places.reserve(tensors.size());
+  for (uint32_t at = 0; at < tensors.size(); ++at) {
+    places.emplace_back(tensors[at].file, tensors[at].offset, tensors[at].size_bytes, at);
+  }
+  std::sort(places.begin(), places.end());
+  std::vector<uint32_t> order;
+  order.reserve(places.size());
+  for (const auto& place : places) order.push_back(std::get<3>(place));
+  return order;
 }
 
 Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts) {

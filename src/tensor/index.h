@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -56,6 +57,9 @@ struct Index {
   uint64_t payload_bytes() const;  // sum of size_bytes over all tensors
   bool operator==(const Index&) const = default;
 };
+
+// Positions of the tensors as their bytes lie: by file, offset, size (empty ones first), then as they came.
+std::vector<uint32_t> in_file_order(std::span<const Tensor> tensors);
 
 // One file's part of an Index.
 struct FileTensors {

@@ -5,7 +5,6 @@
 #include <bit>
 #include <cstring>
 #include <optional>
-#include <tuple>
 
 #include "base/bytes.h"
 #include "base/text.h"
@@ -215,14 +214,10 @@ class HeaderReader final : public JsonEvents {
 // Sorted by begin, the tensors must tile the data exactly.
 Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uint64_t file_size_bytes,
                     const std::string& path) {
-  std::vector<const Tensor*> order(tensors.size());
-  std::transform(tensors.begin(), tensors.end(), order.begin(), [](const Tensor& tensor) { return &tensor; });
-  std::sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
-    return std::tie(a->offset, a->size_bytes) < std::tie(b->offset, b->size_bytes);
-  });
   uint64_t cursor = data_begin;
   const Tensor* last = nullptr;
-  for (const Tensor* tensor : order) {
+  for (const uint32_t at : in_file_order(tensors)) {
+    const Tensor* tensor = &tensors[at];
     if (tensor->offset < cursor) {
       return fail(Code::corrupt, text(path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
                                       " overlap at byte ", tensor->offset, " of the file"));

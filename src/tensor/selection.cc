@@ -1,8 +1,6 @@
 #include "tensor/selection.h"
 
 #include <algorithm>
-#include <numeric>
-#include <tuple>
 
 #include "base/text.h"
 
@@ -126,18 +124,11 @@ std::string suggestion(const Index& index, std::string_view name) {
 }
 
 std::vector<uint32_t> batch_numbers(const Index& index, uint64_t batch_bytes) {
-  std::vector<uint32_t> order(index.tensors.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-    const Tensor& one = index.tensors[a];
-    const Tensor& other = index.tensors[b];
-    return std::tie(one.file, one.offset, one.name) < std::tie(other.file, other.offset, other.name);
-  });
   std::vector<uint32_t> numbers(index.tensors.size());
   uint32_t number = 0;
   uint64_t used_bytes = 0;
   size_t used_count = 0;
-  for (const uint32_t at : order) {
+  for (const uint32_t at : in_file_order(index.tensors)) {
     const uint64_t tensor_bytes = index.tensors[at].size_bytes;
     if (used_count == kBatchTensorsMax || (used_bytes > 0 && used_bytes + tensor_bytes > batch_bytes)) {
       ++number;
