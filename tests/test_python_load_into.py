@@ -293,3 +293,15 @@ def test_a_refused_copy_lets_go_of_its_targets(model: tensord.Model) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_refused_copy_names_file_and_tensor(model: tensord.Model) -> None:
+    with pytest.raises(tensord.InvalidArgumentError, match=r"model\.safetensors: 'w' is F32, its target F64"):
+        model.load_into({"w": np.zeros((8, 6))})
+
+
+def test_less_than_no_thread_is_refused(model: tensord.Model) -> None:
+    target = np.full((8, 6), 7, np.float32)
+    with pytest.raises(tensord.InvalidArgumentError, match="thread_count is negative"):
+        model.load_into({"w": target}, threads=-1)
+    assert (target == 7).all()

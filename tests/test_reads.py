@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,8 +117,6 @@ def test_pages_are_small_when_huge_ones_are_not_wanted(
 
 
 def test_a_way_that_is_none_is_refused(binary: Path) -> None:
-    import subprocess
-
     said = subprocess.run([binary, "serve", "--disk-reads", "fast"], capture_output=True, text=True)
     assert said.returncode == 2
     assert "'fast' is none of best, io_uring, pread, buffered" in said.stderr

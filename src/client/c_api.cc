@@ -352,6 +352,8 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
       if (options->struct_bytes < sizeof(tensord_copy_options)) {
         return keep(Code::invalid_argument, "tensord_copy_options is too small: is struct_bytes set?");
       }
+      if (options->thread_count < 0)
+        return keep(Code::invalid_argument, "load_into: thread_count is negative");
       wishes = {.cast = options->cast != 0, .thread_count = options->thread_count};
     }
     if (copy_count > 0 && copies == nullptr) return keep(Code::invalid_argument, "copies is NULL");

@@ -350,9 +350,12 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
 }
 
 Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
-  if (resident_ == Resident::view) return copy_streamed(orders, options);
-  if (mapping_ == nullptr) return fail(Code::invalid_argument, path_ + " was opened for its index only");
-  return copy_mapped(orders, options);
+  if (resident_ == Resident::artifact && mapping_ == nullptr)
+    return fail(Code::invalid_argument, path_ + " was opened for its index only");
+  auto done = resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(orders, options);
+  if (!done && !done.error().message.starts_with(path_))
+    done.error().message = path_ + ": " + done.error().message;
+  return done;
 }
 
 Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {

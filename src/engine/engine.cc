@@ -429,6 +429,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
   Replica& replica = *replicas_.at(number);
   if (LoadReport* report = report_of(number)) {
     note_progress(replica, *report);
+    if (notes_.size() > kNoteCountMax) notes_.clear();
     for (const std::string& note : report->notes) {
       if (notes_.insert(note).second) log(LogLevel::info, "load ", report->load, ": ", note);
     }

@@ -15,7 +15,8 @@ struct EvictionCandidate {
   bool stays = true;  // false: nobody wants it beyond its leases
 };
 
-// The least recently used replicas that nobody holds, those that are not to stay before all others, as few as free `needed_bytes`; nullopt when all of them do not.
+// The least recently used replicas that nobody holds, those that are not to stay before all others, as few as free
+// `needed_bytes`; nullopt when all of them do not.
 std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
                                                     uint64_t needed_bytes);
 
