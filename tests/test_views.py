@@ -67,6 +67,8 @@ def test_a_pattern_that_matches_nothing_is_refused(daemon: Daemon, make_file: Ca
         tensord.open(path, "np", only=["layers.0.w", "layers.1.x"])
     with pytest.raises(tensord.InvalidArgumentError):
         tensord.open(path, "np", only=[])
+    with pytest.raises(tensord.InvalidArgumentError, match="only: 3 is no name"):
+        tensord.open(path, "np", only=[3])
     done = daemon.run("load", str(path), "--only", "nothing*")
     assert done.returncode == 1
     assert "nothing*" in done.stderr

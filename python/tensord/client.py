@@ -669,6 +669,9 @@ def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
 def _encoded_names(only: Sequence[str] | None) -> list[bytes]:
     if only is None:
         return []
+    for one in only:
+        if not isinstance(one, str):
+            raise InvalidArgumentError(f"open: only: {one!r} is no name")
     names = [name.encode() for name in only]
     if not names:
         raise InvalidArgumentError("open: only is empty; None means all tensors")

@@ -62,7 +62,8 @@ void stream_rows(const StreamedRows& rows) {
     source += rows.source_pitch;
     target += rows.target_pitch;
   }
-  _mm_sfence();  // streaming stores are ordered with nothing else
 }
+
+void end_streaming() { _mm_sfence(); }
 
 }  // namespace tensord::base

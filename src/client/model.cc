@@ -353,8 +353,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
   if (resident_ == Resident::artifact && mapping_ == nullptr)
     return fail(Code::invalid_argument, path_ + " was opened for its index only");
   auto done = resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(orders, options);
-  if (!done && !done.error().message.starts_with(path_))
-    done.error().message = path_ + ": " + done.error().message;
+  if (!done && !done.error().message.starts_with(path_)) done.error().message.insert(0, path_ + ": ");
   return done;
 }
 

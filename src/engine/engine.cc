@@ -67,9 +67,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
       return parked.replica == replica.number && parked.for_batches;
     });
     if (for_batches && waiter.stay == Stay::batch_ahead) return waiter.done(no_room_ahead(order.path));
-    if (replica.state == ReplicaState::indexing) {
-      return replica.waiters.push_back(std::move(waiter));
-    }
+    if (replica.state == ReplicaState::indexing) return replica.waiters.push_back(std::move(waiter));
     return waiter.done(grant(replica, waiter));
   }
   auto made = std::make_unique<Replica>();

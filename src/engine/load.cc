@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/clock.h"
+#include "base/stream_copy.h"
 #include "base/text.h"
 
 namespace tensord::engine {
@@ -107,6 +108,7 @@ class Load::Run {
     };
     if (!status_ || marked_ == blocks_.size() || !is_there()) return;
     status_ = load_.source_->check_unchanged(front().file);
+    base::end_streaming();
     while (status_ && marked_ < blocks_.size() && is_there()) {
       const uint64_t block_bytes = blocks_[marked_].size_bytes;
       load_.bytes_ += block_bytes;

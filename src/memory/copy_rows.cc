@@ -45,7 +45,8 @@ void copy_between(Rows rows) {
 
 void copy_rows(const Rows& rows) {
   if (rows.stores == Stores::streamed && base::is_worth_streaming(rows.row_bytes)) {
-    return base::stream_rows(rows);
+    base::stream_rows(rows);
+    return base::end_streaming();
   }
   if (rows.row_count > 1 && static_cast<uint64_t>(rows.source_pitch) == rows.row_bytes &&
       static_cast<uint64_t>(rows.target_pitch) == rows.row_bytes) {

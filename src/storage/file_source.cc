@@ -262,6 +262,7 @@ class FileSource final : public Source {
       if (job.request.piece) job.request.piece(job.filled + at, bytes);
       base::stream_rows({bytes.data(), job.target() + at, bytes.size(), 1, 0, 0});
     }
+    base::end_streaming();
     job.filled += got;
     return {};
   }

@@ -27,9 +27,9 @@ struct ReadTiming {
 // after cancel(). After an error the target holds anything. An empty target is full at once.
 //
 // `begin`, when set, is called before the first byte is written. `piece`, when set, is called with the target's bytes,
-// each once and in order, while they are hot in a cache: `at` is their place in the target; the bytes may lie elsewhere
-// and are valid within the call only; the target holds them by the next call of `piece`, or by `done`. All three are
-// called on one thread at a time. A failed read may have handed out pieces.
+// each once and in order, while they are hot in a cache and before the target must hold them: `at` is their place in it.
+// By the next `piece` it does, for other threads after base::end_streaming(), and by `done`. All three are called on one
+// thread at a time. A failed read may have handed out pieces.
 struct ReadRequest {
   uint32_t file = 0;
   uint64_t offset = 0;  // in the file

@@ -61,7 +61,6 @@ Digest hash(std::span<const std::byte> bytes) {
   return digest;
 }
 
-Hasher::Hasher() { begin(); }
 void Hasher::begin() { widest().begin(state_.data()); }
 void Hasher::add(std::span<const std::byte> bytes) {
   widest().add(state_.data(), bytes.data(), bytes.size());

@@ -34,8 +34,7 @@ Digest hash(std::span<const std::byte> bytes);
 // The same hash of bytes that come in pieces.
 class Hasher {
  public:
-  Hasher();  // begun
-  void begin();
+  void begin();  // first
   void add(std::span<const std::byte> bytes);
   Digest end() const;
 

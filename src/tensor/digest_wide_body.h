@@ -9,8 +9,6 @@ namespace {
 
 static_assert(sizeof(XXH3_state_t) <= kHashStateBytes);
 
-XXH3_state_t* state_of(void* state) { return static_cast<XXH3_state_t*>(state); }
-
 // GCC leaves vzeroupper out under a target pragma; without it SSE code that the thread runs later takes three times
 // as long.
 void whole(const void* bytes, size_t size_bytes, void* out) {
@@ -18,10 +16,10 @@ void whole(const void* bytes, size_t size_bytes, void* out) {
   TENSORD_ZERO_UPPER();
 }
 
-void begin(void* state) { XXH3_128bits_reset(state_of(state)); }
+void begin(void* state) { XXH3_128bits_reset(static_cast<XXH3_state_t*>(state)); }
 
 void add(void* state, const void* bytes, size_t size_bytes) {
-  XXH3_128bits_update(state_of(state), bytes, size_bytes);
+  XXH3_128bits_update(static_cast<XXH3_state_t*>(state), bytes, size_bytes);
   TENSORD_ZERO_UPPER();
 }
 
