@@ -28,7 +28,7 @@ namespace tensord::engine {
 
 inline constexpr size_t kLoadReportCountMax = 64;
 inline constexpr size_t kLeaseCountMax = 100'000;
-inline constexpr size_t kNoteCountMax = 1000;  // remembered as logged; they name files, of which there is no end
+inline constexpr size_t kNoteCountMax = 1000;  // remembered as logged: notes name files without end
 // What one reply to a client can carry, less lease, fill map and index (rpc/frame.h: 2048 descriptors).
 inline constexpr size_t kSegmentCountMax = 2000;
 
