@@ -305,3 +305,17 @@ def test_less_than_no_thread_is_refused(model: tensord.Model) -> None:
     with pytest.raises(tensord.InvalidArgumentError, match="thread_count is negative"):
         model.load_into({"w": target}, threads=-1)
     assert (target == 7).all()
+
+
+def test_targets_that_overlap_are_named(model: tensord.Model) -> None:
+    line = np.zeros(60, np.float32)
+    columns = line.reshape(6, 10)[:, :4]  # interleaved rows: their extents meet, their bytes do not
+    model.load_into([("w", np.s_[:6, :4], columns), ("w", np.s_[:6, :4], line.reshape(6, 10)[:, 4:8])])
+    with pytest.raises(
+        tensord.InvalidArgumentError, match=r"\('cube'\) and record \d \('vector'\) both write byte 24 of"
+    ):
+        words = np.zeros(30, np.int32)
+        model.load_into(
+            [("cube", np.s_[0, 0], words[:6]), ("vector", np.s_[:2], words.view(np.int16)[12:14])]
+            + [("cube", np.s_[1, 0, :2], words[6:8])],
+        )

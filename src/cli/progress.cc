@@ -101,7 +101,7 @@ base::Status watch_fill(const client::Model& model, const std::string& mode) {
             .begin_bytes = begin_bytes,
             .elapsed_ns = base::monotonic_ns() - begin_ns});
     }
-  } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->daemon_lives() &&
+  } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->check_daemon() &&
            interrupted == 0);
   if (shown) std::fputc('\n', stderr);
   if (!waited && interrupted != 0) {
