@@ -1,5 +1,5 @@
-// open_cc CHECKPOINT: opens it, lists its files, metadata (on stderr) and tensors, loads the right half of a matrix into memory of its own, and
-// compares that with the zero-copy tensor.
+// open_cc CHECKPOINT: opens it, lists its files and metadata (on stderr) and its tensors, loads the right half of a
+// matrix into memory of its own, and compares that with the zero-copy tensor.
 #include <cstdio>
 #include <cstring>
 
