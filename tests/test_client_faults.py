@@ -244,8 +244,8 @@ def test_info_tells_whether_memory_is_copy_on_write(daemon: Daemon, make_file: C
 def test_a_silent_daemon_is_named(daemon: Daemon, make_file: Callable[..., Path]) -> None:
     path = make_file({"w": counted((5,))})
     tensord.open(path).wait()
-    with stopped(daemon):
-        done = daemon.run("status")
-    assert done.returncode == 3
-    assert f"(daemon {daemon.pid} at {daemon.environment['TENSORD_RUNTIME_DIR']}" in done.stderr
-    assert f"`kill {daemon.pid}`" in done.stderr
+    with stopped(daemon), pytest.raises(tensord.UnavailableError) as silent:
+        tensord.open(path)
+    where = f"(daemon {daemon.pid} at {daemon.environment['TENSORD_RUNTIME_DIR']}"
+    assert where in str(silent.value)
+    assert f"`kill {daemon.pid}`" in str(silent.value)
