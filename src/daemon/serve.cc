@@ -174,6 +174,8 @@ base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
   return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
 }
 
+constexpr int64_t kHungReadMs = 3000;
+
 // First call: no new loads, those that run may finish for a while. Second call: they are cancelled now.
 class Shutdown {
  public:
@@ -183,17 +185,26 @@ class Shutdown {
   void watch(rpc::Server& server) { server_ = &server; }
 
   void begin() {
-    if (begun_) return engine_.cancel_all();
+    if (begun_) return cancel();
     begun_ = true;
     log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_,
         " s");
     server_->stop_accepting();
-    loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_all(); });
+    loop_.call_after(drain_seconds_ * 1000, [this] { cancel(); });
     // Through the loop once more, so that the reply to `stop` is on its way first.
     engine_.drain([this] { loop_.post([this] { loop_.stop(); }); });
   }
 
  private:
+  void cancel() {
+    engine_.cancel_all();
+    // A read that hangs in the kernel cannot be cancelled. Nothing that stays behind needs an orderly end.
+    loop_.call_after(kHungReadMs, [] {
+      log(LogLevel::warning, "stopped while a read hangs");
+      ::_exit(1);
+    });
+  }
+
   rpc::Loop& loop_;
   engine::Engine& engine_;
   const int64_t drain_seconds_;
