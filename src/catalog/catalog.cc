@@ -8,7 +8,6 @@
 
 #include <cerrno>
 #include <cstring>
-#include <span>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -116,22 +115,20 @@ constexpr std::string_view hint_of(Code code) {
 }  // namespace
 
 // An open database and the words for its failures.
-class Connection {
- public:
-  Connection(std::string path, sqlite3* database) : path_(std::move(path)), database_(database) {}
-
-  const std::string& path() const { return path_; }
-  sqlite3* database() const { return database_.get(); }
+struct Connection {
+  std::string path;
+  std::unique_ptr<sqlite3, Release<sqlite3_close_v2>> database;
 
   tl::unexpected<Error> failed(std::string_view what, Code code, std::string_view why) const {
-    return fail(code, text("catalog ", path_, ": ", what, ": ", why, hint_of(code)));
+    return fail(code, text("catalog ", path, ": ", what, ": ", why, hint_of(code)));
   }
   tl::unexpected<Error> failed(std::string_view what) const {
-    const Code code = code_of(sqlite3_extended_errcode(database()), sqlite3_system_errno(database()));
-    return failed(what, code, sqlite3_errmsg(database()));
+    sqlite3* db = database.get();
+    return failed(what, code_of(sqlite3_extended_errcode(db), sqlite3_system_errno(db)), sqlite3_errmsg(db));
   }
   Status execute(std::string_view what, const std::string& sql) const {
-    if (sqlite3_exec(database(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK) return failed(what);
+    if (sqlite3_exec(database.get(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK)
+      return failed(what);
     return {};
   }
   // All of what `work` does, or nothing.
@@ -140,13 +137,9 @@ class Connection {
     TRY(execute(what, "BEGIN IMMEDIATE"));
     Status done = work();
     if (done) done = execute(what, "COMMIT");
-    if (!done) sqlite3_exec(database(), "ROLLBACK", nullptr, nullptr, nullptr);
+    if (!done) sqlite3_exec(database.get(), "ROLLBACK", nullptr, nullptr, nullptr);
     return done;
   }
-
- private:
-  const std::string path_;
-  const std::unique_ptr<sqlite3, Release<sqlite3_close_v2>> database_;
 };
 
 namespace {
@@ -158,7 +151,7 @@ class Query {
   Query(const Connection& connection, std::string_view what, const char* sql, const Values&... values)
       : connection_(connection), what_(what) {
     sqlite3_stmt* statement = nullptr;
-    ready_ = sqlite3_prepare_v2(connection.database(), sql, -1, &statement, nullptr) == SQLITE_OK;
+    ready_ = sqlite3_prepare_v2(connection.database.get(), sql, -1, &statement, nullptr) == SQLITE_OK;
     statement_.reset(statement);
     ready_ = ready_ && (bind(values) && ...);
   }
@@ -190,19 +183,16 @@ class Query {
     return bound(sqlite3_bind_text64(statement_.get(), ++bound_count_, value.data(), value.size(),
                                      SQLITE_STATIC, SQLITE_UTF8));
   }
-  template <typename T>
-  bool bind(std::span<const T> values) {
-    static_assert(std::has_unique_object_representations_v<T>);
-    const void* data =
-        values.empty() ? "" : static_cast<const void*>(values.data());  // nullptr would be NULL
-    return bound(
-        sqlite3_bind_blob64(statement_.get(), ++bound_count_, data, values.size_bytes(), SQLITE_STATIC));
+  bool bind_raw(const void* data, size_t size_bytes) {
+    if (data == nullptr) data = "";  // an empty one must not become NULL
+    return bound(sqlite3_bind_blob64(statement_.get(), ++bound_count_, data, size_bytes, SQLITE_STATIC));
   }
+  bool bind(const tensor::Digest& digest) { return bind_raw(&digest, sizeof digest); }
   template <typename T>
   bool bind(const std::vector<T>& values) {
-    return bind(std::span(values));
+    static_assert(std::has_unique_object_representations_v<T>);
+    return bind_raw(values.data(), values.size() * sizeof(T));
   }
-  bool bind(const tensor::Digest& digest) { return bind(std::span(&digest, 1)); }
   bool bind(const base::FileIdentity& file) {
     return bind(file.device) && bind(file.inode) && bind(file.size_bytes) &&
            bind(static_cast<uint64_t>(file.mtime_ns));
@@ -213,8 +203,8 @@ class Query {
   }
 
   bool is(int type, int column) const { return sqlite3_column_type(statement_.get(), column) == type; }
-  std::span<const std::byte> raw(int column) const {
-    const auto* data = static_cast<const std::byte*>(sqlite3_column_blob(statement_.get(), column));
+  std::string_view raw(int column) const {
+    const auto* data = static_cast<const char*>(sqlite3_column_blob(statement_.get(), column));
     return {data, static_cast<size_t>(sqlite3_column_bytes(statement_.get(), column))};
   }
   bool take(int column, uint64_t& target) const {
@@ -224,7 +214,7 @@ class Query {
   }
   bool take(int column, std::string& target) const {
     if (!is(SQLITE_TEXT, column)) return false;
-    target.assign(reinterpret_cast<const char*>(raw(column).data()), raw(column).size());
+    target = raw(column);
     return true;
   }
   template <typename T>
@@ -293,7 +283,7 @@ Status distrust(const Connection& connection) {
                                       {SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0},
                                       {SQLITE_DBCONFIG_ENABLE_TRIGGER, 0},
                                       {SQLITE_DBCONFIG_ENABLE_VIEW, 0}}) {
-    CHECK(sqlite3_db_config(connection.database(), option, value, nullptr) == SQLITE_OK);
+    CHECK(sqlite3_db_config(connection.database.get(), option, value, nullptr) == SQLITE_OK);
   }
   return connection.execute("set up", "PRAGMA cell_size_check = ON");
 }
@@ -308,8 +298,8 @@ Status use_wal(const Connection& connection, int busy_timeout_ms) {
     if (set.error().code != Code::unavailable || waited_ms >= busy_timeout_ms) return set;
     sqlite3_sleep(1);
   }
-  if (mode != "wal" && connection.path() != Catalog::kInMemory) {
-    base::log(base::LogLevel::warning, "the catalog ", connection.path(), " stays in journal mode ", mode,
+  if (mode != "wal" && connection.path != Catalog::kInMemory) {
+    base::log(base::LogLevel::warning, "the catalog ", connection.path, " stays in journal mode ", mode,
               ": its file system has no shared memory");
   }
   return connection.execute("set up", "PRAGMA synchronous = NORMAL");
@@ -331,7 +321,7 @@ Result<std::unique_ptr<Catalog>> Catalog::open(const std::string& path, const Ca
   constexpr int kFlags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_EXRESCODE;
   sqlite3* opened = nullptr;
   const int code = sqlite3_open_v2(path.c_str(), &opened, kFlags, nullptr);
-  auto connection = std::make_unique<Connection>(path, opened);
+  auto connection = std::make_unique<Connection>(Connection{path, decltype(Connection::database)(opened)});
   if (opened == nullptr) return fail(Code::exhausted, text("catalog ", path, ": ", sqlite3_errstr(code)));
   if (code != SQLITE_OK) return connection->failed("open");
   if (sqlite3_db_readonly(opened, "main") == 1) {

@@ -45,7 +45,7 @@ struct CatalogOptions {
   int busy_timeout_ms = 1000;  // how long a call waits for another process; then Code::unavailable
 };
 
-class Connection;  // to SQLite, which stays in catalog.cc
+struct Connection;  // to SQLite, which stays in catalog.cc
 
 // Not thread safe: used by one thread at a time. Errors: Code::exhausted (disk full), Code::denied, Code::corrupt
 // (the database is damaged: names the file and says that it can be deleted), Code::unavailable; after any of them
