@@ -30,23 +30,6 @@ constexpr int64_t kIdleNs = 5'000'000'000;
 volatile std::sig_atomic_t interrupted = 0;
 void note_interrupt(int) { interrupted = 1; }
 
-// While it lives, SIGINT sets `interrupted` instead of ending the process.
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = 0;
-    struct sigaction action = {};
-    action.sa_handler = note_interrupt;
-    sigaction(SIGINT, &action, &before_);
-  }
-  InterruptGuard(const InterruptGuard&) = delete;
-  InterruptGuard& operator=(const InterruptGuard&) = delete;
-  ~InterruptGuard() { sigaction(SIGINT, &before_, nullptr); }
-
- private:
-  struct sigaction before_ = {};
-};
-
 int terminal_width() {
   winsize size = {};
   if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col < 20) return 80;
@@ -93,7 +76,8 @@ std::string progress_line(const FillProgress& progress, int width) {
 
 base::Status watch_fill(const client::Model& model, const std::string& mode) {
   const bool shown = mode == "always" || (mode == "auto" && isatty(STDERR_FILENO) != 0);
-  const InterruptGuard guard;
+  interrupted = 0;
+  const auto handler_before = std::signal(SIGINT, note_interrupt);
   const int64_t begin_ns = base::monotonic_ns();
   const uint64_t begin_bytes = model.ready_bytes();
   uint64_t last_bytes = begin_bytes;
@@ -113,6 +97,7 @@ base::Status watch_fill(const client::Model& model, const std::string& mode) {
     }
   } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->check_daemon() &&
            interrupted == 0);
+  std::signal(SIGINT, handler_before);
   if (shown) std::fputc('\n', stderr);
   if (!waited && interrupted != 0) {
     return base::fail(base::Code::cancelled,
