@@ -27,7 +27,7 @@ Status make_folders(const std::string& path) {
   for (size_t at = path.find('/', 1);; at = path.find('/', at + 1)) {
     const std::string folder = path.substr(0, at);
     if (::mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
-      return tl::unexpected(errno_error("make folder " + folder, errno));
+      return fail_errno(errno, "make folder ", folder);
     }
     if (at == std::string::npos) return {};
   }

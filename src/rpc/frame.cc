@@ -11,13 +11,11 @@
 
 #include "base/check.h"
 #include "base/clock.h"
-#include "base/text.h"
 
 namespace tensord::rpc {
 
 using base::Code;
 using base::fail;
-using base::text;
 
 namespace {
 
@@ -56,7 +54,7 @@ Status wait_for(int socket, short events, int64_t deadline_ns, const char* what)
     const int ready =
         ::poll(&entry, 1, static_cast<int>(std::min<int64_t>(left_ns / 1'000'000 + 1, 1 << 30)));
     if (ready > 0) return {};
-    if (ready < 0 && errno != EINTR) return tl::unexpected(base::errno_error("poll the socket", errno));
+    if (ready < 0 && errno != EINTR) return base::fail_errno(errno, "poll the socket");
     if (base::monotonic_ns() >= deadline_ns) return fail(Code::unavailable, what);
   }
 }
@@ -93,8 +91,7 @@ Status FrameReader::read_from(int socket) {
     got = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   } while (got < 0 && errno == EINTR);
   if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return {};
-  if (got < 0 && errno != ECONNRESET)
-    return tl::unexpected(base::errno_error("receive from the socket", errno));
+  if (got < 0 && errno != ECONNRESET) return base::fail_errno(errno, "receive from the socket");
   if (got <= 0 && is_partial())
     return fail(Code::unavailable, "the other side closed in the middle of a frame");
   if (got <= 0) return closed_by_peer();
@@ -107,7 +104,7 @@ Status FrameReader::read_from(int socket) {
   }
   if (arrivals_.size() > kFrameFdsMax) {
     arrivals_.clear();
-    return fail(Code::corrupt, text("more than ", kFrameFdsMax, " descriptors came with one frame"));
+    return fail(Code::corrupt, "more than ", kFrameFdsMax, " descriptors came with one frame");
   }
   if (straight) {
     filled_bytes_ += static_cast<size_t>(got);
@@ -126,12 +123,11 @@ Status FrameReader::parse_header() {
   if (magic != kFrameMagic || zero != 0)
     return fail(Code::corrupt, "these bytes are not a frame of tensord's protocol");
   if (size_bytes > kFrameBytesMax) {
-    return fail(Code::corrupt,
-                text("a frame of ", size_bytes, " bytes, at most ", kFrameBytesMax, " are allowed"));
+    return fail(Code::corrupt, "a frame of ", size_bytes, " bytes, at most ", kFrameBytesMax, " are allowed");
   }
   if (fd_count > kFrameFdsMax) {
-    return fail(Code::corrupt,
-                text("a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax, " are allowed"));
+    return fail(Code::corrupt, "a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax,
+                " are allowed");
   }
   header_ =
       Header{size_bytes, fd_count, received_bytes_ - unparsed().size() + kFrameHeaderBytes + size_bytes};
@@ -146,8 +142,8 @@ Result<std::vector<base::Fd>> FrameReader::take_fds() {
     arrivals_.pop_front();
   }
   if (fds.size() == header_->fd_count) return fds;
-  return fail(Code::corrupt,
-              text("a frame with ", fds.size(), " descriptors, ", header_->fd_count, " were announced"));
+  return fail(Code::corrupt, "a frame with ", fds.size(), " descriptors, ", header_->fd_count,
+              " were announced");
 }
 
 Result<std::optional<Frame>> FrameReader::next() {
@@ -226,7 +222,7 @@ Result<bool> FrameWriter::write_to(int socket) {
     if (sent < 0 && errno == EINTR) continue;
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return false;
     if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) return closed_by_peer();
-    if (sent < 0) return tl::unexpected(base::errno_error("send to the socket", errno));
+    if (sent < 0) return base::fail_errno(errno, "send to the socket");
 
     sent_bytes_ += static_cast<size_t>(sent);
     sent_fds_ += fd_count;  // all of them are on the first byte

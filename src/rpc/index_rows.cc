@@ -26,7 +26,7 @@ base::Status write_all(int fd, const uint8_t* data, size_t size_bytes) {
   while (size_bytes > 0) {
     const ssize_t written = ::write(fd, data, size_bytes);
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return tl::unexpected(base::errno_error("write the index to memory", errno));
+    if (written < 0) return base::fail_errno(errno, "write the index to memory");
     data += written;
     size_bytes -= static_cast<size_t>(written);
   }
@@ -130,10 +130,10 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
                                            builder.CreateVector(tensors), builder.CreateVector(metadata)));
   EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)),
                        builder.GetSize()};
-  if (!encoded.fd.valid()) return tl::unexpected(base::errno_error("create memory for the index", errno));
+  if (!encoded.fd.valid()) return base::fail_errno(errno, "create memory for the index");
   TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
   if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {
-    return tl::unexpected(base::errno_error("seal the index", errno));
+    return base::fail_errno(errno, "seal the index");
   }
   return encoded;
 }
@@ -146,7 +146,7 @@ Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes) {
     return fail(Code::corrupt, "the daemon's index is not a sealed memory file of the size it tells");
   }
   void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map the index", errno));
+  if (data == MAP_FAILED) return base::fail_errno(errno, "map the index");
   flatbuffers::Verifier verifier(static_cast<const uint8_t*>(data), size_bytes, 64, kTableCountMax);
   Result<tensor::Index> index = fail(Code::corrupt, "the daemon's index makes no sense");
   if (verifier.VerifyBuffer<protocol::IndexRows>(nullptr)) {

@@ -12,7 +12,6 @@
 
 #include "base/check.h"
 #include "base/mutex.h"
-#include "base/text.h"
 #include "storage/read_pool.h"
 
 namespace tensord::storage {
@@ -52,7 +51,7 @@ class UringReader final : public DirectReader {
     try {
       thread_ = std::thread([this] { reap(); });
     } catch (const std::system_error& problem) {
-      return fail(Code::unsupported, base::text("start the io_uring thread: ", problem.what()));
+      return fail(Code::unsupported, "start the io_uring thread: ", problem.what());
     }
     return {};
   }

@@ -10,7 +10,6 @@
 
 #include "base/check.h"
 #include "base/mutex.h"
-#include "base/text.h"
 
 namespace tensord::storage {
 
@@ -35,9 +34,8 @@ class FifoReadPool final : public ReadPool {
       try {
         threads_.emplace_back([this] { run(); });
       } catch (const std::system_error& error) {
-        return fail(base::Code::exhausted,
-                    base::text("start read thread ", i + 1, " of ", thread_count, ": ", error.what(),
-                               "; configure fewer or raise the limit on processes"));
+        return fail(base::Code::exhausted, "start read thread ", i + 1, " of ", thread_count, ": ",
+                    error.what(), "; configure fewer or raise the limit on processes");
       }
     }
     return {};

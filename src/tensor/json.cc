@@ -2,14 +2,11 @@
 
 #include <nlohmann/json.hpp>
 
-#include "base/text.h"
-
 namespace tensord::tensor {
 
 using base::Code;
 using base::fail;
 using base::Status;
-using base::text;
 
 namespace {
 
@@ -36,8 +33,8 @@ class Adapter {
   bool parse_error(size_t byte, const std::string&, const nlohmann::json::exception& error) {
     // The library's own text quotes the input without bounds, so only its kind is used.
     const bool encoding = std::string_view(error.what()).find("ill-formed UTF-8") != std::string_view::npos;
-    return keep(fail(Code::corrupt,
-                     text(where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte)));
+    return keep(
+        fail(Code::corrupt, where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte));
   }
 
   Status status() && { return std::move(status_); }
@@ -50,7 +47,7 @@ class Adapter {
   }
   bool deeper() {
     if (++depth_ <= kJsonDepthMax) return true;
-    return keep(fail(Code::corrupt, text(where_, " nests deeper than ", kJsonDepthMax, " levels")));
+    return keep(fail(Code::corrupt, where_, " nests deeper than ", kJsonDepthMax, " levels"));
   }
 
   const std::string& where_;
@@ -64,13 +61,13 @@ class Adapter {
 Status walk_json(std::string_view json, const std::string& where, JsonEvents& events) {
   // The library takes a NUL for the end of its input.
   if (const size_t nul = json.find('\0'); nul != std::string_view::npos) {
-    return fail(Code::corrupt, text(where, " is not valid JSON at byte ", nul + 1));
+    return fail(Code::corrupt, where, " is not valid JSON at byte ", nul + 1);
   }
   Adapter adapter(where, events);
   try {
     nlohmann::json::sax_parse(json.begin(), json.end(), &adapter);
   } catch (const std::exception& error) {
-    return fail(Code::exhausted, text(where, " could not be read: ", error.what()));
+    return fail(Code::exhausted, where, " could not be read: ", error.what());
   }
   return std::move(adapter).status();
 }

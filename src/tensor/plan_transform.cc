@@ -3,7 +3,6 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
-#include "base/text.h"
 #include "tensor/nest.h"
 #include "tensor/plan.h"
 
@@ -11,7 +10,6 @@ namespace tensord::tensor {
 
 using base::Code;
 using base::fail;
-using base::text;
 
 namespace {
 
@@ -179,8 +177,8 @@ class Written {
       if (record.is_empty()) continue;
       if (record.casts()) return fail(Code::unsupported, "compose plans: the inner plan casts");
       if (record.target != 0) {
-        return fail(Code::invalid_argument, text("compose plans: the inner plan writes target ",
-                                                 record.target, "; it may write target 0 only"));
+        return fail(Code::invalid_argument, "compose plans: the inner plan writes target ", record.target,
+                    "; it may write target 0 only");
       }
       Nest nest(record);
       nest.simplify();
@@ -296,12 +294,11 @@ Status compose_nest(const Nest& reads, const Written& written, std::vector<Copy2
     part.target_offset += reads.head.target_offset;
   }
   if (found != reads.head.row_bytes) {
-    return fail(Code::invalid_argument,
-                text("compose plans: the outer plan reads ", reads.head.row_bytes, " bytes at ", extent.begin,
-                     ", of which the inner plan writes ", found));
+    return fail(Code::invalid_argument, "compose plans: the outer plan reads ", reads.head.row_bytes,
+                " bytes at ", extent.begin, ", of which the inner plan writes ", found);
   }
   if (out.size() + parts.size() > kRecordsMax) {
-    return fail(Code::unsupported, text("compose plans: more than ", kRecordsMax, " records are needed"));
+    return fail(Code::unsupported, "compose plans: more than ", kRecordsMax, " records are needed");
   }
   out.insert(out.end(), parts.begin(), parts.end());
   return {};
@@ -320,8 +317,8 @@ Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner) {
       continue;
     }
     if (record.source != 0) {
-      return fail(Code::invalid_argument, text("compose plans: the outer plan reads source ", record.source,
-                                               "; it may read source 0 only"));
+      return fail(Code::invalid_argument, "compose plans: the outer plan reads source ", record.source,
+                  "; it may read source 0 only");
     }
     Nest nest(record);
     nest.simplify();

@@ -39,7 +39,7 @@ class HeaderReader final : public JsonEvents {
       metadata_seen_ = true;
       return enter(Place::metadata);
     }
-    if (part_.tensors.size() == kEntryCountMax) return refuse(text("over ", kEntryCountMax, " tensors"));
+    if (part_.tensors.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " tensors");
     tensor_ = Tensor{};
     seen_ = {};
     offsets_.clear();
@@ -75,7 +75,7 @@ class HeaderReader final : public JsonEvents {
 
   Status natural(uint64_t value) override {
     if (place_ == Place::shape) {
-      if (tensor_.shape.size() == kRankMax) return refuse_tensor(text("over ", kRankMax, " dimensions"));
+      if (tensor_.shape.size() == kRankMax) return refuse_tensor("over ", kRankMax, " dimensions");
       tensor_.shape.push_back(value);
       return {};
     }
@@ -109,67 +109,61 @@ class HeaderReader final : public JsonEvents {
     place_ = place;
     return {};
   }
-  Status refuse(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, ": header has ", what));
-  }
-  Status refuse_tensor(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, ": tensor ", quoted(name_), ": ", what));
+  Status refuse(const auto&... what) const { return fail(Code::corrupt, path_, ": header has ", what...); }
+  Status refuse_tensor(const auto&... what) const {
+    return fail(Code::corrupt, path_, ": tensor ", quoted(name_), ": ", what...);
   }
 
   // A value of the wrong kind, `what`, at the present place.
   Status unexpected(std::string_view what) const {
     switch (place_) {
       case Place::outside:
-        return fail(Code::corrupt, text(path_, ": header is ", what, ", not an object"));
+        return fail(Code::corrupt, path_, ": header is ", what, ", not an object");
       case Place::top:
-        if (name_ == kMetadataKey) return refuse(text("a __metadata__ that is ", what, ", not an object"));
-        return refuse_tensor(text("is ", what, ", not an object"));
+        if (name_ == kMetadataKey) return refuse("a __metadata__ that is ", what, ", not an object");
+        return refuse_tensor("is ", what, ", not an object");
       case Place::tensor: {
         const auto number = static_cast<size_t>(field_);
-        return refuse_tensor(text(kFields[number], " is ", what, ", not ", kFieldTypes[number]));
+        return refuse_tensor(kFields[number], " is ", what, ", not ", kFieldTypes[number]);
       }
       case Place::shape:
       case Place::offsets:
-        return refuse_tensor(
-            text(kFields[static_cast<size_t>(field_)], " holds ", what, ", not a natural number"));
+        return refuse_tensor(kFields[static_cast<size_t>(field_)], " holds ", what, ", not a natural number");
       case Place::metadata:
-        return refuse(text("a __metadata__ whose ", quoted(metadata_name_), " is ", what, ", not a string"));
+        return refuse("a __metadata__ whose ", quoted(metadata_name_), " is ", what, ", not a string");
     }
     return refuse(what);
   }
 
   Status begin_field(std::string_view name) {
     const auto place = std::find(kFields.begin(), kFields.end(), name);
-    if (place == kFields.end()) return refuse_tensor(text("unknown field ", quoted(name)));
+    if (place == kFields.end()) return refuse_tensor("unknown field ", quoted(name));
     const auto number = static_cast<size_t>(place - kFields.begin());
-    if (seen_[number]) return refuse_tensor(text("duplicate field ", quoted(name)));
+    if (seen_[number]) return refuse_tensor("duplicate field ", quoted(name));
     seen_[number] = true;
     field_ = static_cast<Field>(number);
     return {};
   }
 
   Status add_metadata(std::string value) {
-    if (part_.metadata.size() == kEntryCountMax)
-      return refuse(text("over ", kEntryCountMax, " metadata entries"));
+    if (part_.metadata.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " metadata entries");
     if (!part_.metadata.emplace(metadata_name_, std::move(value)).second) {
-      return refuse(text("a duplicate metadata key ", quoted(metadata_name_)));
+      return refuse("a duplicate metadata key ", quoted(metadata_name_));
     }
     return {};
   }
 
   Status end_tensor() {
     for (size_t i = 0; i < kFields.size(); ++i) {
-      if (!seen_[i]) return refuse_tensor(text(kFields[i], " is missing"));
+      if (!seen_[i]) return refuse_tensor(kFields[i], " is missing");
     }
-    if (offsets_.size() != 2)
-      return refuse_tensor(text("data_offsets has ", offsets_.size(), " of 2 numbers"));
+    if (offsets_.size() != 2) return refuse_tensor("data_offsets has ", offsets_.size(), " of 2 numbers");
     const uint64_t begin = offsets_[0];
     const uint64_t end = offsets_[1];
     const std::string range = text("data_offsets [", begin, ", ", end, "]");
-    if (begin > end) return refuse_tensor(text(range, " end before they begin"));
+    if (begin > end) return refuse_tensor(range, " end before they begin");
     if (end > data_bytes_) {
-      return refuse_tensor(
-          text(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?"));
+      return refuse_tensor(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?");
     }
     TRY(check_shape(end - begin));
     tensor_.name = name_;
@@ -189,10 +183,9 @@ class HeaderReader final : public JsonEvents {
     const auto bits = checked_multiply(*product, dtype_bits(tensor_.dtype));
     if (!bits) return refuse_tensor("its size in bits does not fit 64 bits");
     const std::string elements = text(*product, " elements of ", tensor_.dtype_text);
-    if (*bits % 8 != 0) return refuse_tensor(text(elements, " are not a whole number of bytes"));
+    if (*bits % 8 != 0) return refuse_tensor(elements, " are not a whole number of bytes");
     if (*bits / 8 != range_bytes) {
-      return refuse_tensor(
-          text(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes));
+      return refuse_tensor(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes);
     }
     return {};
   }
@@ -219,19 +212,19 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
   for (const uint32_t at : in_file_order(tensors)) {
     const Tensor* tensor = &tensors[at];
     if (tensor->offset < cursor) {
-      return fail(Code::corrupt, text(path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
-                                      " overlap at byte ", tensor->offset, " of the file"));
+      return fail(Code::corrupt, path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
+                  " overlap at byte ", tensor->offset, " of the file");
     }
     if (tensor->offset > cursor) {
-      return fail(Code::corrupt, text(path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
-                                      " before tensor ", quoted(tensor->name), " belong to no tensor"));
+      return fail(Code::corrupt, path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
+                  " before tensor ", quoted(tensor->name), " belong to no tensor");
     }
     cursor = tensor->offset + tensor->size_bytes;
     last = tensor;
   }
   if (cursor == file_size_bytes) return {};
-  return fail(Code::corrupt, text(path, ": ", file_size_bytes - cursor, " bytes are left over at ", cursor,
-                                  ", behind the last tensor"));
+  return fail(Code::corrupt, path, ": ", file_size_bytes - cursor, " bytes are left over at ", cursor,
+              ", behind the last tensor");
 }
 
 // weight_map of a model.safetensors.index.json; the rest is skipped.
@@ -268,21 +261,20 @@ class ShardIndexReader final : public JsonEvents {
   Status string(std::string value) override {
     if (!in_map_) return other("a string");
     if (!stays_inside(value)) {
-      return refuse(text("tensor ", quoted(name_), " in file ", quoted(value),
-                         "; files must be named relative to the index and lie in its folder"));
+      return refuse("tensor ", quoted(name_), " in file ", quoted(value),
+                    "; files must be named relative to the index and lie in its folder");
     }
-    if (shards_.weight_map.size() == kEntryCountMax) return refuse(text("over ", kEntryCountMax, " tensors"));
+    if (shards_.weight_map.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " tensors");
     const auto [entry, added] = shards_.weight_map.try_emplace(std::move(name_), std::move(value));
-    if (!added) return refuse(text("tensor ", quoted(entry->first), " twice in its weight_map"));
+    if (!added) return refuse("tensor ", quoted(entry->first), " twice in its weight_map");
     return {};
   }
   Status natural(uint64_t) override { return other("a number"); }
   Status null() override { return other("null"); }
   Status other(std::string_view what) override {
     if (in_map_) return refuse_file(what);
-    if (depth_ == 0) return fail(Code::corrupt, text(path_, " is ", what, ", not an object"));
-    if (depth_ == 1 && name_ == "weight_map")
-      return refuse(text("a weight_map that is ", what, ", not an object"));
+    if (depth_ == 0) return fail(Code::corrupt, path_, " is ", what, ", not an object");
+    if (depth_ == 1 && name_ == "weight_map") return refuse("a weight_map that is ", what, ", not an object");
     return {};
   }
 
@@ -295,11 +287,11 @@ class ShardIndexReader final : public JsonEvents {
   }
 
  private:
-  tl::unexpected<base::Error> refuse(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, " has ", what));
+  tl::unexpected<base::Error> refuse(const auto&... what) const {
+    return fail(Code::corrupt, path_, " has ", what...);
   }
   Status refuse_file(std::string_view what) const {
-    return refuse(text("tensor ", quoted(name_), " in ", what, ", not in a file name"));
+    return refuse("tensor ", quoted(name_), " in ", what, ", not in a file name");
   }
 
   static bool stays_inside(std::string_view file) {
@@ -325,20 +317,19 @@ class ShardIndexReader final : public JsonEvents {
 Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first,
                                      uint64_t file_size_bytes, const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes) {
-    return fail(Code::corrupt,
-                text(path, ": its ", file_size_bytes, " bytes are too few for a safetensors file"));
+    return fail(Code::corrupt, path, ": its ", file_size_bytes, " bytes are too few for a safetensors file");
   }
   static_assert(std::endian::native == std::endian::little);
   uint64_t length = 0;
   std::memcpy(&length, first.data(), kHeaderLengthBytes);
-  if (length == 0) return fail(Code::corrupt, text(path, ": header length is 0"));
+  if (length == 0) return fail(Code::corrupt, path, ": header length is 0");
   if (length > kHeaderBytesMax) {
-    return fail(Code::corrupt, text(path, ": header length ", length, " is over the format's limit of ",
-                                    kHeaderBytesMax, "; is it a safetensors file?"));
+    return fail(Code::corrupt, path, ": header length ", length, " is over the format's limit of ",
+                kHeaderBytesMax, "; is it a safetensors file?");
   }
   if (length > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", length, " bytes ends past the file's ",
-                                    file_size_bytes, " bytes; is it cut short?"));
+    return fail(Code::corrupt, path, ": header of ", length, " bytes ends past the file's ", file_size_bytes,
+                " bytes; is it cut short?");
   }
   return length;
 }
@@ -346,12 +337,12 @@ Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthByt
 Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes,
                                       const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes || json.size() > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", json.size(), " bytes ends past the file's ",
-                                    file_size_bytes, " bytes; is it cut short?"));
+    return fail(Code::corrupt, path, ": header of ", json.size(), " bytes ends past the file's ",
+                file_size_bytes, " bytes; is it cut short?");
   }
   const size_t brace = json.find_first_not_of(" \t\r\n");
   if (brace == std::string_view::npos || json[brace] != '{') {
-    return fail(Code::corrupt, text(path, ": header does not begin with '{'; is it a safetensors file?"));
+    return fail(Code::corrupt, path, ": header does not begin with '{'; is it a safetensors file?");
   }
   const uint64_t data_begin = kHeaderLengthBytes + json.size();
   HeaderReader reader(path, data_begin, file_size_bytes - data_begin);
@@ -362,7 +353,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
   const auto twin = std::adjacent_find(tensors.begin(), tensors.end(),
                                        [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
   if (twin != tensors.end()) {
-    return fail(Code::corrupt, text(path, ": tensor ", quoted(twin->name), " is there twice"));
+    return fail(Code::corrupt, path, ": tensor ", quoted(twin->name), " is there twice");
   }
   TRY(check_tiling(tensors, data_begin, file_size_bytes, path));
   return part;
@@ -370,8 +361,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
 
 Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& path) {
   if (json.size() > kHeaderBytesMax) {
-    return fail(Code::corrupt,
-                text(path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax));
+    return fail(Code::corrupt, path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax);
   }
   ShardIndexReader reader(path);
   TRY(walk_json(json, path, reader));
@@ -383,13 +373,13 @@ Status check_shard_index(const ShardIndex& shards, const Index& index, Holds hol
     const Tensor* tensor = index.find(name);
     if (tensor == nullptr && holds == Holds::some) continue;
     if (tensor == nullptr) {
-      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file),
-                                      ", but no file has it"));
+      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
+                  ", but no file has it");
     }
     const std::string_view path = index.files[tensor->file].path;
     if (path != file && !path.ends_with("/" + file)) {
-      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file),
-                                      ", but it is in ", path));
+      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
+                  ", but it is in ", path);
     }
   }
   return {};

@@ -11,7 +11,6 @@ namespace tensord::tensor {
 using base::Code;
 using base::fail;
 using base::quoted;
-using base::text;
 
 namespace {
 
@@ -77,7 +76,7 @@ class Picking {
     }
     const size_t rank = tensor_.shape.size();
     if (ellipses > 1) return refuse("an index may hold one '...' only");
-    if (taken > rank) return refuse(text("too many indices: ", taken, " for ", rank, " dimensions"));
+    if (taken > rank) return refuse("too many indices: ", taken, " for ", rank, " dimensions");
     for (const IndexItem& item : items) {
       if (item.kind == IndexItem::Kind::ellipsis) {
         take_whole(rank - taken);
@@ -86,7 +85,7 @@ class Picking {
       }
     }
     take_whole(rank - dimension_);
-    if (picked_.shape.size() > kRankMax) return refuse(text("more than ", kRankMax, " dimensions"));
+    if (picked_.shape.size() > kRankMax) return refuse("more than ", kRankMax, " dimensions");
     return std::move(picked_);
   }
 
@@ -102,14 +101,13 @@ class Picking {
     if (item.kind == IndexItem::Kind::integer) {
       const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
       if (at < 0 || at >= Wide(extent)) {
-        return refuse(
-            text("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ", extent));
+        return refuse("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ",
+                      extent);
       }
       picked_.offset += at * stride;
       picked_.is_whole = false;
     } else {
-      if (item.step == 0)
-        return refuse(text("dimension ", dimension_, ": the step of a slice must not be 0"));
+      if (item.step == 0) return refuse("dimension ", dimension_, ": the step of a slice must not be 0");
       const Range range = clip(item, extent);
       int64_t step_stride;
       if (range.length < 2 || __builtin_mul_overflow(range.step, stride, &step_stride)) step_stride = stride;
@@ -131,8 +129,8 @@ class Picking {
     }
   }
 
-  tl::unexpected<base::Error> refuse(std::string why) const {
-    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor_.name), ": ", why));
+  tl::unexpected<base::Error> refuse(const auto&... why) const {
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor_.name), ": ", why...);
   }
 
   const Tensor& tensor_;
@@ -190,8 +188,8 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   // Bit offsets of sub-byte types must fit as well: no tensor is larger than an exbibyte.
   constexpr uint64_t kSizeMax = uint64_t{1} << 60;
   if (tensor.size_bytes > kSizeMax || !base::checked_add(offset, tensor.size_bytes)) {
-    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
-                                             " bytes at ", offset, " do not fit an address space"));
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
+                " bytes at ", offset, " do not fit an address space");
   }
   const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
   const uint32_t bits = dtype_bits(tensor.dtype);
@@ -203,9 +201,8 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   }
   if (picked.is_whole) return whole(tensor, offset);
   if (bits == 0) {
-    return fail(Code::invalid_argument,
-                text("slice tensor ", quoted(tensor.name), ": its type ", quoted(tensor.dtype_text),
-                     " is not known; it can be read as a whole only"));
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": its type ",
+                quoted(tensor.dtype_text), " is not known; it can be read as a whole only");
   }
   for (const uint64_t extent : picked.shape) {
     if (extent == 0) return Strided{offset, {0}, {1}, 1};
@@ -213,9 +210,9 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   if (picked.has_unit_steps) {
     if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
   }
-  return fail(Code::invalid_argument,
-              text("slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype), " have ",
-                   bits, " bits; a slice must begin and end on whole bytes and have step 1"));
+  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": elements of ",
+              dtype_name(tensor.dtype), " have ", bits,
+              " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
 // --- text --------------------------------------------------------------------------------------------------------
@@ -294,7 +291,7 @@ class IndexText {
   }
 
   tl::unexpected<base::Error> refuse(std::string_view why) const {
-    return fail(Code::invalid_argument, text("view ", quoted(text_), ": ", why, " at character ", at_ + 1));
+    return fail(Code::invalid_argument, "view ", quoted(text_), ": ", why, " at character ", at_ + 1);
   }
 
   const std::string_view text_;
