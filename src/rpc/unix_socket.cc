@@ -88,13 +88,10 @@ Status check_folder_owner(const std::string& socket_path) {
 }  // namespace
 
 std::string runtime_folder() {
-  if (const char* folder = std::getenv("TENSORD_RUNTIME_DIR"); folder != nullptr && *folder != '\0') {
-    return without_slashes(folder);
-  }
-  if (const char* home = std::getenv("XDG_RUNTIME_DIR"); home != nullptr && *home != '\0') {
-    return without_slashes(home) + "/tensord";
-  }
-  return text("/tmp/tensord-", ::geteuid());
+  const std::string folder = base::environment("TENSORD_RUNTIME_DIR");
+  if (!folder.empty()) return without_slashes(folder);
+  const std::string home = base::environment("XDG_RUNTIME_DIR");
+  return home.empty() ? text("/tmp/tensord-", ::geteuid()) : without_slashes(home) + "/tensord";
 }
 
 std::string socket_path(const std::string& folder) { return folder + "/socket"; }
