@@ -28,18 +28,8 @@ namespace {
 
 // Errors of a direct read that say nothing of the disk: this file, or this system, has no such way.
 bool is_refusal(int error) {
-  switch (error) {
-    case EINVAL:
-    case EOPNOTSUPP:
-    case ENOSYS:
-    case EAGAIN:
-    case EBUSY:
-    case ENOMEM:
-    case ECANCELED:
-      return true;
-    default:
-      return false;
-  }
+  static constexpr int kRefusals[] = {EINVAL, EOPNOTSUPP, ENOSYS, EAGAIN, EBUSY, ENOMEM, ECANCELED};
+  return std::find(std::begin(kRefusals), std::end(kRefusals), error) != std::end(kRefusals);
 }
 
 // Another descriptor of the same file, for O_DIRECT.
@@ -155,7 +145,7 @@ class FileSource final : public Source {
     const ReadRequest& request = job->request;
     File& file = *files_[request.file];
     const uint64_t size_bytes = file.source.identity.size_bytes;
-    if (cancelled_) return finish(*job, fail(Code::cancelled, place(*job), ": cancelled"));
+    if (cancelled_) return finish(*job, cancelled(*job));
     if (request.offset > size_bytes || request.target.size() > size_bytes - request.offset) {
       return finish(*job, fail(Code::corrupt, place(*job), ": ", request.target.size(),
                                " bytes are needed, the file has ", size_bytes, " in all"));
@@ -178,7 +168,7 @@ class FileSource final : public Source {
   // Goes on until the job is done or waits for a direct read.
   void advance(const std::shared_ptr<Job>& job) {
     while (true) {
-      if (cancelled_) return finish(*job, fail(Code::cancelled, place(*job), ": cancelled"));
+      if (cancelled_) return finish(*job, cancelled(*job));
       if (job->filled == job->request.target.size()) return finish(*job, {});
       const Part part = next_part(*job);
       if (part.way == Part::Way::direct) return read_direct(job, part.size_bytes);
@@ -213,7 +203,7 @@ class FileSource final : public Source {
     const size_t end = job.filled + part.size_bytes;
     const uint64_t begin_offset = job.offset();
     while (job.filled < end) {
-      if (cancelled_) return fail(Code::cancelled, place(job), ": cancelled");
+      if (cancelled_) return cancelled(job);
       TRY(options_.cached_path == CachedPath::stream ? stream_piece(job, end - job.filled)
                                                      : fill_piece(job, end - job.filled));
     }
@@ -232,7 +222,7 @@ class FileSource final : public Source {
     const int error = errno;
     if (got < 0 && (error == EINTR || error == EAGAIN)) return size_t{0};
     if (got < 0) return base::fail_errno(error, place(job));
-    if (got == 0) return fail(Code::corrupt, ends_early(job));
+    if (got == 0) return base::pass_on(ends_early(job));
     if (static_cast<size_t>(got) > size_bytes) {
       return fail(Code::internal, place(job), ": the system returned ", got, " bytes for ", size_bytes,
                   " asked for");
@@ -240,10 +230,11 @@ class FileSource final : public Source {
     return static_cast<size_t>(got);
   }
 
-  std::string ends_early(const Job& job) const {
-    return text(place(job), ": the file ends ", job.request.target.size() - job.filled,
+  Status ends_early(const Job& job) const {
+    return fail(Code::corrupt, place(job), ": the file ends ", job.request.target.size() - job.filled,
                 " bytes early; was it cut short?");
   }
+  Status cancelled(const Job& job) const { return fail(Code::cancelled, place(job), ": cancelled"); }
 
   Status fill_piece(Job& job, size_t size_bytes) {
     const size_t wanted = std::min(size_bytes, job.request.piece ? kPieceBytes : kReadBytesMax);
@@ -276,7 +267,7 @@ class FileSource final : public Source {
 
   void directed(const std::shared_ptr<Job>& job, size_t wanted, int64_t result) {
     if (result == -EINTR) return advance(job);
-    if (result == 0) return finish(*job, fail(Code::corrupt, ends_early(*job)));
+    if (result == 0) return finish(*job, ends_early(*job));
     if (result < 0 && !is_refusal(static_cast<int>(-result))) {
       return finish(*job, base::fail_errno(static_cast<int>(-result), place(*job)));
     }
@@ -334,12 +325,6 @@ class FileSource final : public Source {
 };
 
 }  // namespace
-
-PreadFunction system_pread() {
-  return [](int fd, void* target, size_t size_bytes, off_t offset) {
-    return ::pread(fd, target, size_bytes, offset);
-  };
-}
 
 std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool,
                                          FileSourceOptions options) {
