@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -19,8 +20,7 @@ using base::fail;
 
 namespace {
 
-// Small frames come whole in one read of this size; what is left of a larger one is read straight into its
-// payload.
+// Small frames come whole in one read of this size.
 constexpr size_t kReadBytes = 16 << 10;
 constexpr size_t kKernelFdsMax = 253;  // SCM_MAX_FD
 
@@ -67,20 +67,18 @@ int64_t deadline_after(int64_t timeout_ms) { return base::monotonic_ns() + timeo
 
 }  // namespace
 
-std::span<std::byte> FrameReader::room_in_payload() {
-  const size_t left = header_->size_bytes - filled_bytes_;
-  if (filled_bytes_ == payload_.size()) {
-    payload_.resize(filled_bytes_ + std::min(left, std::max(kReadBytes, filled_bytes_)));
-  }
-  return std::span(payload_).subspan(filled_bytes_);
-}
-
 Status FrameReader::read_from(int socket) {
-  std::array<std::byte, kReadBytes> chunk;  // not cleared: this is the hot path
-  const bool straight = unparsed().empty() && header_ && header_->size_bytes - filled_bytes_ >= kReadBytes;
-  const std::span<std::byte> target = straight ? room_in_payload() : std::span<std::byte>(chunk);
+  if (begin_ > 0) {
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= std::exchange(begin_, 0);
+  }
+  if (buffer_.size() - end_ < kReadBytes) {
+    // As much again as has come, so that large frames take few reads.
+    const size_t left = header_ ? header_->size_bytes - end_ : 0;
+    buffer_.resize(end_ + std::max(kReadBytes, std::min(end_, left)));
+  }
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kKernelFdsMax)];
-  iovec data{target.data(), target.size()};
+  iovec data{buffer_.data() + end_, buffer_.size() - end_};
   msghdr message{};
   message.msg_iov = &data;
   message.msg_iovlen = 1;
@@ -106,19 +104,13 @@ Status FrameReader::read_from(int socket) {
     arrivals_.clear();
     return fail(Code::corrupt, "more than ", kFrameFdsMax, " descriptors came with one frame");
   }
-  if (straight) {
-    filled_bytes_ += static_cast<size_t>(got);
-  } else {
-    buffer_.erase(buffer_.begin(), buffer_.begin() + static_cast<ptrdiff_t>(parsed_bytes_));
-    parsed_bytes_ = 0;
-    buffer_.insert(buffer_.end(), chunk.begin(), chunk.begin() + got);
-  }
+  end_ += static_cast<size_t>(got);
   return {};
 }
 
 Status FrameReader::parse_header() {
   HeaderWords words;
-  std::memcpy(words.data(), unparsed().data(), sizeof words);
+  std::memcpy(words.data(), buffer_.data() + begin_, sizeof words);
   const auto [magic, size_bytes, fd_count, zero] = words;
   if (magic != kFrameMagic || zero != 0)
     return fail(Code::corrupt, "these bytes are not a frame of tensord's protocol");
@@ -129,9 +121,8 @@ Status FrameReader::parse_header() {
     return fail(Code::corrupt, "a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax,
                 " are allowed");
   }
-  header_ =
-      Header{size_bytes, fd_count, received_bytes_ - unparsed().size() + kFrameHeaderBytes + size_bytes};
-  parsed_bytes_ += kFrameHeaderBytes;
+  header_ = Header{size_bytes, fd_count, received_bytes_ - (end_ - begin_) + kFrameHeaderBytes + size_bytes};
+  begin_ += kFrameHeaderBytes;
   return {};
 }
 
@@ -148,29 +139,23 @@ Result<std::vector<base::Fd>> FrameReader::take_fds() {
 
 Result<std::optional<Frame>> FrameReader::next() {
   if (!header_) {
-    if (unparsed().size() < kFrameHeaderBytes) return std::nullopt;
+    if (end_ - begin_ < kFrameHeaderBytes) return std::nullopt;
     if (Status parsed = parse_header(); !parsed) {
       arrivals_.clear();
       return base::pass_on(parsed);
     }
   }
-  const size_t more = std::min<size_t>(unparsed().size(), header_->size_bytes - filled_bytes_);
-  if (more > 0) {
-    if (payload_.size() < filled_bytes_ + more) payload_.resize(filled_bytes_ + more);
-    std::memcpy(payload_.data() + filled_bytes_, unparsed().data(), more);
-    parsed_bytes_ += more;
-    filled_bytes_ += more;
-  }
-  if (filled_bytes_ < header_->size_bytes) return std::nullopt;
+  if (end_ - begin_ < header_->size_bytes) return std::nullopt;
   auto fds = take_fds();
   if (!fds) {
     arrivals_.clear();
     return base::pass_on(fds);
   }
-  Frame frame{std::move(payload_), std::move(*fds)};
-  payload_.clear();
-  filled_bytes_ = 0;
+  const std::byte* const bytes = buffer_.data() + begin_;
+  Frame frame{{bytes, bytes + header_->size_bytes}, std::move(*fds)};
+  begin_ += header_->size_bytes;
   header_.reset();
+  if (begin_ == end_ && buffer_.size() > kReadBytes) buffer_ = {};  // a large frame's room is not kept
   return frame;
 }
 
