@@ -46,11 +46,6 @@ Extent source_extent(const Copy2D& record) {
   return source_reach(Nest(record)).value_or(Extent{});
 }
 
-Extent target_extent(const Copy2D& record) {
-  if (record.is_empty()) return {};
-  return target_reach(Nest(record)).value_or(Extent{});
-}
-
 bool can_cast(Dtype source, Dtype target) {
   const auto is_float = [](Dtype dtype) {
     return dtype == Dtype::f16 || dtype == Dtype::bf16 || dtype == Dtype::f32 || dtype == Dtype::f64;

@@ -67,18 +67,8 @@ CopyPlan canonical(CopyPlan plan) {
   }
   join_rows(rows);
   out.records.insert(out.records.end(), rows.begin(), rows.end());
-  // All fields, so that equal records end up side by side.
-  const auto key = [](const Copy2D& a) {
-    return std::tie(a.kind, a.source, a.source_offset, a.target, a.target_offset, a.row_bytes, a.row_count,
-                    a.source_pitch, a.target_pitch, a.source_dtype, a.target_dtype, a.outer_count);
-  };
-  const auto outer_key = [](const Repeat& a) { return std::tie(a.count, a.source_pitch, a.target_pitch); };
-  std::sort(out.records.begin(), out.records.end(), [&](const Copy2D& a, const Copy2D& b) {
-    if (key(a) != key(b)) return key(a) < key(b);
-    return std::lexicographical_compare(
-        a.outer.begin(), a.outer.end(), b.outer.begin(), b.outer.end(),
-        [&](const Repeat& x, const Repeat& y) { return outer_key(x) < outer_key(y); });
-  });
+  std::sort(out.records.begin(), out.records.end());  // so that equal records end up side by side
+  sort_records(out.records);
   out.records.erase(std::unique(out.records.begin(), out.records.end()), out.records.end());
   return out;
 }
