@@ -82,7 +82,6 @@ struct Extent {
   uint64_t end = 0;
   bool operator==(const Extent&) const = default;
 };
-Extent source_extent(const Copy2D& record);
 
 // --- compiling -------------------------------------------------------------------------------------------------
 
