@@ -21,9 +21,8 @@ std::string human_bytes(uint64_t bytes) {
 
 Result<uint64_t> parse_bytes(std::string_view text) {
   const auto refuse = [&] {
-    return fail(
-        Code::invalid_argument,
-        "size '" + std::string(text) + "': write a number with an optional unit, such as 8GiB or 512MiB");
+    return fail(Code::invalid_argument, "size '", text,
+                "': write a number with an optional unit, such as 8GiB or 512MiB");
   };
   double value = 0;
   const auto [rest, problem] = std::from_chars(text.data(), text.data() + text.size(), value);

@@ -31,7 +31,6 @@ inline std::optional<uint64_t> checked_multiply(uint64_t a, uint64_t b) {
 inline constexpr uint64_t align_up(uint64_t value, uint64_t alignment) {
   return (value + alignment - 1) & ~(alignment - 1);
 }
-inline constexpr uint64_t align_down(uint64_t value, uint64_t alignment) { return value & ~(alignment - 1); }
 
 // 2147483648 -> "2.00 GiB", 512 -> "512 B".
 std::string human_bytes(uint64_t bytes);

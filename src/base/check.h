@@ -1,10 +1,16 @@
 // CHECK: for our own bugs only. Data from files, sockets and callers gets a Result instead.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace tensord::base {
 
 // Prints the place and the broken promise to stderr and aborts. Never returns.
-[[noreturn]] void check_failed(const char* file, int line, const char* what);
+[[noreturn]] inline void check_failed(const char* file, int line, const char* what) {
+  std::fprintf(stderr, "%s:%d: broken promise: %s\n", file, line, what);
+  std::abort();
+}
 
 }  // namespace tensord::base
 

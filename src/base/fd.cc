@@ -15,13 +15,13 @@ void Fd::reset(int fd) {
 
 Result<Pipe> make_pipe() {
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return tl::unexpected(errno_error("make a pipe", errno));
+  if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return fail_errno(errno, "make a pipe");
   return Pipe{Fd(ends[0]), Fd(ends[1])};
 }
 
 Result<Fd> duplicate(int fd) {
   const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
-  if (copy < 0) return tl::unexpected(errno_error("duplicate a descriptor", errno));
+  if (copy < 0) return fail_errno(errno, "duplicate a descriptor");
   return Fd(copy);
 }
 
@@ -31,12 +31,10 @@ Status read_exactly(int fd, uint64_t offset, std::span<std::byte> target, const 
     const ssize_t got =
         ::pread(fd, target.data() + done, target.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0)
-      return tl::unexpected(errno_error("read " + what + " at " + std::to_string(offset + done), errno));
+    if (got < 0) return fail_errno(errno, "read ", what, " at ", offset + done);
     if (got == 0) {
-      return fail(Code::corrupt, "read " + what + " at " + std::to_string(offset + done) +
-                                     ": the file ends " + std::to_string(target.size() - done) +
-                                     " bytes early");
+      return fail(Code::corrupt, "read ", what, " at ", offset + done, ": the file ends ",
+                  target.size() - done, " bytes early");
     }
     done += static_cast<size_t>(got);
   }
@@ -46,9 +44,8 @@ Status read_exactly(int fd, uint64_t offset, std::span<std::byte> target, const 
 Result<std::string> read_file(int fd, uint64_t size_bytes_max, const std::string& what) {
   TRY_ASSIGN(const FileIdentity identity, identify_file(fd, what));
   if (identity.size_bytes > size_bytes_max) {
-    return fail(Code::invalid_argument, "read " + what + ": " + std::to_string(identity.size_bytes) +
-                                            " bytes, at most " + std::to_string(size_bytes_max) +
-                                            " are allowed");
+    return fail(Code::invalid_argument, "read ", what, ": ", identity.size_bytes, " bytes, at most ",
+                size_bytes_max, " are allowed");
   }
   std::string text(identity.size_bytes, '\0');
   TRY(read_exactly(fd, 0, std::as_writable_bytes(std::span(text)), what));
@@ -71,26 +68,25 @@ const char* kind_of(mode_t mode) {
 
 Result<FileIdentity> identify_file(int fd, const std::string& what) {
   struct stat status;
-  if (::fstat(fd, &status) != 0) return tl::unexpected(errno_error("stat " + what, errno));
+  if (::fstat(fd, &status) != 0) return fail_errno(errno, "stat ", what);
   if (!S_ISREG(status.st_mode)) {
-    return fail(Code::invalid_argument,
-                what + " is " + kind_of(status.st_mode) + ", a regular file is needed");
+    return fail(Code::invalid_argument, what, " is ", kind_of(status.st_mode), ", a regular file is needed");
   }
   return FileIdentity{status.st_dev, status.st_ino, static_cast<uint64_t>(status.st_size), mtime_of(status)};
 }
 
 Status check_unchanged(int fd, const FileIdentity& expected, const std::string& what) {
   struct stat status;
-  if (::fstat(fd, &status) != 0) return tl::unexpected(errno_error("stat " + what, errno));
+  if (::fstat(fd, &status) != 0) return fail_errno(errno, "stat ", what);
   if (static_cast<uint64_t>(status.st_size) != expected.size_bytes) {
-    return fail(Code::changed, what + " changed while it was read: " + std::to_string(expected.size_bytes) +
-                                   " bytes became " + std::to_string(status.st_size) + "; open it again");
+    return fail(Code::changed, what, " changed while it was read: ", expected.size_bytes, " bytes became ",
+                status.st_size, "; open it again");
   }
   if (mtime_of(status) != expected.mtime_ns) {
-    return fail(Code::changed, what + " was written to while it was read; open it again");
+    return fail(Code::changed, what, " was written to while it was read; open it again");
   }
   if (status.st_nlink == 0) {
-    return fail(Code::changed, what + " was deleted or replaced while it was read; open it again");
+    return fail(Code::changed, what, " was deleted or replaced while it was read; open it again");
   }
   return {};
 }

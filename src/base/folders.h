@@ -1,4 +1,4 @@
-// Folders of this user.
+// Folders of this user, and the environment that names them.
 #pragma once
 
 #include <string>
@@ -6,6 +6,9 @@
 #include "base/result.h"
 
 namespace tensord::base {
+
+// The value of an environment variable, empty when it is not set.
+std::string environment(const char* name);
 
 // $TENSORD_STATE_DIR, else $XDG_STATE_HOME/tensord, else ~/.local/state/tensord.
 std::string state_folder();

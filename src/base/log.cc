@@ -41,8 +41,8 @@ Result<LogLevel> parse_log_level(std::string_view name) {
   for (size_t at = 0; at < kLevels.size(); ++at) {
     if (kLevels[at].first == name) return static_cast<LogLevel>(at);
   }
-  return fail(Code::invalid_argument,
-              "log level '" + std::string(name) + "': one of trace, debug, info, warning, error, off");
+  return fail(Code::invalid_argument, "log level '", name,
+              "': one of trace, debug, info, warning, error, off");
 }
 
 Status start_log(LogLevel level, const std::string& path) try {
@@ -59,7 +59,7 @@ Status start_log(LogLevel level, const std::string& path) try {
   logger() = std::move(started);
   return {};
 } catch (const std::exception& problem) {
-  return fail(Code::unavailable, "open log file " + path + ": " + problem.what());
+  return fail(Code::unavailable, "open log file ", path, ": ", problem.what());
 }
 
 bool log_enabled(LogLevel level) { return logger()->should_log(kLevels[static_cast<size_t>(level)].second); }

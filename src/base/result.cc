@@ -6,29 +6,11 @@
 namespace tensord::base {
 
 std::string_view code_name(Code code) {
-  switch (code) {
-    case Code::not_found:
-      return "not_found";
-    case Code::invalid_argument:
-      return "invalid_argument";
-    case Code::exhausted:
-      return "exhausted";
-    case Code::unavailable:
-      return "unavailable";
-    case Code::cancelled:
-      return "cancelled";
-    case Code::corrupt:
-      return "corrupt";
-    case Code::changed:
-      return "changed";
-    case Code::denied:
-      return "denied";
-    case Code::unsupported:
-      return "unsupported";
-    case Code::internal:
-      return "internal";
-  }
-  return "internal";
+  static constexpr std::string_view kNames[] = {
+      // by number
+      "",        "not_found", "invalid_argument", "exhausted",   "unavailable", "cancelled",
+      "corrupt", "changed",   "denied",           "unsupported", "internal"};
+  return kNames[static_cast<size_t>(code_from(static_cast<uint32_t>(code)))];
 }
 
 Code code_from(uint32_t number) {

@@ -7,6 +7,8 @@
 #include <tl/expected.hpp>
 #include <utility>
 
+#include "base/text.h"
+
 namespace tensord::base {
 
 // The numbers are part of the protocol and of the C ABI (include/tensord/tensord.h): never renumber.
@@ -40,8 +42,10 @@ template <typename T>
 using Result = tl::expected<T, Error>;
 using Status = Result<void>;
 
-inline tl::unexpected<Error> fail(Code code, std::string message) {
-  return tl::unexpected<Error>(Error{code, std::move(message)});
+// fail(Code::corrupt, path, ": ", count, " bytes"): the parts are joined as text() does.
+template <typename... Parts>
+tl::unexpected<Error> fail(Code code, const Parts&... parts) {
+  return tl::unexpected<Error>(Error{code, text(parts...)});
 }
 
 // The error of a failed result, to return it as any other Result: `return pass_on(status)`.
@@ -53,6 +57,12 @@ tl::unexpected<Error> pass_on(T&& failed) {
 // "what: <errno text>", with the code that fits errno (ENOENT not_found, EACCES denied, ENOMEM/ENOSPC/EMFILE
 // exhausted, ENAMETOOLONG/ELOOP/EISDIR invalid_argument, others unavailable).
 Error errno_error(std::string_view what, int errno_value);
+
+// fail_errno(errno, "open ", path)
+template <typename... Parts>
+tl::unexpected<Error> fail_errno(int errno_value, const Parts&... parts) {
+  return tl::unexpected<Error>(errno_error(text(parts...), errno_value));
+}
 
 }  // namespace tensord::base
 

@@ -33,13 +33,11 @@ __attribute__((target("avx2"))) void stream_lines_256(std::byte* target, const s
   _mm256_zeroupper();
 }
 
-CopyLines* widest_lines() {
-  if (__builtin_cpu_supports("avx512f")) return stream_lines_512;
-  return __builtin_cpu_supports("avx2") ? stream_lines_256 : nullptr;
-}
-
+// nullptr where the CPU has no instructions that are worth while.
 CopyLines* stream_lines() {
-  static CopyLines* const lines = widest_lines();
+  static CopyLines* const lines = __builtin_cpu_supports("avx512f") ? stream_lines_512
+                                  : __builtin_cpu_supports("avx2")  ? stream_lines_256
+                                                                    : nullptr;
   return lines;
 }
 

@@ -6,7 +6,7 @@
 #include <future>
 #include <random>
 
-#include "storage/memory_source.h"
+#include "storage/memory_source_testing.h"
 #include "tensor/safetensors.h"
 
 namespace tensord::engine {

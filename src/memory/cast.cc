@@ -1,5 +1,7 @@
 #include "memory/cast.h"
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -8,10 +10,6 @@
 
 #include "base/check.h"
 #include "tensor/plan.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace tensord::memory {
 
@@ -114,7 +112,6 @@ constexpr std::array<float, 256> kE5m2 = float8_table<5, 2, true>();
 
 // --- many elements with AVX2 and F16C --------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
 #define TENSORD_AVX2 __attribute__((target("avx2,f16c")))
 
 bool has_avx2() {
@@ -178,13 +175,6 @@ TENSORD_AVX2 uint64_t f32_to_bf16_by_8(const std::byte* source, std::byte* targe
   }
   return at;
 }
-#else
-bool has_avx2() { return false; }
-uint64_t f16_to_f32_by_8(const std::byte*, std::byte*, uint64_t) { return 0; }
-uint64_t f32_to_f16_by_8(const std::byte*, std::byte*, uint64_t) { return 0; }
-uint64_t bf16_to_f32_by_8(const std::byte*, std::byte*, uint64_t) { return 0; }
-uint64_t f32_to_bf16_by_8(const std::byte*, std::byte*, uint64_t) { return 0; }
-#endif
 
 // --- many elements, through F32 --------------------------------------------------------------------------------------
 

@@ -47,30 +47,27 @@ Place place_of(const Copy2D& record, uint64_t index) {
   return place;
 }
 
-void run_plane(const Copy2D& record, const Plane& plane) {
-  if (record.kind == Copy2D::Kind::fill) return fill_lines(plane);
-  const bool is_tiled = record.is_transposed() && plane.line_count > 1;
-  if (record.casts()) {
-    return cast_plane(plane, {record.source_dtype, record.target_dtype},
-                      is_tiled ? PlaneOrder::tiles : PlaneOrder::lines);
-  }
-  return is_tiled ? copy_tiles(plane) : copy_lines(plane);
+// The bytes that `size_bytes` of whole elements of the source become.
+uint64_t cast_bytes(const Copy2D& record, uint64_t size_bytes) {
+  if (!record.casts()) return size_bytes;
+  return size_bytes / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
 }
 
 void run_task(const Copy2D& record, const Task& task, const CopySource& source, const CopyTarget& target,
               Stores stores) {
   Plane plane;
   plane.stores = stores;
+  plane.source_dtype = record.source_dtype;
+  plane.target_dtype = record.target_dtype;
   plane.row_bytes = task.byte_count;
+  plane.target_row_bytes = cast_bytes(record, task.byte_count);
   plane.row_count = task.row_count;
   plane.source_row_pitch = record.source_pitch;
   plane.target_row_pitch = record.target_pitch;
   plane.source_line_pitch = record.outer[0].source_pitch;
   plane.target_line_pitch = record.outer[0].target_pitch;
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
-  uint64_t target_byte = task.byte_begin;
-  if (record.casts())
-    target_byte = task.byte_begin / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
+  const uint64_t target_byte = cast_bytes(record, task.byte_begin);
   const auto row_begin = static_cast<int64_t>(task.row_begin);
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end;
        index += plane.line_count) {
@@ -82,7 +79,12 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
     }
     plane.target =
         target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
-    run_plane(record, plane);
+    if (record.kind == Copy2D::Kind::fill) {
+      fill_lines(plane);
+    } else {
+      copy_plane(plane,
+                 record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
+    }
   }
 }
 

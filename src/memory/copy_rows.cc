@@ -121,25 +121,25 @@ void gather_tile(const Plane& tile, std::byte* stage) {
   }
 }
 
-void scatter_tile(const Plane& tile, const std::byte* stage, uint64_t row_bytes) {
+void scatter_tile(const Plane& tile, const std::byte* stage) {
   for (uint64_t line = 0; line < tile.line_count; ++line) {
-    copy_rows({stage + line * tile.row_count * row_bytes,
-               tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, row_bytes, tile.row_count,
-               static_cast<int64_t>(row_bytes), tile.target_row_pitch});
+    copy_rows({stage + line * tile.row_count * tile.target_row_bytes,
+               tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, tile.target_row_bytes,
+               tile.row_count, static_cast<int64_t>(tile.target_row_bytes), tile.target_row_pitch});
   }
 }
 
-uint64_t count_elements(uint64_t bytes, tensor::Dtype dtype) { return bytes / *tensor::dtype_bytes(dtype); }
+void cast_packed(const Plane& plane, const std::byte* source, std::byte* target, uint64_t size_bytes) {
+  cast_elements(plane.source_dtype, source, plane.target_dtype, target,
+                size_bytes / *tensor::dtype_bytes(plane.source_dtype));
+}
 
-void cast_rows(const Rows& rows, const Cast& cast) {
-  const uint64_t target_row_bytes =
-      count_elements(rows.row_bytes, cast.source_dtype) * *tensor::dtype_bytes(cast.target_dtype);
+void cast_rows(const Plane& plane, const Rows& rows) {
   if (rows.row_bytes * 2 > kStageBytes) {
     for (uint64_t at = 0; at < rows.row_count; ++at) {
       const auto step = static_cast<int64_t>(at);
-      cast_elements(cast.source_dtype, rows.source + step * rows.source_pitch, cast.target_dtype,
-                    rows.target + step * rows.target_pitch,
-                    count_elements(rows.row_bytes, cast.source_dtype));
+      cast_packed(plane, rows.source + step * rows.source_pitch, rows.target + step * rows.target_pitch,
+                  rows.row_bytes);
     }
     return;
   }
@@ -151,10 +151,9 @@ void cast_rows(const Rows& rows, const Cast& cast) {
     const auto step = static_cast<int64_t>(begin);
     copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count,
                rows.source_pitch, static_cast<int64_t>(rows.row_bytes)});
-    cast_elements(cast.source_dtype, gathered.data(), cast.target_dtype, converted.data(),
-                  count_elements(count * rows.row_bytes, cast.source_dtype));
-    copy_rows({converted.data(), rows.target + step * rows.target_pitch, target_row_bytes, count,
-               static_cast<int64_t>(target_row_bytes), rows.target_pitch});
+    cast_packed(plane, gathered.data(), converted.data(), count * rows.row_bytes);
+    copy_rows({converted.data(), rows.target + step * rows.target_pitch, plane.target_row_bytes, count,
+               static_cast<int64_t>(plane.target_row_bytes), rows.target_pitch});
   }
 }
 
@@ -172,30 +171,19 @@ void each_line(const Plane& plane, const Visit& visit) {
 
 }  // namespace
 
-void copy_lines(const Plane& plane) { each_line(plane, copy_rows); }
-
-void copy_tiles(const Plane& plane) {
-  // Through a stage, so that source rows a power of two apart do not evict each other from the cache.
-  alignas(64) std::array<std::byte, kStageBytes> stage;
-  each_tile(plane, [&](const Plane& tile) {
-    gather_tile(tile, stage.data());
-    scatter_tile(tile, stage.data(), tile.row_bytes);
-  });
-}
-
-void cast_plane(const Plane& plane, const Cast& cast, PlaneOrder order) {
+void copy_plane(const Plane& plane, PlaneOrder order) {
   if (order == PlaneOrder::lines) {
-    each_line(plane, [&](const Rows& rows) { cast_rows(rows, cast); });
-    return;
+    if (!plane.casts()) return each_line(plane, copy_rows);
+    return each_line(plane, [&](const Rows& rows) { cast_rows(plane, rows); });
   }
+  // Through a stage, so that source rows a power of two apart do not evict each other from the cache.
   alignas(64) std::array<std::byte, kStageBytes> gathered;
   alignas(64) std::array<std::byte, kStageBytes * kCastWidening> converted;
-  const uint64_t row_elements = count_elements(plane.row_bytes, cast.source_dtype);
   each_tile(plane, [&](const Plane& tile) {
     gather_tile(tile, gathered.data());
-    cast_elements(cast.source_dtype, gathered.data(), cast.target_dtype, converted.data(),
-                  tile.line_count * tile.row_count * row_elements);
-    scatter_tile(tile, converted.data(), row_elements * *tensor::dtype_bytes(cast.target_dtype));
+    if (!plane.casts()) return scatter_tile(tile, gathered.data());
+    cast_packed(tile, gathered.data(), converted.data(), tile.line_count * tile.row_count * tile.row_bytes);
+    scatter_tile(tile, converted.data());
   });
 }
 

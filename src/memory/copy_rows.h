@@ -16,7 +16,8 @@ enum class Stores : uint8_t { cached, streamed };  // streamed: see base/stream_
 struct Plane {
   const std::byte* source = nullptr;
   std::byte* target = nullptr;
-  uint64_t row_bytes = 0;  // of the source
+  uint64_t row_bytes = 0;         // of the source
+  uint64_t target_row_bytes = 0;  // others where the dtypes differ
   uint64_t row_count = 0;
   int64_t source_row_pitch = 0;
   int64_t target_row_pitch = 0;
@@ -24,21 +25,16 @@ struct Plane {
   int64_t source_line_pitch = 0;
   int64_t target_line_pitch = 0;
   Stores stores = Stores::cached;
+  tensor::Dtype source_dtype = tensor::Dtype::u8;  // cast where they differ
+  tensor::Dtype target_dtype = tensor::Dtype::u8;
+
+  bool casts() const { return source_dtype != target_dtype; }
 };
 
-// Row after row, line after line.
-void copy_lines(const Plane& plane);
-
-// In square tiles, for small rows (up to tensor::kTileRowBytes) whose lines read closer together than the rows do.
-void copy_tiles(const Plane& plane);
-
-// As either of them, with a cast between.
-struct Cast {
-  tensor::Dtype source_dtype;
-  tensor::Dtype target_dtype;
-};
+// Lines: row after row, line after line. Tiles: in squares, for small rows (up to tensor::kTileRowBytes) whose lines read
+// closer together than the rows do.
 enum class PlaneOrder : uint8_t { lines, tiles };
-void cast_plane(const Plane& plane, const Cast& cast, PlaneOrder order);
+void copy_plane(const Plane& plane, PlaneOrder order);
 
 void fill_lines(const Plane& plane);
 

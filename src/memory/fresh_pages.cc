@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cerrno>
 
-#include "base/text.h"
-
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25  // linux/mman.h of 6.1 and newer
 #endif

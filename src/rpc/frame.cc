@@ -8,21 +8,19 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "base/check.h"
 #include "base/clock.h"
-#include "base/text.h"
 
 namespace tensord::rpc {
 
 using base::Code;
 using base::fail;
-using base::text;
 
 namespace {
 
-// Small frames come whole in one read of this size; what is left of a larger one is read straight into its
-// payload.
+// Small frames come whole in one read of this size.
 constexpr size_t kReadBytes = 16 << 10;
 constexpr size_t kKernelFdsMax = 253;  // SCM_MAX_FD
 
@@ -56,7 +54,7 @@ Status wait_for(int socket, short events, int64_t deadline_ns, const char* what)
     const int ready =
         ::poll(&entry, 1, static_cast<int>(std::min<int64_t>(left_ns / 1'000'000 + 1, 1 << 30)));
     if (ready > 0) return {};
-    if (ready < 0 && errno != EINTR) return tl::unexpected(base::errno_error("poll the socket", errno));
+    if (ready < 0 && errno != EINTR) return base::fail_errno(errno, "poll the socket");
     if (base::monotonic_ns() >= deadline_ns) return fail(Code::unavailable, what);
   }
 }
@@ -69,20 +67,18 @@ int64_t deadline_after(int64_t timeout_ms) { return base::monotonic_ns() + timeo
 
 }  // namespace
 
-std::span<std::byte> FrameReader::room_in_payload() {
-  const size_t left = header_->size_bytes - filled_bytes_;
-  if (filled_bytes_ == payload_.size()) {
-    payload_.resize(filled_bytes_ + std::min(left, std::max(kReadBytes, filled_bytes_)));
-  }
-  return std::span(payload_).subspan(filled_bytes_);
-}
-
 Status FrameReader::read_from(int socket) {
-  std::array<std::byte, kReadBytes> chunk;  // not cleared: this is the hot path
-  const bool straight = unparsed().empty() && header_ && header_->size_bytes - filled_bytes_ >= kReadBytes;
-  const std::span<std::byte> target = straight ? room_in_payload() : std::span<std::byte>(chunk);
+  if (begin_ > 0) {
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= std::exchange(begin_, 0);
+  }
+  if (buffer_.size() - end_ < kReadBytes) {
+    // As much again as has come, so that large frames take few reads.
+    const size_t left = header_ ? header_->size_bytes - end_ : 0;
+    buffer_.resize(end_ + std::max(kReadBytes, std::min(end_, left)));
+  }
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kKernelFdsMax)];
-  iovec data{target.data(), target.size()};
+  iovec data{buffer_.data() + end_, buffer_.size() - end_};
   msghdr message{};
   message.msg_iov = &data;
   message.msg_iovlen = 1;
@@ -93,8 +89,7 @@ Status FrameReader::read_from(int socket) {
     got = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   } while (got < 0 && errno == EINTR);
   if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return {};
-  if (got < 0 && errno != ECONNRESET)
-    return tl::unexpected(base::errno_error("receive from the socket", errno));
+  if (got < 0 && errno != ECONNRESET) return base::fail_errno(errno, "receive from the socket");
   if (got <= 0 && is_partial())
     return fail(Code::unavailable, "the other side closed in the middle of a frame");
   if (got <= 0) return closed_by_peer();
@@ -107,35 +102,27 @@ Status FrameReader::read_from(int socket) {
   }
   if (arrivals_.size() > kFrameFdsMax) {
     arrivals_.clear();
-    return fail(Code::corrupt, text("more than ", kFrameFdsMax, " descriptors came with one frame"));
+    return fail(Code::corrupt, "more than ", kFrameFdsMax, " descriptors came with one frame");
   }
-  if (straight) {
-    filled_bytes_ += static_cast<size_t>(got);
-  } else {
-    buffer_.erase(buffer_.begin(), buffer_.begin() + static_cast<ptrdiff_t>(parsed_bytes_));
-    parsed_bytes_ = 0;
-    buffer_.insert(buffer_.end(), chunk.begin(), chunk.begin() + got);
-  }
+  end_ += static_cast<size_t>(got);
   return {};
 }
 
 Status FrameReader::parse_header() {
   HeaderWords words;
-  std::memcpy(words.data(), unparsed().data(), sizeof words);
+  std::memcpy(words.data(), buffer_.data() + begin_, sizeof words);
   const auto [magic, size_bytes, fd_count, zero] = words;
   if (magic != kFrameMagic || zero != 0)
     return fail(Code::corrupt, "these bytes are not a frame of tensord's protocol");
   if (size_bytes > kFrameBytesMax) {
-    return fail(Code::corrupt,
-                text("a frame of ", size_bytes, " bytes, at most ", kFrameBytesMax, " are allowed"));
+    return fail(Code::corrupt, "a frame of ", size_bytes, " bytes, at most ", kFrameBytesMax, " are allowed");
   }
   if (fd_count > kFrameFdsMax) {
-    return fail(Code::corrupt,
-                text("a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax, " are allowed"));
+    return fail(Code::corrupt, "a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax,
+                " are allowed");
   }
-  header_ =
-      Header{size_bytes, fd_count, received_bytes_ - unparsed().size() + kFrameHeaderBytes + size_bytes};
-  parsed_bytes_ += kFrameHeaderBytes;
+  header_ = Header{size_bytes, fd_count, received_bytes_ - (end_ - begin_) + kFrameHeaderBytes + size_bytes};
+  begin_ += kFrameHeaderBytes;
   return {};
 }
 
@@ -146,35 +133,29 @@ Result<std::vector<base::Fd>> FrameReader::take_fds() {
     arrivals_.pop_front();
   }
   if (fds.size() == header_->fd_count) return fds;
-  return fail(Code::corrupt,
-              text("a frame with ", fds.size(), " descriptors, ", header_->fd_count, " were announced"));
+  return fail(Code::corrupt, "a frame with ", fds.size(), " descriptors, ", header_->fd_count,
+              " were announced");
 }
 
 Result<std::optional<Frame>> FrameReader::next() {
   if (!header_) {
-    if (unparsed().size() < kFrameHeaderBytes) return std::nullopt;
+    if (end_ - begin_ < kFrameHeaderBytes) return std::nullopt;
     if (Status parsed = parse_header(); !parsed) {
       arrivals_.clear();
       return base::pass_on(parsed);
     }
   }
-  const size_t more = std::min<size_t>(unparsed().size(), header_->size_bytes - filled_bytes_);
-  if (more > 0) {
-    if (payload_.size() < filled_bytes_ + more) payload_.resize(filled_bytes_ + more);
-    std::memcpy(payload_.data() + filled_bytes_, unparsed().data(), more);
-    parsed_bytes_ += more;
-    filled_bytes_ += more;
-  }
-  if (filled_bytes_ < header_->size_bytes) return std::nullopt;
+  if (end_ - begin_ < header_->size_bytes) return std::nullopt;
   auto fds = take_fds();
   if (!fds) {
     arrivals_.clear();
     return base::pass_on(fds);
   }
-  Frame frame{std::move(payload_), std::move(*fds)};
-  payload_.clear();
-  filled_bytes_ = 0;
+  const std::byte* const bytes = buffer_.data() + begin_;
+  Frame frame{{bytes, bytes + header_->size_bytes}, std::move(*fds)};
+  begin_ += header_->size_bytes;
   header_.reset();
+  if (begin_ == end_ && buffer_.size() > kReadBytes) buffer_ = {};  // a large frame's room is not kept
   return frame;
 }
 
@@ -226,7 +207,7 @@ Result<bool> FrameWriter::write_to(int socket) {
     if (sent < 0 && errno == EINTR) continue;
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return false;
     if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) return closed_by_peer();
-    if (sent < 0) return tl::unexpected(base::errno_error("send to the socket", errno));
+    if (sent < 0) return base::fail_errno(errno, "send to the socket");
 
     sent_bytes_ += static_cast<size_t>(sent);
     sent_fds_ += fd_count;  // all of them are on the first byte

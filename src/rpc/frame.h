@@ -48,7 +48,7 @@ class FrameReader {
   Result<std::optional<Frame>> next();
 
   // True while a frame has begun and is not whole: the owner sets a deadline.
-  bool is_partial() const { return header_.has_value() || !unparsed().empty(); }
+  bool is_partial() const { return header_.has_value() || begin_ != end_; }
 
  private:
   struct Header {
@@ -63,17 +63,15 @@ class FrameReader {
     base::Fd fd;
   };
 
-  std::span<const std::byte> unparsed() const { return std::span(buffer_).subspan(parsed_bytes_); }
-  std::span<std::byte> room_in_payload();
   Status parse_header();
   Result<std::vector<base::Fd>> take_fds();
 
+  // What was received and is not taken: [begin_, end_).
   std::vector<std::byte> buffer_;
-  size_t parsed_bytes_ = 0;         // of buffer_
-  uint64_t received_bytes_ = 0;     // of the stream
-  std::optional<Header> header_;    // of the frame that has begun
-  std::vector<std::byte> payload_;  // its bytes, the first filled_bytes_ of them are there
-  size_t filled_bytes_ = 0;
+  size_t begin_ = 0;
+  size_t end_ = 0;
+  uint64_t received_bytes_ = 0;   // of the stream
+  std::optional<Header> header_;  // of the frame that has begun; it is taken
   std::deque<Arrival> arrivals_;
 };
 

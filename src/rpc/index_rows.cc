@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "base/bytes.h"
 #include "protocol/tensord_generated.h"
@@ -26,7 +27,7 @@ base::Status write_all(int fd, const uint8_t* data, size_t size_bytes) {
   while (size_bytes > 0) {
     const ssize_t written = ::write(fd, data, size_bytes);
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return tl::unexpected(base::errno_error("write the index to memory", errno));
+    if (written < 0) return base::fail_errno(errno, "write the index to memory");
     data += written;
     size_bytes -= static_cast<size_t>(written);
   }
@@ -52,29 +53,6 @@ tensor::Index to_index(const protocol::IndexRows& rows) {
   return index;
 }
 
-// What tensor::lay_out relies on: no byte of a file belongs to two tensors.
-bool without_overlap(const tensor::Index& index) {
-  const tensor::Tensor* last = nullptr;
-  for (const uint32_t at : tensor::in_file_order(index.tensors)) {
-    const tensor::Tensor& tensor = index.tensors[at];
-    if (tensor.size_bytes == 0) continue;
-    if (last != nullptr && last->file == tensor.file && last->offset + last->size_bytes > tensor.offset)
-      return false;
-    last = &tensor;
-  }
-  return true;
-}
-
-bool files_fit(const std::vector<tensor::IndexFile>& files) {
-  uint64_t sum_bytes = 0;
-  for (const tensor::IndexFile& file : files) {
-    const auto sum = base::checked_add(sum_bytes, file.size_bytes);
-    if (!sum || *sum > tensor::kIndexBytesMax) return false;
-    sum_bytes = *sum;
-  }
-  return !files.empty();
-}
-
 // Of types that are no whole number of bytes, only the parser knows how they are packed.
 bool shape_fits(const tensor::Tensor& tensor) {
   if (tensor.shape.size() > tensor::kRankMax) return false;
@@ -89,18 +67,30 @@ bool shape_fits(const tensor::Tensor& tensor) {
 }
 
 bool makes_sense(const tensor::Index& index) {
+  uint64_t sum_bytes = 0;
+  for (const tensor::IndexFile& file : index.files) {
+    if (file.size_bytes > tensor::kIndexBytesMax - sum_bytes) return false;
+    sum_bytes += file.size_bytes;
+  }
+  const auto& tensors = index.tensors;
   const auto out_of_order = [](const tensor::Tensor& a, const tensor::Tensor& b) { return a.name >= b.name; };
-  const auto fits = [&](const tensor::Tensor& tensor) {
+  if (std::adjacent_find(tensors.begin(), tensors.end(), out_of_order) != tensors.end()) return false;
+  // What tensor::lay_out relies on: every tensor lies in its file, and no byte of a file belongs to two.
+  uint32_t file = 0;
+  uint64_t used_bytes = 0;  // of the file, by tensors so far
+  for (const uint32_t at : tensor::in_file_order(tensors)) {
+    const tensor::Tensor& tensor = tensors[at];
     if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount)
       return false;
     const uint64_t file_bytes = index.files[tensor.file].size_bytes;
-    return tensor.offset <= file_bytes && tensor.size_bytes <= file_bytes - tensor.offset &&
-           shape_fits(tensor);
-  };
-  const auto& tensors = index.tensors;
-  return files_fit(index.files) &&
-         std::adjacent_find(tensors.begin(), tensors.end(), out_of_order) == tensors.end() &&
-         std::all_of(tensors.begin(), tensors.end(), fits) && without_overlap(index);
+    if (tensor.offset > file_bytes || tensor.size_bytes > file_bytes - tensor.offset) return false;
+    if (!shape_fits(tensor)) return false;
+    if (tensor.size_bytes == 0) continue;
+    if (std::exchange(file, tensor.file) != tensor.file) used_bytes = 0;
+    if (tensor.offset < used_bytes) return false;
+    used_bytes = tensor.offset + tensor.size_bytes;
+  }
+  return !index.files.empty();
 }
 
 }  // namespace
@@ -130,10 +120,10 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
                                            builder.CreateVector(tensors), builder.CreateVector(metadata)));
   EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)),
                        builder.GetSize()};
-  if (!encoded.fd.valid()) return tl::unexpected(base::errno_error("create memory for the index", errno));
+  if (!encoded.fd.valid()) return base::fail_errno(errno, "create memory for the index");
   TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
   if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {
-    return tl::unexpected(base::errno_error("seal the index", errno));
+    return base::fail_errno(errno, "seal the index");
   }
   return encoded;
 }
@@ -146,7 +136,7 @@ Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes) {
     return fail(Code::corrupt, "the daemon's index is not a sealed memory file of the size it tells");
   }
   void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map the index", errno));
+  if (data == MAP_FAILED) return base::fail_errno(errno, "map the index");
   flatbuffers::Verifier verifier(static_cast<const uint8_t*>(data), size_bytes, 64, kTableCountMax);
   Result<tensor::Index> index = fail(Code::corrupt, "the daemon's index makes no sense");
   if (verifier.VerifyBuffer<protocol::IndexRows>(nullptr)) {

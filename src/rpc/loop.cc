@@ -34,9 +34,7 @@ Result<std::unique_ptr<Loop>> Loop::open() {
   std::unique_ptr<Loop> loop(new Loop);
   loop->epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
   loop->wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!loop->epoll_.valid() || !loop->wake_.valid()) {
-    return tl::unexpected(base::errno_error("open an event loop", errno));
-  }
+  if (!loop->epoll_.valid() || !loop->wake_.valid()) return base::fail_errno(errno, "open an event loop");
   TRY(loop->watch(loop->wake_.get(), EPOLLIN, [raw = loop.get()](uint32_t) {
     uint64_t count;
     CHECK(::read(raw->wake_.get(), &count, sizeof count) == sizeof count || errno == EAGAIN);
@@ -49,7 +47,7 @@ Status Loop::watch(int fd, uint32_t events, Ready ready) {
   auto entry = std::make_shared<Watch>(Watch{next_watch_++, std::move(ready)});
   epoll_event event = event_of(events, tag_of(fd, entry->number));
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
-    return tl::unexpected(base::errno_error("watch a descriptor", errno));
+    return base::fail_errno(errno, "watch a descriptor");
   }
   watched_[fd] = std::move(entry);
   return {};

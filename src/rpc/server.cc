@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <unordered_map>
 #include <utility>
 
 #include "base/log.h"
@@ -25,59 +24,23 @@ namespace {
 constexpr int kAcceptsPerTurn = 64;      // so that those already served are not kept waiting
 constexpr int64_t kAcceptPauseMs = 100;  // when there is neither a descriptor nor the spare one
 
-struct Connection {
-  base::Fd socket;
-  Client client;
-  bool greeted = false;
-  bool waits_to_write = false;
-  Loop::TimerId deadline;  // a default one while none runs
-  FrameReader reader;
-  FrameWriter writer;
-};
+}  // namespace
 
-class SocketServer final : public Server {
- public:
-  SocketServer(Loop& loop, Listener listener, ServerOptions options, Handler handler)
-      : loop_(loop),
-        listener_(std::move(listener)),
-        options_(std::move(options)),
-        handler_(std::move(handler)) {}
-  ~SocketServer() override;
+Server::Server(Loop& loop, Listener listener, ServerOptions options, Handler handler)
+    : loop_(loop),
+      listener_(std::move(listener)),
+      options_(std::move(options)),
+      handler_(std::move(handler)),
+      spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
 
-  Status listen();
-  void reply(ConnectionId id, Frame frame) override;
-  size_t connection_count() const override { return connections_.size(); }
-  void stop_accepting() override;
+Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options,
+                                              Handler handler) {
+  auto server = std::make_unique<Server>(loop, std::move(listener), std::move(options), std::move(handler));
+  TRY(loop.watch(server->listener_.fd(), EPOLLIN, [raw = server.get()](uint32_t) { raw->accept_some(); }));
+  return server;
+}
 
- private:
-  void accept_some();
-  void pause_accepting();
-  bool refuse_with_spare();
-  void admit(base::Fd socket);
-  void refuse(int socket, const Error& why) const;
-  protocol::HelloT hello() const;
-
-  void on_ready(ConnectionId id, uint32_t events);
-  void receive(Connection& connection);
-  void take(Connection& connection, Frame frame);
-  Status take_hello(Connection& connection, const Frame& frame);
-  void flush(Connection& connection);
-  void set_deadline(Connection& connection, bool progressed);
-  void close(Connection& connection, const Error& why);
-
-  Loop& loop_;
-  Listener listener_;
-  const ServerOptions options_;
-  const Handler handler_;
-  base::Fd spare_;  // given up for a moment to refuse a client when no descriptor is left
-  Loop::TimerId accept_again_;
-  ConnectionId next_id_ = 1;
-  // Shared so that a connection that closes while its requests are handled stays until that is over; the
-  // socket of a closed one is not valid.
-  std::unordered_map<ConnectionId, std::shared_ptr<Connection>> connections_;
-};
-
-SocketServer::~SocketServer() {
+Server::~Server() {
   stop_accepting();
   for (auto& [id, connection] : connections_) {
     loop_.cancel(connection->deadline);
@@ -85,18 +48,13 @@ SocketServer::~SocketServer() {
   }
 }
 
-Status SocketServer::listen() {
-  spare_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
-  return loop_.watch(listener_.fd(), EPOLLIN, [this](uint32_t) { accept_some(); });
-}
-
-void SocketServer::stop_accepting() {
+void Server::stop_accepting() {
   loop_.cancel(accept_again_);
   loop_.unwatch(listener_.fd());
   listener_.close_socket();
 }
 
-void SocketServer::accept_some() {
+void Server::accept_some() {
   for (int turn = 0; turn < kAcceptsPerTurn; ++turn) {
     base::Fd socket(::accept4(listener_.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (socket.valid()) {
@@ -112,12 +70,12 @@ void SocketServer::accept_some() {
   }
 }
 
-void SocketServer::pause_accepting() {
+void Server::pause_accepting() {
   loop_.change(listener_.fd(), 0);
   accept_again_ = loop_.call_after(kAcceptPauseMs, [this] { loop_.change(listener_.fd(), EPOLLIN); });
 }
 
-bool SocketServer::refuse_with_spare() {
+bool Server::refuse_with_spare() {
   spare_.reset();
   base::Fd socket(::accept4(listener_.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
   const bool accepted = socket.valid() || errno == EAGAIN;
@@ -128,7 +86,7 @@ bool SocketServer::refuse_with_spare() {
   return accepted && spare_.valid();
 }
 
-protocol::HelloT SocketServer::hello() const {
+protocol::HelloT Server::hello() const {
   protocol::HelloT hello;
   hello.protocol_version = kProtocolVersion;
   hello.product_version = options_.product_version;
@@ -139,7 +97,7 @@ protocol::HelloT SocketServer::hello() const {
 }
 
 // In one write, as greet() expects; a fresh socket has room for it.
-void SocketServer::refuse(int socket, const Error& why) const {
+void Server::refuse(int socket, const Error& why) const {
   log(LogLevel::warning, "refused a client: ", why.message);
   std::vector<std::byte> bytes;
   for (const Frame& frame : {hello_frame(hello()), reply_failure(0, why)}) append_frame(frame, bytes);
@@ -148,7 +106,7 @@ void SocketServer::refuse(int socket, const Error& why) const {
   }
 }
 
-void SocketServer::admit(base::Fd socket) {
+void Server::admit(base::Fd socket) {
   const auto peer = peer_of(socket.get());
   if (!peer) return refuse(socket.get(), peer.error());
   if (peer->user_id != options_.user_id) {
@@ -171,13 +129,13 @@ void SocketServer::admit(base::Fd socket) {
   connections_.emplace(id, std::move(connection));
 }
 
-void SocketServer::on_ready(ConnectionId id, uint32_t events) {
+void Server::on_ready(ConnectionId id, uint32_t events) {
   const std::shared_ptr<Connection> connection = connections_.at(id);
   if ((events & EPOLLOUT) != 0) flush(*connection);
   if (connection->socket.valid() && (events & ~uint32_t{EPOLLOUT}) != 0) receive(*connection);
 }
 
-void SocketServer::receive(Connection& connection) {
+void Server::receive(Connection& connection) {
   if (const Status received = connection.reader.read_from(connection.socket.get()); !received) {
     return close(connection, received.error());
   }
@@ -191,7 +149,7 @@ void SocketServer::receive(Connection& connection) {
   }
 }
 
-void SocketServer::take(Connection& connection, Frame frame) {
+void Server::take(Connection& connection, Frame frame) {
   const Status taken = connection.greeted ? check_request(frame.bytes) : take_hello(connection, frame);
   if (!taken) return close(connection, taken.error());
   if (std::exchange(connection.greeted, true)) {
@@ -199,7 +157,7 @@ void SocketServer::take(Connection& connection, Frame frame) {
   }
 }
 
-Status SocketServer::take_hello(Connection& connection, const Frame& frame) {
+Status Server::take_hello(Connection& connection, const Frame& frame) {
   TRY_ASSIGN(protocol::HelloT client, parse_hello(frame));
   connection.client.process_name = client.process_name;
   if (connection.client.process_id == 0) connection.client.process_id = static_cast<pid_t>(client.process_id);
@@ -212,7 +170,7 @@ Status SocketServer::take_hello(Connection& connection, const Frame& frame) {
   return {};
 }
 
-void SocketServer::reply(ConnectionId id, Frame frame) {
+void Server::reply(ConnectionId id, Frame frame) {
   const auto found = connections_.find(id);
   if (found == connections_.end()) return;
   const std::shared_ptr<Connection> connection = found->second;
@@ -224,7 +182,7 @@ void SocketServer::reply(ConnectionId id, Frame frame) {
   }
 }
 
-void SocketServer::flush(Connection& connection) {
+void Server::flush(Connection& connection) {
   const auto done = connection.writer.write_to(connection.socket.get());
   if (!done) return close(connection, done.error());
   if (connection.waits_to_write == !*done) return;
@@ -232,7 +190,7 @@ void SocketServer::flush(Connection& connection) {
   loop_.change(connection.socket.get(), connection.waits_to_write ? EPOLLIN | EPOLLOUT : EPOLLIN);
 }
 
-void SocketServer::set_deadline(Connection& connection, bool progressed) {
+void Server::set_deadline(Connection& connection, bool progressed) {
   if (progressed) loop_.cancel(std::exchange(connection.deadline, {}));
   const bool waits = !connection.greeted || connection.reader.is_partial();
   if (!waits || connection.deadline != Loop::TimerId{}) return;
@@ -243,7 +201,7 @@ void SocketServer::set_deadline(Connection& connection, bool progressed) {
   });
 }
 
-void SocketServer::close(Connection& connection, const Error& why) {
+void Server::close(Connection& connection, const Error& why) {
   const Client& client = connection.client;
   log(why.code == Code::unavailable ? LogLevel::debug : LogLevel::warning, "closed the connection of pid ",
       client.process_id, " ", base::quoted(client.process_name), ": ", why.message);
@@ -251,16 +209,6 @@ void SocketServer::close(Connection& connection, const Error& why) {
   loop_.unwatch(connection.socket.get());
   connection.socket.reset();
   connections_.erase(client.connection);
-}
-
-}  // namespace
-
-Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options,
-                                              Handler handler) {
-  auto server =
-      std::make_unique<SocketServer>(loop, std::move(listener), std::move(options), std::move(handler));
-  TRY(server->listen());
-  return server;
 }
 
 }  // namespace tensord::rpc

@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "base/fd.h"
@@ -66,14 +67,53 @@ class Server {
   using Handler = std::function<void(Request)>;
   static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options,
                                                Handler handler);
-  virtual ~Server() = default;
+  Server(Loop& loop, Listener listener, ServerOptions options,
+         Handler handler);  // does not listen: see start()
+  ~Server();
 
   // Sends a reply; a connection that is gone is no error: the frame is dropped. A client that closed its
   // sending half is gone.
-  virtual void reply(ConnectionId connection, Frame frame) = 0;
-  virtual size_t connection_count() const = 0;
+  void reply(ConnectionId connection, Frame frame);
+  size_t connection_count() const { return connections_.size(); }
   // Stops accepting and removes the socket; the lock and established connections stay.
-  virtual void stop_accepting() = 0;
+  void stop_accepting();
+
+ private:
+  struct Connection {
+    base::Fd socket;
+    Client client;
+    bool greeted = false;
+    bool waits_to_write = false;
+    Loop::TimerId deadline;  // a default one while none runs
+    FrameReader reader;
+    FrameWriter writer;
+  };
+
+  void accept_some();
+  void pause_accepting();
+  bool refuse_with_spare();
+  void admit(base::Fd socket);
+  void refuse(int socket, const base::Error& why) const;
+  protocol::HelloT hello() const;
+
+  void on_ready(ConnectionId id, uint32_t events);
+  void receive(Connection& connection);
+  void take(Connection& connection, Frame frame);
+  Status take_hello(Connection& connection, const Frame& frame);
+  void flush(Connection& connection);
+  void set_deadline(Connection& connection, bool progressed);
+  void close(Connection& connection, const base::Error& why);
+
+  Loop& loop_;
+  Listener listener_;
+  const ServerOptions options_;
+  const Handler handler_;
+  base::Fd spare_;  // given up for a moment to refuse a client when no descriptor is left
+  Loop::TimerId accept_again_;
+  ConnectionId next_id_ = 1;
+  // Shared so that a connection that closes while its requests are handled stays until that is over; the
+  // socket of a closed one is not valid.
+  std::unordered_map<ConnectionId, std::shared_ptr<Connection>> connections_;
 };
 
 }  // namespace tensord::rpc

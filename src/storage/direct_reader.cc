@@ -12,7 +12,6 @@
 
 #include "base/check.h"
 #include "base/mutex.h"
-#include "base/text.h"
 #include "storage/read_pool.h"
 
 namespace tensord::storage {
@@ -28,6 +27,7 @@ struct DirectRead {
   size_t size_bytes = 0;
   uint64_t offset = 0;
   DirectReader::Done done;
+  int64_t result = 0;  // of one that the kernel did not take
 };
 
 // One ring. Any thread submits, under the mutex; one thread waits for what is complete.
@@ -52,7 +52,7 @@ class UringReader final : public DirectReader {
     try {
       thread_ = std::thread([this] { reap(); });
     } catch (const std::system_error& problem) {
-      return fail(Code::unsupported, base::text("start the io_uring thread: ", problem.what()));
+      return fail(Code::unsupported, "start the io_uring thread: ", problem.what());
     }
     return {};
   }
@@ -60,27 +60,23 @@ class UringReader final : public DirectReader {
   const char* name() const override { return "io_uring"; }
 
   void read(int fd, std::byte* target, size_t size_bytes, uint64_t offset, Done done) override {
-    std::deque<std::unique_ptr<DirectRead>> refused;
-    int error = 0;
+    Reads refused;
     {
       MutexLock lock(mutex_);
       waiting_.push_back(std::make_unique<DirectRead>(fd, target, size_bytes, offset, std::move(done)));
-      error = submit(refused);
+      refused = submit();
     }
-    for (auto& read : refused) read->done(-error);
+    for (auto& one : refused) one->done(one->result);
   }
 
  private:
-  // Hands the kernel what waits, as far as there is room. When it takes none any more, all that it has not taken goes to
-  // `refused`. Returns errno.
-  int submit(std::deque<std::unique_ptr<DirectRead>>& refused) REQUIRES(mutex_) {
-    int error = 0;
-    while (error == 0 && !waiting_.empty() && in_kernel_ < kDirectDepth) {
+  using Reads = std::deque<std::unique_ptr<DirectRead>>;
+
+  // Hands the kernel what waits, as far as there is room. When it takes none any more, returns all that it has not taken.
+  Reads submit() REQUIRES(mutex_) {
+    while (!waiting_.empty() && in_kernel_ < kDirectDepth) {
       io_uring_sqe* entry = io_uring_get_sqe(&ring_);
-      if (entry == nullptr) {
-        error = EBUSY;
-        break;
-      }
+      if (entry == nullptr) return refuse(EBUSY);
       DirectRead* read = waiting_.front().get();
       io_uring_prep_read(entry, read->fd, read->target, static_cast<unsigned>(read->size_bytes),
                          read->offset);
@@ -90,17 +86,20 @@ class UringReader final : public DirectReader {
         taken = io_uring_submit(&ring_);
       } while (taken == -EINTR || taken == -EAGAIN);
       if (taken < 0) {
-        error = -taken;
         io_uring_prep_nop(entry);  // in case a later submit takes it after all
         io_uring_sqe_set_data(entry, &nothing_);
-        break;
+        return refuse(-taken);
       }
       waiting_.front().release();  // the kernel has it now
       waiting_.pop_front();
       ++in_kernel_;
     }
-    if (error != 0) refused = std::exchange(waiting_, {});
-    return error;
+    return {};
+  }
+
+  Reads refuse(int error) REQUIRES(mutex_) {
+    for (auto& read : waiting_) read->result = -error;
+    return std::exchange(waiting_, {});
   }
 
   void reap() {
@@ -116,15 +115,14 @@ class UringReader final : public DirectReader {
       if (data == nullptr) return;
       if (data == &nothing_) continue;
       const std::unique_ptr<DirectRead> read(static_cast<DirectRead*>(data));
-      std::deque<std::unique_ptr<DirectRead>> refused;
-      int error = 0;
+      Reads refused;
       {
         MutexLock lock(mutex_);
         --in_kernel_;
-        error = submit(refused);
+        refused = submit();
       }
       read->done(result);
-      for (auto& one : refused) one->done(-error);
+      for (auto& one : refused) one->done(one->result);
     }
   }
 
@@ -144,7 +142,7 @@ class UringReader final : public DirectReader {
   char nothing_ = 0;
   std::thread thread_;  // constant after start()
   base::Mutex mutex_;
-  std::deque<std::unique_ptr<DirectRead>> waiting_ GUARDED_BY(mutex_);
+  Reads waiting_ GUARDED_BY(mutex_);
   uint32_t in_kernel_ GUARDED_BY(mutex_) = 0;
 };
 

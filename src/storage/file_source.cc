@@ -28,32 +28,22 @@ namespace {
 
 // Errors of a direct read that say nothing of the disk: this file, or this system, has no such way.
 bool is_refusal(int error) {
-  switch (error) {
-    case EINVAL:
-    case EOPNOTSUPP:
-    case ENOSYS:
-    case EAGAIN:
-    case EBUSY:
-    case ENOMEM:
-    case ECANCELED:
-      return true;
-    default:
-      return false;
-  }
+  static constexpr int kRefusals[] = {EINVAL, EOPNOTSUPP, ENOSYS, EAGAIN, EBUSY, ENOMEM, ECANCELED};
+  return std::find(std::begin(kRefusals), std::end(kRefusals), error) != std::end(kRefusals);
 }
 
 // Another descriptor of the same file, for O_DIRECT.
 Result<base::Fd> open_direct(const SourceFile& file) {
   const std::string link = text("/proc/self/fd/", file.fd.get());
   base::Fd fd(::open(link.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
-  if (!fd.valid()) return tl::unexpected(base::errno_error(file.path + ": no O_DIRECT", errno));
+  if (!fd.valid()) return base::fail_errno(errno, file.path, ": no O_DIRECT");
   struct statx status;
   if (::statx(fd.get(), "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
       (status.stx_mask & STATX_DIOALIGN) != 0) {
     const uint32_t asked = std::max(status.stx_dio_mem_align, status.stx_dio_offset_align);
     if (status.stx_dio_offset_align == 0 || asked > kDirectAlignment) {
-      return fail(Code::unsupported, text(file.path, ": no O_DIRECT: the file system wants blocks of ", asked,
-                                          " bytes (0: refuses it)"));
+      return fail(Code::unsupported, file.path, ": no O_DIRECT: the file system wants blocks of ", asked,
+                  " bytes (0: refuses it)");
     }
   }
   return fd;
@@ -155,11 +145,10 @@ class FileSource final : public Source {
     const ReadRequest& request = job->request;
     File& file = *files_[request.file];
     const uint64_t size_bytes = file.source.identity.size_bytes;
-    if (cancelled_) return finish(*job, fail(Code::cancelled, place(*job) + ": cancelled"));
+    if (cancelled_) return finish(*job, cancelled(*job));
     if (request.offset > size_bytes || request.target.size() > size_bytes - request.offset) {
-      return finish(*job,
-                    fail(Code::corrupt, text(place(*job), ": ", request.target.size(),
-                                             " bytes are needed, the file has ", size_bytes, " in all")));
+      return finish(*job, fail(Code::corrupt, place(*job), ": ", request.target.size(),
+                               " bytes are needed, the file has ", size_bytes, " in all"));
     }
     std::call_once(file.opened, [&] { prepare(file); });
     if (request.begin) request.begin();
@@ -179,7 +168,7 @@ class FileSource final : public Source {
   // Goes on until the job is done or waits for a direct read.
   void advance(const std::shared_ptr<Job>& job) {
     while (true) {
-      if (cancelled_) return finish(*job, fail(Code::cancelled, place(*job) + ": cancelled"));
+      if (cancelled_) return finish(*job, cancelled(*job));
       if (job->filled == job->request.target.size()) return finish(*job, {});
       const Part part = next_part(*job);
       if (part.way == Part::Way::direct) return read_direct(job, part.size_bytes);
@@ -214,7 +203,7 @@ class FileSource final : public Source {
     const size_t end = job.filled + part.size_bytes;
     const uint64_t begin_offset = job.offset();
     while (job.filled < end) {
-      if (cancelled_) return fail(Code::cancelled, place(job) + ": cancelled");
+      if (cancelled_) return cancelled(job);
       TRY(options_.cached_path == CachedPath::stream ? stream_piece(job, end - job.filled)
                                                      : fill_piece(job, end - job.filled));
     }
@@ -232,19 +221,20 @@ class FileSource final : public Source {
     const ssize_t got = options_.pread(file.fd.get(), into, size_bytes, static_cast<off_t>(job.offset()));
     const int error = errno;
     if (got < 0 && (error == EINTR || error == EAGAIN)) return size_t{0};
-    if (got < 0) return tl::unexpected(base::errno_error(place(job), error));
-    if (got == 0) return fail(Code::corrupt, ends_early(job));
+    if (got < 0) return base::fail_errno(error, place(job));
+    if (got == 0) return base::pass_on(ends_early(job));
     if (static_cast<size_t>(got) > size_bytes) {
-      return fail(Code::internal,
-                  text(place(job), ": the system returned ", got, " bytes for ", size_bytes, " asked for"));
+      return fail(Code::internal, place(job), ": the system returned ", got, " bytes for ", size_bytes,
+                  " asked for");
     }
     return static_cast<size_t>(got);
   }
 
-  std::string ends_early(const Job& job) const {
-    return text(place(job), ": the file ends ", job.request.target.size() - job.filled,
+  Status ends_early(const Job& job) const {
+    return fail(Code::corrupt, place(job), ": the file ends ", job.request.target.size() - job.filled,
                 " bytes early; was it cut short?");
   }
+  Status cancelled(const Job& job) const { return fail(Code::cancelled, place(job), ": cancelled"); }
 
   Status fill_piece(Job& job, size_t size_bytes) {
     const size_t wanted = std::min(size_bytes, job.request.piece ? kPieceBytes : kReadBytesMax);
@@ -277,9 +267,9 @@ class FileSource final : public Source {
 
   void directed(const std::shared_ptr<Job>& job, size_t wanted, int64_t result) {
     if (result == -EINTR) return advance(job);
-    if (result == 0) return finish(*job, fail(Code::corrupt, ends_early(*job)));
+    if (result == 0) return finish(*job, ends_early(*job));
     if (result < 0 && !is_refusal(static_cast<int>(-result))) {
-      return finish(*job, tl::unexpected(base::errno_error(place(*job), static_cast<int>(-result))));
+      return finish(*job, base::fail_errno(static_cast<int>(-result), place(*job)));
     }
     // A count that is no multiple of blocks is the end of a file that was cut, or a device with smaller ones.
     const size_t got =
@@ -335,12 +325,6 @@ class FileSource final : public Source {
 };
 
 }  // namespace
-
-PreadFunction system_pread() {
-  return [](int fd, void* target, size_t size_bytes, off_t offset) {
-    return ::pread(fd, target, size_bytes, offset);
-  };
-}
 
 std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool,
                                          FileSourceOptions options) {

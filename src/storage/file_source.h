@@ -7,7 +7,7 @@
 //   O_DIRECT  file ──────────────────────────► target ──piece()
 #pragma once
 
-#include <sys/types.h>
+#include <unistd.h>
 
 #include <functional>
 #include <memory>
@@ -42,7 +42,6 @@ inline constexpr uint64_t kDirectBytesMin = 64 << 10;
 
 // pread(2): a count, 0 at the end of the file, or -1 and errno.
 using PreadFunction = std::function<ssize_t(int fd, void* target, size_t size_bytes, off_t offset)>;
-PreadFunction system_pread();
 
 // What stays in the page cache of bytes that were read: what the kernel keeps, or nothing.
 enum class CacheLeft : uint8_t { keep, drop };
@@ -54,7 +53,7 @@ struct FileSourceOptions {
   std::string direct_note;         // why this reader, or why none
   CachedPath cached_path = base::can_stream() ? CachedPath::stream : CachedPath::plain;
   CacheLeft cache_left = CacheLeft::keep;
-  PreadFunction pread = system_pread();
+  PreadFunction pread = ::pread;
 };
 
 // EINTR and short reads are retried; a read above kReadBytesMax is cut. A file that refuses O_DIRECT, and one whose direct

@@ -33,7 +33,7 @@ SourceFile open_file(const std::string& path, int flags = O_RDONLY) {
 
 class FileSource : public testing::Test {
  protected:
-  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = system_pread(),
+  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = ::pread,
                                CachedPath path = CachedPath::plain) {
     std::vector<SourceFile> files;
     files.push_back(std::move(file));

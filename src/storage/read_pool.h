@@ -1,10 +1,14 @@
 // Threads that run blocking reads, oldest first.
 #pragma once
 
+#include <condition_variable>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <vector>
 
+#include "base/mutex.h"
 #include "base/result.h"
 
 namespace tensord::storage {
@@ -17,12 +21,27 @@ class ReadPool {
  public:
   using Work = std::function<void()>;
 
-  virtual ~ReadPool() = default;  // every owner must be gone
-  virtual int thread_count() const = 0;
+  ~ReadPool();                     // every owner must be gone
+  Status start(int thread_count);  // once, before all else; see start_read_pool()
+  int thread_count() const { return static_cast<int>(threads_.size()); }
   // Runs `work` on one of the threads. Never blocks: those who ask for reads bound what they have in flight.
-  virtual void post(const void* owner, Work work) = 0;
+  void post(const void* owner, Work work);
   // Takes back what `owner` posted and no thread has begun, oldest first.
-  virtual std::vector<Work> withdraw(const void* owner) = 0;
+  std::vector<Work> withdraw(const void* owner);
+
+ private:
+  struct Item {
+    const void* owner;
+    Work work;
+  };
+
+  Work next();  // empty when the thread is to end
+
+  std::vector<std::thread> threads_;  // constant after start()
+  base::Mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Item> items_ GUARDED_BY(mutex_);
+  bool stopping_ GUARDED_BY(mutex_) = false;
 };
 
 // Starts the threads, named "tensord-read". Code::exhausted when the system refuses them.

@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "storage/file_source.h"
-#include "storage/memory_source.h"
+#include "storage/memory_source_testing.h"
 #include "storage/source_testing.h"
 
 namespace tensord::storage {

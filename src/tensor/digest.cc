@@ -41,8 +41,8 @@ std::string Digest::to_text() const { return base::to_hex(bytes.data(), bytes.si
 
 Result<Digest> parse_digest(std::string_view text) {
   const auto refuse = [&] {
-    return fail(Code::invalid_argument,
-                base::text(base::quoted(text), " is not a digest; 32 hexadecimal digits are expected"));
+    return fail(Code::invalid_argument, base::quoted(text),
+                " is not a digest; 32 hexadecimal digits are expected");
   };
   Digest digest;
   if (text.size() != 2 * digest.bytes.size()) return refuse();

@@ -1,5 +1,5 @@
-// XXH3-128 built for one set of vector instructions each; hash() in digest.h picks one. Their .cc files are
-// compiled for those instructions, so neither they nor this header may use anything inline of the C++
+// XXH3-128 built for one set of vector instructions each; hash() in digest.h picks one. digest_wide.cc is
+// compiled for those instructions, so neither it nor this header may use anything inline of the C++
 // library: the linker could keep that copy for everybody.
 #pragma once
 
@@ -7,13 +7,12 @@
 
 namespace tensord::tensor {
 
-// Canonical (big-endian) digest of `size_bytes` bytes to `out` (16 bytes). To be called only on a CPU that
-// has them.
-using HashFunction = void(const void* bytes, size_t size_bytes, void* out);
-// The same in pieces; `state` is kHashStateBytes at a multiple of 64.
 constexpr size_t kHashStateBytes = 576;
+
+// Canonical (big-endian) digests to `out` (16 bytes), at once or in pieces; `state` is kHashStateBytes at a multiple of
+// 64. To be called only on a CPU that has the instructions.
 struct HashFunctions {
-  HashFunction* whole;
+  void (*whole)(const void* bytes, size_t size_bytes, void* out);
   void (*begin)(void* state);
   void (*add)(void* state, const void* bytes, size_t size_bytes);
   void (*end)(const void* state, void* out);

@@ -12,7 +12,6 @@ namespace tensord::tensor {
 using base::Code;
 using base::fail;
 using base::quoted;
-using base::text;
 
 uint64_t Tensor::element_count() const {
   uint64_t count = 1;
@@ -55,9 +54,8 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
   for (size_t i = 0; i < files.size(); ++i) {
     const auto sum = base::checked_add(sum_bytes, files[i].size_bytes);
     if (!sum || *sum > kIndexBytesMax) {
-      return fail(Code::unsupported,
-                  text(files[i].path, ": with this file the artifact is larger than ",
-                       base::human_bytes(kIndexBytesMax), ", the most that can be mapped"));
+      return fail(Code::unsupported, files[i].path, ": with this file the artifact is larger than ",
+                  base::human_bytes(kIndexBytesMax), ", the most that can be mapped");
     }
     sum_bytes = *sum;
     tensor_count += parts[i].tensors.size();
@@ -75,8 +73,8 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
   const auto twin = std::adjacent_find(index.tensors.begin(), index.tensors.end(),
                                        [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
   if (twin != index.tensors.end()) {
-    return fail(Code::corrupt, text("tensor ", quoted(twin->name), " is in two files: ",
-                                    files[twin->file].path, " and ", files[std::next(twin)->file].path));
+    return fail(Code::corrupt, "tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path,
+                " and ", files[std::next(twin)->file].path);
   }
   index.files = std::move(files);
   return index;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -12,20 +13,23 @@ namespace tensord::tensor {
 // Objects and arrays deeper than this are refused.
 inline constexpr uint32_t kJsonDepthMax = 32;
 
-// What a reader of some format overrides. An event that fails ends the walk with its error.
+// A value as it begins: scalars whole, objects and arrays before what they hold.
+struct JsonValue {
+  enum class Kind : uint8_t { object, array, string, natural, null, other };
+  Kind kind = Kind::other;
+  std::string_view
+      what;  // "an object", "a string", "a number", .. "a negative number", "a fraction", "true", "false"
+  std::string text = {};  // of a string
+  uint64_t number = 0;    // of a natural number: 0 .. 2^64 - 1, written without sign, point or exponent
+};
+
+// What a reader of some format overrides. An event that fails ends the walk with its error. `path`: the keys around the
+// value, of which any may be there twice; "" for an array.
 class JsonEvents {
  public:
   virtual ~JsonEvents() = default;
-  virtual base::Status object_begin() = 0;
-  virtual base::Status key(std::string name) = 0;  // of the value that follows; may be a duplicate
-  virtual base::Status object_end() = 0;
-  virtual base::Status array_begin() = 0;
-  virtual base::Status array_end() = 0;
-  virtual base::Status string(std::string value) = 0;
-  virtual base::Status natural(uint64_t value) = 0;  // 0 .. 2^64 - 1, written without sign, point or exponent
-  virtual base::Status null() = 0;
-  virtual base::Status other(
-      std::string_view what) = 0;  // "a negative number", "a fraction", "true", "false"
+  virtual base::Status value(std::span<const std::string> path, JsonValue&& value) = 0;
+  virtual base::Status end(std::span<const std::string> path) = 0;  // of an object or array
 };
 
 // One JSON value (RFC 8259), white space around it allowed. Code::corrupt, beginning with `where`: not JSON

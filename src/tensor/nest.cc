@@ -5,13 +5,11 @@
 #include <tuple>
 
 #include "base/check.h"
-#include "base/text.h"
 
 namespace tensord::tensor {
 
 using base::Code;
 using base::fail;
-using base::text;
 
 namespace {
 
@@ -139,7 +137,7 @@ uint64_t Nest::record_count() const {
 
 Status Nest::append_to(std::vector<Copy2D>& records) const {
   if (record_count() > kRecordsMax - std::min(records.size(), kRecordsMax)) {
-    return fail(Code::unsupported, text("plan a copy: it needs more than ", kRecordsMax, " records"));
+    return fail(Code::unsupported, "plan a copy: it needs more than ", kRecordsMax, " records");
   }
   append_all_to(records);
   return {};

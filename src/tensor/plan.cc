@@ -41,16 +41,6 @@ uint64_t CopyPlan::target_bytes() const {
   return bytes;
 }
 
-Extent source_extent(const Copy2D& record) {
-  if (record.is_empty() || record.kind == Copy2D::Kind::fill) return {};
-  return source_reach(Nest(record)).value_or(Extent{});
-}
-
-Extent target_extent(const Copy2D& record) {
-  if (record.is_empty()) return {};
-  return target_reach(Nest(record)).value_or(Extent{});
-}
-
 bool can_cast(Dtype source, Dtype target) {
   const auto is_float = [](Dtype dtype) {
     return dtype == Dtype::f16 || dtype == Dtype::bf16 || dtype == Dtype::f32 || dtype == Dtype::f64;

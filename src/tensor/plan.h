@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -27,7 +28,7 @@ struct Repeat {
   uint64_t count = 1;
   int64_t source_pitch = 0;
   int64_t target_pitch = 0;
-  bool operator==(const Repeat&) const = default;
+  auto operator<=>(const Repeat&) const = default;
 };
 
 // Loops outside of the rows a record can hold. Real checkpoints need 1 (expert stacks) or 2 (permuted convolutions);
@@ -64,7 +65,7 @@ struct Copy2D {
       const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
-  bool operator==(const Copy2D&) const = default;
+  auto operator<=>(const Copy2D&) const = default;
 };
 
 struct CopyPlan {
@@ -82,8 +83,6 @@ struct Extent {
   uint64_t end = 0;
   bool operator==(const Extent&) const = default;
 };
-Extent source_extent(const Copy2D& record);
-Extent target_extent(const Copy2D& record);
 
 // --- compiling -------------------------------------------------------------------------------------------------
 

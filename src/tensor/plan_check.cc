@@ -19,20 +19,20 @@ using Kind = Copy2D::Kind;
 // Rows (and pairs of records) that are looked at one by one before a plan is refused: about a second of work.
 constexpr uint64_t kExaminedMax = uint64_t{16} << 20;
 
-tl::unexpected<base::Error> refuse(size_t record, std::string why) {
-  return fail(Code::invalid_argument, text("check plan: record ", record, " ", why));
+tl::unexpected<base::Error> refuse(size_t record, const auto&... why) {
+  return fail(Code::invalid_argument, "check plan: record ", record, " ", why...);
 }
 
 Status check_form(size_t number, const Copy2D& record) {
   if (record.kind != Kind::copy && record.kind != Kind::fill) return refuse(number, "is of no known kind");
-  if (record.outer_count > kOuterMax) return refuse(number, text("has ", record.outer_count, " outer loops"));
+  if (record.outer_count > kOuterMax) return refuse(number, "has ", record.outer_count, " outer loops");
   if (!record.casts()) return {};
   if (record.kind == Kind::fill || !can_cast(record.source_dtype, record.target_dtype)) {
-    return refuse(number, text("has no cast from ", dtype_name(record.source_dtype), " to ",
-                               dtype_name(record.target_dtype)));
+    return refuse(number, "has no cast from ", dtype_name(record.source_dtype), " to ",
+                  dtype_name(record.target_dtype));
   }
   if (record.row_bytes % *dtype_bytes(record.source_dtype) != 0) {
-    return refuse(number, text("casts rows of ", record.row_bytes, " bytes, no whole number of elements"));
+    return refuse(number, "casts rows of ", record.row_bytes, " bytes, no whole number of elements");
   }
   return {};
 }
@@ -44,19 +44,18 @@ Status check_amount(size_t number, const Copy2D& record) {
   }
   // The widest cast, F8 to F64, writes 8 bytes for each that it reads.
   if (elements && (!record.casts() || base::checked_multiply(*elements, 8))) return {};
-  return refuse(number,
-                text("moves more than 2^64 bytes: ", record.row_count, " rows of ", record.row_bytes));
+  return refuse(number, "moves more than 2^64 bytes: ", record.row_count, " rows of ", record.row_bytes);
 }
 
 Status check_bounds(size_t number, std::string_view side, uint32_t memory, std::span<const uint64_t> sizes,
                     uint64_t offset, std::optional<Extent> extent) {
-  if (memory >= sizes.size()) return refuse(number, text("names ", side, " ", memory, " of ", sizes.size()));
+  if (memory >= sizes.size()) return refuse(number, "names ", side, " ", memory, " of ", sizes.size());
   if (!extent) {
-    return refuse(number, text("leaves the address space of ", side, " ", memory, " from offset ", offset));
+    return refuse(number, "leaves the address space of ", side, " ", memory, " from offset ", offset);
   }
   if (extent->end <= sizes[memory]) return {};
-  return refuse(number, text("touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory,
-                             ", which has ", sizes[memory]));
+  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory,
+                ", which has ", sizes[memory]);
 }
 
 // What one record writes: rows of row_bytes under loops with positive pitches, smallest innermost.
@@ -230,12 +229,12 @@ class Overlap {
 
   tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) const {
     if (a.record == b.record) {
-      return refuse(a.record, text(name_(a.record), "writes byte ", offset, " of target ", a.target,
-                                   " more than once"));
+      return refuse(a.record, name_(a.record), "writes byte ", offset, " of target ", a.target,
+                    " more than once");
     }
     const auto [first, second] = std::minmax(a.record, b.record);
-    return refuse(first, text(name_(first), "and record ", second, " ", name_(second), "both write byte ",
-                              offset, " of target ", a.target));
+    return refuse(first, name_(first), "and record ", second, " ", name_(second), "both write byte ", offset,
+                  " of target ", a.target);
   }
 
   Status spend(uint64_t amount) {
@@ -243,8 +242,8 @@ class Overlap {
       budget_ -= amount;
       return {};
     }
-    return fail(Code::unsupported, text("check plan: more than ", kExaminedMax,
-                                        " interleaved rows would have to be looked at one by one"));
+    return fail(Code::unsupported, "check plan: more than ", kExaminedMax,
+                " interleaved rows would have to be looked at one by one");
   }
 
   const RecordName& name_;
@@ -265,9 +264,9 @@ Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted,
     for (const Writes& one : sorted) {
       if (one.target == target && one.extent.begin <= gap) gap = std::max(gap, one.extent.end);
     }
-    return fail(Code::invalid_argument, text("check plan: target ", target, " has ", target_sizes[target],
-                                             " bytes, of which ", written[target], " are written",
-                                             gap < target_sizes[target] ? text("; none at ", gap) : ""));
+    return fail(Code::invalid_argument, "check plan: target ", target, " has ", target_sizes[target],
+                " bytes, of which ", written[target], " are written",
+                gap < target_sizes[target] ? text("; none at ", gap) : "");
   }
   return {};
 }

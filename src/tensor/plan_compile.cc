@@ -14,8 +14,8 @@ using base::text;
 
 namespace {
 
-tl::unexpected<base::Error> refuse(const Wanted& wanted, std::string why) {
-  return fail(Code::invalid_argument, text("copy tensor ", quoted(wanted.label), ": ", why));
+tl::unexpected<base::Error> refuse(const Wanted& wanted, const auto&... why) {
+  return fail(Code::invalid_argument, "copy tensor ", quoted(wanted.label), ": ", why...);
 }
 
 std::string shape_text(const std::vector<uint64_t>& shape) {
@@ -27,12 +27,12 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 Status check_types(const Wanted& wanted) {
   if (wanted.source_dtype == wanted.target_dtype) {
     if (wanted.from.element_bytes == wanted.to.element_bytes) return {};
-    return refuse(wanted, text("its elements have ", wanted.from.element_bytes,
-                               " bytes, those of the target ", wanted.to.element_bytes));
+    return refuse(wanted, "its elements have ", wanted.from.element_bytes, " bytes, those of the target ",
+                  wanted.to.element_bytes);
   }
   if (!can_cast(wanted.source_dtype, wanted.target_dtype)) {
-    return refuse(wanted, text("there is no cast from ", dtype_name(wanted.source_dtype), " to ",
-                               dtype_name(wanted.target_dtype)));
+    return refuse(wanted, "there is no cast from ", dtype_name(wanted.source_dtype), " to ",
+                  dtype_name(wanted.target_dtype));
   }
   if (dtype_bytes(wanted.source_dtype) == wanted.from.element_bytes &&
       dtype_bytes(wanted.target_dtype) == wanted.to.element_bytes) {
@@ -45,13 +45,13 @@ Status check_shapes(const Wanted& wanted) {
   const Strided& from = wanted.from;
   const Strided& to = wanted.to;
   if (from.shape != to.shape) {
-    return refuse(
-        wanted, text("its shape is ", shape_text(from.shape), ", that of the target ", shape_text(to.shape)));
+    return refuse(wanted, "its shape is ", shape_text(from.shape), ", that of the target ",
+                  shape_text(to.shape));
   }
   if (from.shape.size() != from.strides.size() || to.shape.size() != to.strides.size()) {
     return refuse(wanted, "a region has not as many strides as dimensions");
   }
-  if (from.shape.size() > kRankMax) return refuse(wanted, text("it has more than ", kRankMax, " dimensions"));
+  if (from.shape.size() > kRankMax) return refuse(wanted, "it has more than ", kRankMax, " dimensions");
   return {};
 }
 
@@ -63,7 +63,7 @@ Status compile_one(const Wanted& wanted, std::vector<Copy2D>& records) {
   const uint64_t element_bytes_max = std::max(wanted.from.element_bytes, wanted.to.element_bytes);
   if (element_count == std::numeric_limits<uint64_t>::max() ||
       !base::checked_multiply(element_count, element_bytes_max)) {
-    return refuse(wanted, text("shape ", shape_text(wanted.from.shape), " has too many elements to address"));
+    return refuse(wanted, "shape ", shape_text(wanted.from.shape), " has too many elements to address");
   }
   Copy2D element;
   element.source = wanted.source;
@@ -99,8 +99,7 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted) {
 
 Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment) {
   if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
-    return fail(Code::invalid_argument,
-                text("pack regions: alignment ", alignment, " is not a power of two"));
+    return fail(Code::invalid_argument, "pack regions: alignment ", alignment, " is not a power of two");
   }
   PackedLayout layout;
   layout.items.reserve(regions.size());
@@ -108,8 +107,8 @@ Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment) 
     const auto size_bytes = base::checked_multiply(region.element_count(), region.element_bytes);
     const auto end = size_bytes ? base::checked_add(layout.size_bytes, *size_bytes) : std::nullopt;
     if (!end || *end > std::numeric_limits<uint64_t>::max() - alignment) {
-      return fail(Code::invalid_argument, text("pack regions: region ", layout.items.size(), " of shape ",
-                                               shape_text(region.shape), " does not fit an address space"));
+      return fail(Code::invalid_argument, "pack regions: region ", layout.items.size(), " of shape ",
+                  shape_text(region.shape), " does not fit an address space");
     }
     layout.items.push_back({layout.size_bytes, *size_bytes});
     layout.size_bytes = base::align_up(*end, alignment);

@@ -3,7 +3,6 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
-#include "base/text.h"
 #include "tensor/nest.h"
 #include "tensor/plan.h"
 
@@ -11,7 +10,6 @@ namespace tensord::tensor {
 
 using base::Code;
 using base::fail;
-using base::text;
 
 namespace {
 
@@ -69,18 +67,8 @@ CopyPlan canonical(CopyPlan plan) {
   }
   join_rows(rows);
   out.records.insert(out.records.end(), rows.begin(), rows.end());
-  // All fields, so that equal records end up side by side.
-  const auto key = [](const Copy2D& a) {
-    return std::tie(a.kind, a.source, a.source_offset, a.target, a.target_offset, a.row_bytes, a.row_count,
-                    a.source_pitch, a.target_pitch, a.source_dtype, a.target_dtype, a.outer_count);
-  };
-  const auto outer_key = [](const Repeat& a) { return std::tie(a.count, a.source_pitch, a.target_pitch); };
-  std::sort(out.records.begin(), out.records.end(), [&](const Copy2D& a, const Copy2D& b) {
-    if (key(a) != key(b)) return key(a) < key(b);
-    return std::lexicographical_compare(
-        a.outer.begin(), a.outer.end(), b.outer.begin(), b.outer.end(),
-        [&](const Repeat& x, const Repeat& y) { return outer_key(x) < outer_key(y); });
-  });
+  std::sort(out.records.begin(), out.records.end());  // so that equal records end up side by side
+  sort_records(out.records);
   out.records.erase(std::unique(out.records.begin(), out.records.end()), out.records.end());
   return out;
 }
@@ -179,8 +167,8 @@ class Written {
       if (record.is_empty()) continue;
       if (record.casts()) return fail(Code::unsupported, "compose plans: the inner plan casts");
       if (record.target != 0) {
-        return fail(Code::invalid_argument, text("compose plans: the inner plan writes target ",
-                                                 record.target, "; it may write target 0 only"));
+        return fail(Code::invalid_argument, "compose plans: the inner plan writes target ", record.target,
+                    "; it may write target 0 only");
       }
       Nest nest(record);
       nest.simplify();
@@ -296,12 +284,11 @@ Status compose_nest(const Nest& reads, const Written& written, std::vector<Copy2
     part.target_offset += reads.head.target_offset;
   }
   if (found != reads.head.row_bytes) {
-    return fail(Code::invalid_argument,
-                text("compose plans: the outer plan reads ", reads.head.row_bytes, " bytes at ", extent.begin,
-                     ", of which the inner plan writes ", found));
+    return fail(Code::invalid_argument, "compose plans: the outer plan reads ", reads.head.row_bytes,
+                " bytes at ", extent.begin, ", of which the inner plan writes ", found);
   }
   if (out.size() + parts.size() > kRecordsMax) {
-    return fail(Code::unsupported, text("compose plans: more than ", kRecordsMax, " records are needed"));
+    return fail(Code::unsupported, "compose plans: more than ", kRecordsMax, " records are needed");
   }
   out.insert(out.end(), parts.begin(), parts.end());
   return {};
@@ -320,8 +307,8 @@ Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner) {
       continue;
     }
     if (record.source != 0) {
-      return fail(Code::invalid_argument, text("compose plans: the outer plan reads source ", record.source,
-                                               "; it may read source 0 only"));
+      return fail(Code::invalid_argument, "compose plans: the outer plan reads source ", record.source,
+                  "; it may read source 0 only");
     }
     Nest nest(record);
     nest.simplify();

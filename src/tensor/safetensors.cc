@@ -17,6 +17,7 @@ using base::Code;
 using base::fail;
 using base::quoted;
 using base::text;
+using Kind = JsonValue::Kind;
 
 namespace {
 
@@ -24,155 +25,110 @@ constexpr std::string_view kMetadataKey = "__metadata__";
 
 // The header's JSON becomes tensors, one after another; each is checked by itself as soon as its object ends.
 //
-//   outside { top  "w": { tensor  "dtype": ..  "shape": [ shape ]  "data_offsets": [ offsets ] }
-//                  "__metadata__": { metadata  "key": "value" } }
+//   { "w": { "dtype": .., "shape": [..], "data_offsets": [begin, end] }, "__metadata__": { "key": "value" } }
 class HeaderReader final : public JsonEvents {
  public:
   HeaderReader(const std::string& path, uint64_t data_begin, uint64_t data_bytes)
       : path_(path), data_begin_(data_begin), data_bytes_(data_bytes) {}
 
-  Status object_begin() override {
-    if (place_ == Place::outside) return enter(Place::top);
-    if (place_ != Place::top) return unexpected("an object");
-    if (name_ == kMetadataKey) {
-      if (metadata_seen_) return refuse("a duplicate __metadata__");
-      metadata_seen_ = true;
-      return enter(Place::metadata);
+  Status value(std::span<const std::string> path, JsonValue&& value) override {
+    if (path.empty()) return {};
+    const bool in_metadata = path[0] == kMetadataKey;
+    switch (path.size()) {
+      case 1:
+        return in_metadata ? begin_metadata(value) : begin_tensor(path[0], value);
+      case 2:
+        return in_metadata ? add_metadata(path[1], value) : set_field(path[1], value);
+      default:
+        return add_number(path[1], value);
     }
-    if (part_.tensors.size() == kEntryCountMax) return refuse(text("over ", kEntryCountMax, " tensors"));
-    tensor_ = Tensor{};
-    seen_ = {};
-    offsets_.clear();
-    return enter(Place::tensor);
   }
 
-  Status key(std::string name) override {
-    if (place_ == Place::tensor) return begin_field(name);
-    (place_ == Place::metadata ? metadata_name_ : name_) = std::move(name);
-    return {};
+  Status end(std::span<const std::string> path) override {
+    return path.size() == 1 && path[0] != kMetadataKey ? end_tensor() : Status();
   }
-
-  Status object_end() override {
-    if (place_ == Place::tensor) TRY(end_tensor());
-    return enter(place_ == Place::top ? Place::outside : Place::top);
-  }
-
-  Status array_begin() override {
-    if (place_ == Place::tensor && field_ == Field::shape) return enter(Place::shape);
-    if (place_ == Place::tensor && field_ == Field::data_offsets) return enter(Place::offsets);
-    return unexpected("an array");
-  }
-
-  Status array_end() override { return enter(Place::tensor); }
-
-  Status string(std::string value) override {
-    if (place_ == Place::metadata) return add_metadata(std::move(value));
-    if (place_ != Place::tensor || field_ != Field::dtype) return unexpected("a string");
-    tensor_.dtype = parse_dtype(value);
-    tensor_.dtype_text = std::move(value);
-    return {};
-  }
-
-  Status natural(uint64_t value) override {
-    if (place_ == Place::shape) {
-      if (tensor_.shape.size() == kRankMax) return refuse_tensor(text("over ", kRankMax, " dimensions"));
-      tensor_.shape.push_back(value);
-      return {};
-    }
-    if (place_ == Place::offsets) {
-      if (offsets_.size() == 2) return refuse_tensor("data_offsets has more than 2 numbers");
-      offsets_.push_back(value);
-      return {};
-    }
-    return unexpected("a number");
-  }
-
-  Status null() override {
-    if (place_ != Place::top || name_ != kMetadataKey) return unexpected("null");
-    if (metadata_seen_) return refuse("a duplicate __metadata__");
-    metadata_seen_ = true;
-    return {};
-  }
-
-  Status other(std::string_view what) override { return unexpected(what); }
 
   FileTensors take() && { return std::move(part_); }
 
  private:
-  enum class Place : uint8_t { outside, top, tensor, shape, offsets, metadata };
-  enum class Field : uint8_t { dtype = 0, shape = 1, data_offsets = 2 };
-  static constexpr std::array<std::string_view, 3> kFields{"dtype", "shape", "data_offsets"};
-  static constexpr std::array<std::string_view, 3> kFieldTypes{"a string", "an array of sizes",
-                                                               "an array of 2 numbers"};
+  struct Field {
+    std::string_view name;
+    Kind kind;
+    std::string_view type;
+  };
+  static constexpr std::array<Field, 3> kFields{{{"dtype", Kind::string, "a string"},
+                                                 {"shape", Kind::array, "an array of sizes"},
+                                                 {"data_offsets", Kind::array, "an array of 2 numbers"}}};
 
-  Status enter(Place place) {
-    place_ = place;
-    return {};
-  }
-  Status refuse(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, ": header has ", what));
-  }
-  Status refuse_tensor(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, ": tensor ", quoted(name_), ": ", what));
+  Status refuse(const auto&... what) const { return fail(Code::corrupt, path_, ": header has ", what...); }
+  Status refuse_tensor(const auto&... what) const {
+    return fail(Code::corrupt, path_, ": tensor ", quoted(tensor_.name), ": ", what...);
   }
 
-  // A value of the wrong kind, `what`, at the present place.
-  Status unexpected(std::string_view what) const {
-    switch (place_) {
-      case Place::outside:
-        return fail(Code::corrupt, text(path_, ": header is ", what, ", not an object"));
-      case Place::top:
-        if (name_ == kMetadataKey) return refuse(text("a __metadata__ that is ", what, ", not an object"));
-        return refuse_tensor(text("is ", what, ", not an object"));
-      case Place::tensor: {
-        const auto number = static_cast<size_t>(field_);
-        return refuse_tensor(text(kFields[number], " is ", what, ", not ", kFieldTypes[number]));
-      }
-      case Place::shape:
-      case Place::offsets:
-        return refuse_tensor(
-            text(kFields[static_cast<size_t>(field_)], " holds ", what, ", not a natural number"));
-      case Place::metadata:
-        return refuse(text("a __metadata__ whose ", quoted(metadata_name_), " is ", what, ", not a string"));
+  Status begin_metadata(const JsonValue& value) {
+    if (value.kind != Kind::object && value.kind != Kind::null) {
+      return refuse("a __metadata__ that is ", value.what, ", not an object");
     }
-    return refuse(what);
-  }
-
-  Status begin_field(std::string_view name) {
-    const auto place = std::find(kFields.begin(), kFields.end(), name);
-    if (place == kFields.end()) return refuse_tensor(text("unknown field ", quoted(name)));
-    const auto number = static_cast<size_t>(place - kFields.begin());
-    if (seen_[number]) return refuse_tensor(text("duplicate field ", quoted(name)));
-    seen_[number] = true;
-    field_ = static_cast<Field>(number);
+    if (std::exchange(metadata_seen_, true)) return refuse("a duplicate __metadata__");
     return {};
   }
 
-  Status add_metadata(std::string value) {
-    if (part_.metadata.size() == kEntryCountMax)
-      return refuse(text("over ", kEntryCountMax, " metadata entries"));
-    if (!part_.metadata.emplace(metadata_name_, std::move(value)).second) {
-      return refuse(text("a duplicate metadata key ", quoted(metadata_name_)));
+  Status add_metadata(const std::string& key, JsonValue& value) {
+    if (value.kind != Kind::string) {
+      return refuse("a __metadata__ whose ", quoted(key), " is ", value.what, ", not a string");
     }
+    if (part_.metadata.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " metadata entries");
+    if (part_.metadata.emplace(key, std::move(value.text)).second) return {};
+    return refuse("a duplicate metadata key ", quoted(key));
+  }
+
+  Status begin_tensor(const std::string& name, const JsonValue& value) {
+    tensor_ = Tensor{.name = name};
+    seen_ = {};
+    offsets_.clear();
+    if (value.kind != Kind::object) return refuse_tensor("is ", value.what, ", not an object");
+    if (part_.tensors.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " tensors");
+    return {};
+  }
+
+  Status set_field(std::string_view name, JsonValue& value) {
+    const auto field =
+        std::find_if(kFields.begin(), kFields.end(), [&](const Field& one) { return one.name == name; });
+    if (field == kFields.end()) return refuse_tensor("unknown field ", quoted(name));
+    bool& seen = seen_[static_cast<size_t>(field - kFields.begin())];
+    if (std::exchange(seen, true)) return refuse_tensor("duplicate field ", quoted(name));
+    if (value.kind != field->kind) return refuse_tensor(name, " is ", value.what, ", not ", field->type);
+    if (value.kind == Kind::string) {
+      tensor_.dtype = parse_dtype(value.text);
+      tensor_.dtype_text = std::move(value.text);
+    }
+    return {};
+  }
+
+  Status add_number(std::string_view field, const JsonValue& value) {
+    if (value.kind != Kind::natural) {
+      return refuse_tensor(field, " holds ", value.what, ", not a natural number");
+    }
+    const bool is_shape = field == "shape";
+    if (is_shape && tensor_.shape.size() == kRankMax) return refuse_tensor("over ", kRankMax, " dimensions");
+    if (!is_shape && offsets_.size() == 2) return refuse_tensor("data_offsets has more than 2 numbers");
+    (is_shape ? tensor_.shape : offsets_).push_back(value.number);
     return {};
   }
 
   Status end_tensor() {
     for (size_t i = 0; i < kFields.size(); ++i) {
-      if (!seen_[i]) return refuse_tensor(text(kFields[i], " is missing"));
+      if (!seen_[i]) return refuse_tensor(kFields[i].name, " is missing");
     }
-    if (offsets_.size() != 2)
-      return refuse_tensor(text("data_offsets has ", offsets_.size(), " of 2 numbers"));
+    if (offsets_.size() != 2) return refuse_tensor("data_offsets has ", offsets_.size(), " of 2 numbers");
     const uint64_t begin = offsets_[0];
     const uint64_t end = offsets_[1];
     const std::string range = text("data_offsets [", begin, ", ", end, "]");
-    if (begin > end) return refuse_tensor(text(range, " end before they begin"));
+    if (begin > end) return refuse_tensor(range, " end before they begin");
     if (end > data_bytes_) {
-      return refuse_tensor(
-          text(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?"));
+      return refuse_tensor(range, " end past the file's ", data_bytes_, " bytes of data; is it cut short?");
     }
     TRY(check_shape(end - begin));
-    tensor_.name = name_;
     tensor_.offset = data_begin_ + begin;
     tensor_.size_bytes = end - begin;
     part_.tensors.push_back(std::move(tensor_));
@@ -189,10 +145,9 @@ class HeaderReader final : public JsonEvents {
     const auto bits = checked_multiply(*product, dtype_bits(tensor_.dtype));
     if (!bits) return refuse_tensor("its size in bits does not fit 64 bits");
     const std::string elements = text(*product, " elements of ", tensor_.dtype_text);
-    if (*bits % 8 != 0) return refuse_tensor(text(elements, " are not a whole number of bytes"));
+    if (*bits % 8 != 0) return refuse_tensor(elements, " are not a whole number of bytes");
     if (*bits / 8 != range_bytes) {
-      return refuse_tensor(
-          text(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes));
+      return refuse_tensor(elements, " take ", *bits / 8, " bytes, its data_offsets span ", range_bytes);
     }
     return {};
   }
@@ -201,13 +156,9 @@ class HeaderReader final : public JsonEvents {
   const uint64_t data_begin_;
   const uint64_t data_bytes_;
   FileTensors part_;
-  Place place_ = Place::outside;
-  std::string name_;           // of the present tensor, or kMetadataKey
-  std::string metadata_name_;  // of the present metadata entry
   bool metadata_seen_ = false;
-  Tensor tensor_;  // being read
-  Field field_ = Field::dtype;
-  std::array<bool, 3> seen_{};  // fields of it, by Field
+  Tensor tensor_;               // being read
+  std::array<bool, 3> seen_{};  // fields of it, as in kFields
   std::vector<uint64_t> offsets_;
 };
 
@@ -219,19 +170,19 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
   for (const uint32_t at : in_file_order(tensors)) {
     const Tensor* tensor = &tensors[at];
     if (tensor->offset < cursor) {
-      return fail(Code::corrupt, text(path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
-                                      " overlap at byte ", tensor->offset, " of the file"));
+      return fail(Code::corrupt, path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
+                  " overlap at byte ", tensor->offset, " of the file");
     }
     if (tensor->offset > cursor) {
-      return fail(Code::corrupt, text(path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
-                                      " before tensor ", quoted(tensor->name), " belong to no tensor"));
+      return fail(Code::corrupt, path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
+                  " before tensor ", quoted(tensor->name), " belong to no tensor");
     }
     cursor = tensor->offset + tensor->size_bytes;
     last = tensor;
   }
   if (cursor == file_size_bytes) return {};
-  return fail(Code::corrupt, text(path, ": ", file_size_bytes - cursor, " bytes are left over at ", cursor,
-                                  ", behind the last tensor"));
+  return fail(Code::corrupt, path, ": ", file_size_bytes - cursor, " bytes are left over at ", cursor,
+              ", behind the last tensor");
 }
 
 // weight_map of a model.safetensors.index.json; the rest is skipped.
@@ -239,52 +190,19 @@ class ShardIndexReader final : public JsonEvents {
  public:
   explicit ShardIndexReader(const std::string& path) : path_(path) {}
 
-  Status object_begin() override {
-    if (in_map_) return refuse_file("an object");
-    ++depth_;
-    if (depth_ != 2 || name_ != "weight_map") return {};
-    if (map_seen_) return refuse("a duplicate weight_map");
-    in_map_ = map_seen_ = true;
-    return {};
-  }
-  Status key(std::string name) override {
-    name_ = std::move(name);
-    return {};
-  }
-  Status object_end() override {
-    --depth_;
-    in_map_ = false;
-    return {};
-  }
-  Status array_begin() override {
-    TRY(other("an array"));
-    ++depth_;
-    return {};
-  }
-  Status array_end() override {
-    --depth_;
-    return {};
-  }
-  Status string(std::string value) override {
-    if (!in_map_) return other("a string");
-    if (!stays_inside(value)) {
-      return refuse(text("tensor ", quoted(name_), " in file ", quoted(value),
-                         "; files must be named relative to the index and lie in its folder"));
+  Status value(std::span<const std::string> path, JsonValue&& value) override {
+    const bool is_object = value.kind == Kind::object;
+    if (path.empty()) {
+      if (is_object) return {};
+      return fail(Code::corrupt, path_, " is ", value.what, ", not an object");
     }
-    if (shards_.weight_map.size() == kEntryCountMax) return refuse(text("over ", kEntryCountMax, " tensors"));
-    const auto [entry, added] = shards_.weight_map.try_emplace(std::move(name_), std::move(value));
-    if (!added) return refuse(text("tensor ", quoted(entry->first), " twice in its weight_map"));
+    if (path[0] != "weight_map") return {};
+    if (path.size() > 1) return add(path[1], value);
+    if (!is_object) return refuse("a weight_map that is ", value.what, ", not an object");
+    if (std::exchange(map_seen_, true)) return refuse("a duplicate weight_map");
     return {};
   }
-  Status natural(uint64_t) override { return other("a number"); }
-  Status null() override { return other("null"); }
-  Status other(std::string_view what) override {
-    if (in_map_) return refuse_file(what);
-    if (depth_ == 0) return fail(Code::corrupt, text(path_, " is ", what, ", not an object"));
-    if (depth_ == 1 && name_ == "weight_map")
-      return refuse(text("a weight_map that is ", what, ", not an object"));
-    return {};
-  }
+  Status end(std::span<const std::string>) override { return {}; }
 
   Result<ShardIndex> take() && {
     if (!map_seen_) return refuse("no weight_map");
@@ -295,11 +213,21 @@ class ShardIndexReader final : public JsonEvents {
   }
 
  private:
-  tl::unexpected<base::Error> refuse(std::string_view what) const {
-    return fail(Code::corrupt, text(path_, " has ", what));
+  tl::unexpected<base::Error> refuse(const auto&... what) const {
+    return fail(Code::corrupt, path_, " has ", what...);
   }
-  Status refuse_file(std::string_view what) const {
-    return refuse(text("tensor ", quoted(name_), " in ", what, ", not in a file name"));
+
+  Status add(const std::string& tensor, JsonValue& value) {
+    if (value.kind != Kind::string) {
+      return refuse("tensor ", quoted(tensor), " in ", value.what, ", not in a file name");
+    }
+    if (!stays_inside(value.text)) {
+      return refuse("tensor ", quoted(tensor), " in file ", quoted(value.text),
+                    "; files must be named relative to the index and lie in its folder");
+    }
+    if (shards_.weight_map.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " tensors");
+    if (shards_.weight_map.try_emplace(tensor, std::move(value.text)).second) return {};
+    return refuse("tensor ", quoted(tensor), " twice in its weight_map");
   }
 
   static bool stays_inside(std::string_view file) {
@@ -314,10 +242,7 @@ class ShardIndexReader final : public JsonEvents {
 
   const std::string& path_;
   ShardIndex shards_;
-  uint32_t depth_ = 0;  // of objects and arrays around the present place
-  bool in_map_ = false;
   bool map_seen_ = false;
-  std::string name_;  // of the present value
 };
 
 }  // namespace
@@ -325,20 +250,19 @@ class ShardIndexReader final : public JsonEvents {
 Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first,
                                      uint64_t file_size_bytes, const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes) {
-    return fail(Code::corrupt,
-                text(path, ": its ", file_size_bytes, " bytes are too few for a safetensors file"));
+    return fail(Code::corrupt, path, ": its ", file_size_bytes, " bytes are too few for a safetensors file");
   }
   static_assert(std::endian::native == std::endian::little);
   uint64_t length = 0;
   std::memcpy(&length, first.data(), kHeaderLengthBytes);
-  if (length == 0) return fail(Code::corrupt, text(path, ": header length is 0"));
+  if (length == 0) return fail(Code::corrupt, path, ": header length is 0");
   if (length > kHeaderBytesMax) {
-    return fail(Code::corrupt, text(path, ": header length ", length, " is over the format's limit of ",
-                                    kHeaderBytesMax, "; is it a safetensors file?"));
+    return fail(Code::corrupt, path, ": header length ", length, " is over the format's limit of ",
+                kHeaderBytesMax, "; is it a safetensors file?");
   }
   if (length > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", length, " bytes ends past the file's ",
-                                    file_size_bytes, " bytes; is it cut short?"));
+    return fail(Code::corrupt, path, ": header of ", length, " bytes ends past the file's ", file_size_bytes,
+                " bytes; is it cut short?");
   }
   return length;
 }
@@ -346,12 +270,12 @@ Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthByt
 Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes,
                                       const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes || json.size() > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, text(path, ": header of ", json.size(), " bytes ends past the file's ",
-                                    file_size_bytes, " bytes; is it cut short?"));
+    return fail(Code::corrupt, path, ": header of ", json.size(), " bytes ends past the file's ",
+                file_size_bytes, " bytes; is it cut short?");
   }
   const size_t brace = json.find_first_not_of(" \t\r\n");
   if (brace == std::string_view::npos || json[brace] != '{') {
-    return fail(Code::corrupt, text(path, ": header does not begin with '{'; is it a safetensors file?"));
+    return fail(Code::corrupt, path, ": header does not begin with '{'; is it a safetensors file?");
   }
   const uint64_t data_begin = kHeaderLengthBytes + json.size();
   HeaderReader reader(path, data_begin, file_size_bytes - data_begin);
@@ -362,7 +286,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
   const auto twin = std::adjacent_find(tensors.begin(), tensors.end(),
                                        [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
   if (twin != tensors.end()) {
-    return fail(Code::corrupt, text(path, ": tensor ", quoted(twin->name), " is there twice"));
+    return fail(Code::corrupt, path, ": tensor ", quoted(twin->name), " is there twice");
   }
   TRY(check_tiling(tensors, data_begin, file_size_bytes, path));
   return part;
@@ -370,8 +294,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
 
 Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& path) {
   if (json.size() > kHeaderBytesMax) {
-    return fail(Code::corrupt,
-                text(path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax));
+    return fail(Code::corrupt, path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax);
   }
   ShardIndexReader reader(path);
   TRY(walk_json(json, path, reader));
@@ -383,13 +306,13 @@ Status check_shard_index(const ShardIndex& shards, const Index& index, Holds hol
     const Tensor* tensor = index.find(name);
     if (tensor == nullptr && holds == Holds::some) continue;
     if (tensor == nullptr) {
-      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file),
-                                      ", but no file has it"));
+      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
+                  ", but no file has it");
     }
     const std::string_view path = index.files[tensor->file].path;
     if (path != file && !path.ends_with("/" + file)) {
-      return fail(Code::corrupt, text("the shard index puts tensor ", quoted(name), " in ", quoted(file),
-                                      ", but it is in ", path));
+      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
+                  ", but it is in ", path);
     }
   }
   return {};

@@ -1,5 +1,6 @@
 #include "tensor/view.h"
 
+#include <algorithm>
 #include <charconv>
 #include <limits>
 
@@ -11,7 +12,6 @@ namespace tensord::tensor {
 using base::Code;
 using base::fail;
 using base::quoted;
-using base::text;
 
 namespace {
 
@@ -61,85 +61,69 @@ struct Picked {
   std::vector<int64_t> strides;
   bool is_whole = true;  // every dimension is taken as it is
   bool has_unit_steps = true;
+
+  void add(uint64_t extent, int64_t stride) {
+    shape.push_back(extent);
+    strides.push_back(stride);
+  }
 };
 
-class Picking {
- public:
-  Picking(const Tensor& tensor, uint32_t unit)
-      : tensor_(tensor), strides_(row_major_strides(tensor.shape, unit)) {}
+Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit) {
+  const auto refuse = [&](const auto&... why) {
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", why...);
+  };
+  using Kind = IndexItem::Kind;
+  const auto count = [&](Kind kind) {
+    return static_cast<size_t>(
+        std::count_if(items.begin(), items.end(), [&](const IndexItem& item) { return item.kind == kind; }));
+  };
+  const size_t rank = tensor.shape.size();
+  const size_t taken = count(Kind::slice) + count(Kind::integer);
+  if (count(Kind::ellipsis) > 1) return refuse("an index may hold one '...' only");
+  if (taken > rank) return refuse("too many indices: ", taken, " for ", rank, " dimensions");
 
-  Result<Picked> pick(const IndexItems& items) {
-    size_t taken = 0;
-    size_t ellipses = 0;
-    for (const IndexItem& item : items) {
-      taken += item.kind == IndexItem::Kind::slice || item.kind == IndexItem::Kind::integer;
-      ellipses += item.kind == IndexItem::Kind::ellipsis;
+  const std::vector<int64_t> strides = row_major_strides(tensor.shape, unit);
+  Picked picked;
+  size_t dimension = 0;
+  const auto take_whole = [&](size_t more) {
+    for (; more > 0; --more, ++dimension) picked.add(tensor.shape[dimension], strides[dimension]);
+  };
+  for (const IndexItem& item : items) {
+    if (item.kind == Kind::ellipsis) {
+      take_whole(rank - taken);
+      continue;
     }
-    const size_t rank = tensor_.shape.size();
-    if (ellipses > 1) return refuse("an index may hold one '...' only");
-    if (taken > rank) return refuse(text("too many indices: ", taken, " for ", rank, " dimensions"));
-    for (const IndexItem& item : items) {
-      if (item.kind == IndexItem::Kind::ellipsis) {
-        take_whole(rank - taken);
-      } else {
-        TRY(take(item));
-      }
+    if (item.kind == Kind::new_axis) {
+      picked.add(1, 0);
+      continue;
     }
-    take_whole(rank - dimension_);
-    if (picked_.shape.size() > kRankMax) return refuse(text("more than ", kRankMax, " dimensions"));
-    return std::move(picked_);
-  }
-
- private:
-  Status take(const IndexItem& item) {
-    if (item.kind == IndexItem::Kind::new_axis) {
-      picked_.shape.push_back(1);
-      picked_.strides.push_back(0);
-      return {};
-    }
-    const uint64_t extent = tensor_.shape[dimension_];
-    const int64_t stride = strides_[dimension_];
-    if (item.kind == IndexItem::Kind::integer) {
+    const uint64_t extent = tensor.shape[dimension];
+    const int64_t stride = strides[dimension];
+    if (item.kind == Kind::integer) {
       const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
       if (at < 0 || at >= Wide(extent)) {
-        return refuse(
-            text("dimension ", dimension_, ": index ", item.integer, " is out of range for extent ", extent));
+        return refuse("dimension ", dimension, ": index ", item.integer, " is out of range for extent ",
+                      extent);
       }
-      picked_.offset += at * stride;
-      picked_.is_whole = false;
+      picked.offset += at * stride;
+      picked.is_whole = false;
     } else {
-      if (item.step == 0)
-        return refuse(text("dimension ", dimension_, ": the step of a slice must not be 0"));
+      if (item.step == 0) return refuse("dimension ", dimension, ": the step of a slice must not be 0");
       const Range range = clip(item, extent);
-      int64_t step_stride;
-      if (range.length < 2 || __builtin_mul_overflow(range.step, stride, &step_stride)) step_stride = stride;
-      picked_.offset += range.start * stride;
-      picked_.shape.push_back(range.length);
-      picked_.strides.push_back(step_stride);
       const bool is_unit = range.length < 2 || range.step == 1;
-      picked_.has_unit_steps &= is_unit;
-      picked_.is_whole &= range.length == extent && is_unit;
+      int64_t step_stride;
+      if (is_unit || __builtin_mul_overflow(range.step, stride, &step_stride)) step_stride = stride;
+      picked.offset += range.start * stride;
+      picked.add(range.length, step_stride);
+      picked.has_unit_steps &= is_unit;
+      picked.is_whole &= range.length == extent && is_unit;
     }
-    ++dimension_;
-    return {};
+    ++dimension;
   }
-
-  void take_whole(size_t count) {
-    for (; count > 0; --count, ++dimension_) {
-      picked_.shape.push_back(tensor_.shape[dimension_]);
-      picked_.strides.push_back(strides_[dimension_]);
-    }
-  }
-
-  tl::unexpected<base::Error> refuse(std::string why) const {
-    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor_.name), ": ", why));
-  }
-
-  const Tensor& tensor_;
-  const std::vector<int64_t> strides_;
-  size_t dimension_ = 0;
-  Picked picked_;
-};
+  take_whole(rank - dimension);
+  if (picked.shape.size() > kRankMax) return refuse("more than ", kRankMax, " dimensions");
+  return picked;
+}
 
 // A region of bytes out of one of elements that are `bits` wide; nullopt where rows begin or end within a byte.
 std::optional<Strided> in_bytes(Picked picked, uint32_t bits, uint64_t offset) {
@@ -190,22 +174,21 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   // Bit offsets of sub-byte types must fit as well: no tensor is larger than an exbibyte.
   constexpr uint64_t kSizeMax = uint64_t{1} << 60;
   if (tensor.size_bytes > kSizeMax || !base::checked_add(offset, tensor.size_bytes)) {
-    return fail(Code::invalid_argument, text("slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
-                                             " bytes at ", offset, " do not fit an address space"));
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
+                " bytes at ", offset, " do not fit an address space");
   }
   const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
   const uint32_t bits = dtype_bits(tensor.dtype);
   const uint32_t unit = element_bytes ? *element_bytes : std::max(bits, 1u);
-  TRY_ASSIGN(Picked picked, Picking(tensor, unit).pick(items));
+  TRY_ASSIGN(Picked picked, pick(tensor, items, unit));
   if (element_bytes) {
     return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape),
                    std::move(picked.strides), *element_bytes};
   }
   if (picked.is_whole) return whole(tensor, offset);
   if (bits == 0) {
-    return fail(Code::invalid_argument,
-                text("slice tensor ", quoted(tensor.name), ": its type ", quoted(tensor.dtype_text),
-                     " is not known; it can be read as a whole only"));
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": its type ",
+                quoted(tensor.dtype_text), " is not known; it can be read as a whole only");
   }
   for (const uint64_t extent : picked.shape) {
     if (extent == 0) return Strided{offset, {0}, {1}, 1};
@@ -213,9 +196,9 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   if (picked.has_unit_steps) {
     if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
   }
-  return fail(Code::invalid_argument,
-              text("slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype), " have ",
-                   bits, " bits; a slice must begin and end on whole bytes and have step 1"));
+  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": elements of ",
+              dtype_name(tensor.dtype), " have ", bits,
+              " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
 // --- text --------------------------------------------------------------------------------------------------------
@@ -229,48 +212,34 @@ class IndexText {
 
   Result<IndexItems> read() {
     IndexItems items;
-    skip_blanks();
-    while (at_ < end_) {
+    while (!at_end()) {
       TRY_ASSIGN(IndexItem item, read_item());
       items.push_back(item);
       if (items.size() > 2 * kRankMax) return refuse("too many indices");
-      skip_blanks();
-      if (at_ == end_) break;
-      if (!accept(",")) return refuse("expected ',' or ']'");
-      skip_blanks();
+      if (!at_end() && !accept(",")) return refuse("expected ',' or ']'");
     }
     return items;
   }
 
  private:
   Result<IndexItem> read_item() {
+    if (accept("...")) return IndexItem{.kind = IndexItem::Kind::ellipsis};
+    if (accept("None")) return IndexItem{.kind = IndexItem::Kind::new_axis};
     IndexItem item;
-    if (accept("...")) {
-      item.kind = IndexItem::Kind::ellipsis;
-      return item;
+    TRY_ASSIGN(item.start, read_number());
+    if (!accept(":")) {
+      if (!item.start) return refuse("expected a number, a slice, '...' or 'None'");
+      return IndexItem{.kind = IndexItem::Kind::integer, .integer = *item.start};
     }
-    if (accept("None")) {
-      item.kind = IndexItem::Kind::new_axis;
-      return item;
-    }
-    TRY_ASSIGN(const std::optional<int64_t> first, read_number());
-    if (!accept_colon()) {
-      if (!first) return refuse("expected a number, a slice, '...' or 'None'");
-      item.kind = IndexItem::Kind::integer;
-      item.integer = *first;
-      return item;
-    }
-    item.start = first;
     TRY_ASSIGN(item.stop, read_number());
-    if (accept_colon()) {
+    if (accept(":")) {
       TRY_ASSIGN(item.step, read_number());
     }
     return item;
   }
 
   Result<std::optional<int64_t>> read_number() {
-    skip_blanks();
-    if (at_ == end_ || (text_[at_] != '-' && (text_[at_] < '0' || text_[at_] > '9'))) return std::nullopt;
+    if (at_end() || (text_[at_] != '-' && (text_[at_] < '0' || text_[at_] > '9'))) return std::nullopt;
     int64_t number = 0;
     const auto [rest, problem] = std::from_chars(text_.data() + at_, text_.data() + end_, number);
     if (problem != std::errc()) return refuse("expected a 64-bit number");
@@ -278,23 +247,20 @@ class IndexText {
     return number;
   }
 
-  bool accept_colon() {
-    skip_blanks();
-    return accept(":");
-  }
-
   bool accept(std::string_view word) {
-    if (text_.substr(at_, end_ - at_).substr(0, word.size()) != word) return false;
+    if (at_end() || !text_.substr(at_, end_ - at_).starts_with(word)) return false;
     at_ += word.size();
     return true;
   }
 
-  void skip_blanks() {
+  // Behind blanks.
+  bool at_end() {
     while (at_ < end_ && text_[at_] == ' ') ++at_;
+    return at_ == end_;
   }
 
   tl::unexpected<base::Error> refuse(std::string_view why) const {
-    return fail(Code::invalid_argument, text("view ", quoted(text_), ": ", why, " at character ", at_ + 1));
+    return fail(Code::invalid_argument, "view ", quoted(text_), ": ", why, " at character ", at_ + 1);
   }
 
   const std::string_view text_;

@@ -1,4 +1,4 @@
-#include "storage/memory_source.h"
+#include "storage/memory_source_testing.h"
 
 #include <algorithm>
 #include <condition_variable>
