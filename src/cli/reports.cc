@@ -200,19 +200,26 @@ Result<std::string> status_text(std::string_view report) {
     const json& limits = status.at("limits");
     const json& memory = status.at("memory");
     const auto loads = status.at("loads_running").get<uint64_t>();
-    return text("daemon    pid ", status.at("pid").get<int64_t>(), ", tensord ",
-                status.at("version").get<std::string>(), ", up ",
-                seconds(status.at("uptime_s").get<double>()), "\n",                           //
-                "socket    ", status.at("socket").get<std::string>(), "\n",                   //
-                "state     ", status.at("state_dir").get<std::string>(), "\n",                //
-                "memory    ", human_bytes(memory.at("in_use").get<uint64_t>()), " of ",       //
-                human_bytes(limits.at("host_memory").get<uint64_t>()), " in use, ",           //
-                human_bytes(memory.at("kept").get<uint64_t>()), " kept for the next load\n",  //
-                "replicas  ", status.at("replicas").get<uint64_t>(), ", ", loads,
-                loads == 1 ? " load" : " loads",
-                " running\n",                                                                       //
-                "reading   ", count_of(limits.at("read_threads").get<uint64_t>(), "thread"), "\n",  //
-                "clients   ", count_of(status.at("connections").get<uint64_t>(), "connection"), "\n");
+    std::string waiting;
+    for (const json& one : status.at("waiting")) {
+      waiting +=
+          text("waiting   pid ", one.at("pid").get<int64_t>(), " ", one.at("name").get<std::string>(),
+               " for ", one.at("path").get<std::string>(), ", ", seconds(one.at("waited_s").get<double>()),
+               ": ", one.at("waits_for").get<std::string>(), "\n");
+    }
+    return text(
+        "daemon    pid ", status.at("pid").get<int64_t>(), ", tensord ",
+        status.at("version").get<std::string>(), ", up ", seconds(status.at("uptime_s").get<double>()),
+        "\n",                                                                         //
+        "socket    ", status.at("socket").get<std::string>(), "\n",                   //
+        "state     ", status.at("state_dir").get<std::string>(), "\n",                //
+        "memory    ", human_bytes(memory.at("in_use").get<uint64_t>()), " of ",       //
+        human_bytes(limits.at("host_memory").get<uint64_t>()), " in use, ",           //
+        human_bytes(memory.at("kept").get<uint64_t>()), " kept for the next load\n",  //
+        "replicas  ", status.at("replicas").get<uint64_t>(), ", ", loads, loads == 1 ? " load" : " loads",
+        " running\n",                                                                       //
+        "reading   ", count_of(limits.at("read_threads").get<uint64_t>(), "thread"), "\n",  //
+        "clients   ", count_of(status.at("connections").get<uint64_t>(), "connection"), "\n", waiting);
   });
 }
 

@@ -24,6 +24,8 @@ struct Config {
   std::string runtime_dir;
   std::string state_dir;
   uint64_t host_memory = 0;
+  bool host_memory_is_default = true;
+  int64_t memory_wait_seconds = 30;
   uint64_t prefault = 0;
   int read_threads = 0;
   DiskReads disk_reads = DiskReads::best;
@@ -58,8 +60,5 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments);
 Result<Config> make_config(const CommandLine& command_line);
 
 std::string serve_help();
-
-// Half of what the cgroup (v2, the lowest limit up to the root) or the machine allows.
-uint64_t default_host_memory();
 
 }  // namespace tensord::daemon

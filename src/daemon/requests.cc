@@ -40,7 +40,8 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   if (open.only() != nullptr) {
     for (const auto* words : *open.only()) order.only.push_back(words->str());
   }
-  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
+  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name,
+                  request.client.connection};
   for (size_t at = 0; at < file_count; ++at) {
     TRY_ASSIGN(engine::OpenFile file,
                accept_file(std::move(request.fds[at]), open.paths()->Get(static_cast<uint32_t>(at))->str()));

@@ -8,8 +8,10 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <fstream>
 #include <optional>
 
 #include "base/bytes.h"
@@ -20,6 +22,7 @@
 #include "catalog/memory_catalog.h"
 #include "catalog/sqlite_catalog.h"
 #include "daemon/config.h"
+#include "daemon/memory_limit.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -36,12 +39,49 @@ namespace {
 
 constexpr const char* kVersion = TENSORD_VERSION;
 
+constexpr int64_t kFollowMs = 1'000;  // how often memory limits are looked at: nothing tells that they change
+
+// How the descriptors of this process are shared out, so that it never runs out of them in the midst of something:
+// 1/2 for replicas, 1/4 for leases, 1/8 for connections, 1/8 for replies on their way and all the rest. A replica has no
+// more mappings than descriptors; they are held below 3/4 of what the kernel allows.
+struct DescriptorShares {
+  size_t replicas = 512;
+  size_t leases = 256;
+  size_t connections = 128;
+};
+
 // A replica of 700 GB in segments is 1400 descriptors, and so is every client's request for it in flight.
-void raise_descriptor_limit() {
+DescriptorShares raise_descriptor_limit() {
   rlimit limit;
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = limit.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &limit);
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return {};
+  const rlimit raised{limit.rlim_max, limit.rlim_max};
+  const size_t count = ::setrlimit(RLIMIT_NOFILE, &raised) == 0 ? limit.rlim_max : limit.rlim_cur;
+  size_t mapping_count_max = 65530;  // the kernel's default
+  std::ifstream("/proc/sys/vm/max_map_count") >> mapping_count_max;
+  return {std::min(count / 2, mapping_count_max / 4 * 3), std::min(count / 4, engine::kLeaseCountMax),
+          std::min(count / 8, rpc::kConnectionCountMax)};
+}
+
+uint64_t allowed_host_memory(const Config& config) {
+  if (config.host_memory_is_default) return default_host_memory();
+  return std::min(config.host_memory, most_within(cgroup_memory_limit()));
+}
+
+uint64_t host_memory_at_start(const Config& config) {
+  const uint64_t allowed = allowed_host_memory(config);
+  if (allowed < config.host_memory) {
+    log(LogLevel::warning, "host_memory ", base::human_bytes(config.host_memory),
+        " is more than the cgroup's limit of ", base::human_bytes(cgroup_memory_limit()),
+        " leaves for weights: ", base::human_bytes(allowed), " are used");
+  }
+  return allowed;
+}
+
+void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
+  loop.call_after(kFollowMs, [&] {
+    engine.set_host_memory(allowed_host_memory(config));
+    follow_limit(loop, engine, config);
+  });
 }
 
 // The parent ends once the child runs in a session of its own; the caller's terminal can go.
@@ -166,7 +206,9 @@ engine::Owner owner_over(rpc::Loop& loop) {
               [&loop](int fd, std::function<void()> gone) {
                 return loop.watch(fd, 0, [gone = std::move(gone)](uint32_t) { gone(); });
               },
-          .unwatch = [&loop](int fd) { loop.unwatch(fd); }};
+          .unwatch = [&loop](int fd) { loop.unwatch(fd); },
+          .call_after = [&loop](int64_t delay_ms,
+                                std::function<void()> work) { loop.call_after(delay_ms, std::move(work)); }};
 }
 
 base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
@@ -205,7 +247,8 @@ Status run(const Config& config) {
   TRY(rpc::prepare_runtime_folder(config.runtime_dir));
   TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
   TRY_ASSIGN(const base::Fd signals, catch_signals());
-  raise_descriptor_limit();
+  const DescriptorShares shares = raise_descriptor_limit();
+  const uint64_t host_memory = host_memory_at_start(config);
   const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
   const std::unique_ptr<catalog::Catalog> catalog = open_catalog(config.state_dir);
@@ -215,11 +258,14 @@ Status run(const Config& config) {
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine(
-      {.host_memory_bytes = config.host_memory,
+      {.host_memory_bytes = host_memory,
        .keep_spans = keep_spans,
        .encode_index = encode_index,
        .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
-       .huge_pages = config.huge_pages},
+       .huge_pages = config.huge_pages,
+       .memory_wait_ms = config.memory_wait_seconds * 1000,
+       .descriptor_count_max = shares.replicas,
+       .lease_count_max = shares.leases},
       *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
@@ -229,14 +275,18 @@ Status run(const Config& config) {
                     .state_dir = config.state_dir,
                     .started_ns = base::monotonic_ns(),
                     .read_threads = config.read_threads,
-                    .connection_count_max = rpc::kConnectionCountMax,
+                    .connection_count_max = shares.connections,
                     .keep_spans = keep_spans};
   Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
-  TRY_ASSIGN(
-      const std::unique_ptr<rpc::Server> server,
-      rpc::Server::start(*loop, std::move(listener),
-                         {.product_version = kVersion, .keep_spans = keep_spans, .user_id = ::getuid()},
-                         [&](rpc::Request request) { requests.handle(std::move(request)); }));
+  TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
+             rpc::Server::start(
+                 *loop, std::move(listener),
+                 {.product_version = kVersion,
+                  .keep_spans = keep_spans,
+                  .user_id = ::getuid(),
+                  .connection_count_max = shares.connections,
+                  .closed = [&](rpc::ConnectionId id) { loop->post([&, id] { engine.withdraw(id); }); }},
+                 [&](rpc::Request request) { requests.handle(std::move(request)); }));
   requests.reply_through(*server);
   shutdown.watch(*server);
   TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {
@@ -245,8 +295,9 @@ Status run(const Config& config) {
   }));
   Prefaulter prefaulter(*loop, engine, config.huge_pages);
   if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
+  follow_limit(*loop, engine, config);
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
-      base::human_bytes(config.host_memory), ", ", config.read_threads, " read threads");
+      base::human_bytes(host_memory), ", ", config.read_threads, " read threads");
   loop->run();
   loop->drain();
   loop->unwatch(signals.get());

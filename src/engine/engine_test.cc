@@ -5,8 +5,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <fstream>
+#include <mutex>
 #include <random>
 
 #include "catalog/memory_catalog.h"
@@ -23,7 +25,7 @@ class TestOwner {
   Owner owner() {
     return {.post =
                 [this](std::function<void()> work) {
-                  base::MutexLock lock(mutex_);
+                  std::unique_lock lock(mutex_);
                   posted_.push_back(std::move(work));
                   changed_.notify_one();
                 },
@@ -32,44 +34,65 @@ class TestOwner {
                   hangups_[fd] = std::move(gone);
                   return Status();
                 },
-            .unwatch = [this](int fd) { hangups_.erase(fd); }};
+            .unwatch = [this](int fd) { hangups_.erase(fd); },
+            .call_after =
+                [this](int64_t delay_ms, std::function<void()> work) {
+                  timers_.emplace(Clock::now() + std::chrono::milliseconds(delay_ms), std::move(work));
+                }};
   }
 
   void run_until(const std::function<bool()>& reached) {
     while (!reached()) run_one();
   }
 
-  // Waits for work and runs it.
+  // Waits for work, or for a timer, and runs it.
   void run_one() {
     std::function<void()> work;
     {
-      base::MutexLock lock(mutex_);
-      while (posted_.empty()) lock.wait(changed_);
-      work = std::move(posted_.front());
-      posted_.pop_front();
+      std::unique_lock lock(mutex_);
+      while (posted_.empty() && !is_due()) {
+        if (timers_.empty()) {
+          changed_.wait(lock);
+        } else {
+          changed_.wait_until(lock, timers_.begin()->first);
+        }
+      }
+      if (posted_.empty()) {
+        work = std::move(timers_.extract(timers_.begin()).mapped());
+      } else {
+        work = std::move(posted_.front());
+        posted_.pop_front();
+      }
     }
     work();
   }
 
+  void hang_up(int fd) { std::function<void()>(hangups_.at(fd))(); }
   void hang_up_all() {
-    while (!hangups_.empty()) std::function<void()>(hangups_.begin()->second)();
+    while (!hangups_.empty()) hang_up(hangups_.begin()->first);
   }
 
  private:
-  base::Mutex mutex_;
+  using Clock = std::chrono::steady_clock;
+  bool is_due() const { return !timers_.empty() && timers_.begin()->first <= Clock::now(); }
+
+  std::multimap<Clock::time_point, std::function<void()>> timers_;
+  std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::function<void()>> posted_ GUARDED_BY(mutex_);
+  std::deque<std::function<void()>> posted_;
   std::map<int, std::function<void()>> hangups_;
 };
 
 class EngineTest : public testing::Test {
  protected:
-  explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
+  explicit EngineTest(int64_t memory_wait_ms = 0)
       : catalog_thread_(storage::start_read_pool(1).value()),
         pool_(storage::start_read_pool(2).value()),
-        engine_(
-            {host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }},
-            *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
+        engine_({.host_memory_bytes = 8 << 20,
+                 .encode_index = [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); },
+                 .memory_wait_ms = memory_wait_ms,
+                 .descriptor_count_max = 32},
+                *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
     std::string name = "/tmp/tensord-engine-test-XXXXXX";
     folder_ = ::mkdtemp(name.data());
   }
@@ -78,13 +101,19 @@ class EngineTest : public testing::Test {
     std::system(("rm -rf " + folder_).c_str());
   }
 
-  // A file with one U8 tensor "w" of `size_bytes` pseudo-random bytes.
-  std::string write(const std::string& name, size_t size_bytes, unsigned seed = 1) {
+  // A file with U8 tensors of `size_bytes` pseudo-random bytes each: one, "w", or several, "w0", "w1", ...
+  std::string write(const std::string& name, size_t size_bytes, unsigned seed = 1, int count = 1) {
     const std::string path = folder_ + "/" + name;
-    const std::string header = R"({"w":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) +
-                               R"(],"data_offsets":[0,)" + std::to_string(size_bytes) + "]}}";
+    std::string header = "{";
+    for (int at = 0; at < count; ++at) {
+      const std::string tensor = count == 1 ? "w" : "w" + std::to_string(at);
+      header += (at == 0 ? "\"" : ",\"") + tensor + R"(":{"dtype":"U8","shape":[)" +
+                std::to_string(size_bytes) + R"(],"data_offsets":[)" + std::to_string(at * size_bytes) + "," +
+                std::to_string((at + 1) * size_bytes) + "]}";
+    }
+    header += "}";
     std::mt19937 random(seed);
-    std::string bytes(size_bytes, '\0');
+    std::string bytes(size_bytes * static_cast<size_t>(count), '\0');
     for (char& byte : bytes) byte = static_cast<char>(random());
     const uint64_t header_bytes = header.size();
     std::ofstream file(path, std::ios::binary);
@@ -112,6 +141,44 @@ class EngineTest : public testing::Test {
     Result<Grant> granted = open(path);
     owner_.run_until([&] { return engine_.running_count() == 0; });
     return granted;
+  }
+
+  using Granted = std::shared_ptr<std::optional<Result<Grant>>>;
+  // Asks what may be answered later.
+  Granted ask(OpenOrder order) {
+    auto granted = std::make_shared<std::optional<Result<Grant>>>();
+    engine_.open(std::move(order), [granted](Result<Grant> grant) { *granted = std::move(grant); });
+    return granted;
+  }
+  Granted ask(const std::string& path, pid_t process_id, uint64_t asker = 0) {
+    OpenOrder asked = order(path);
+    asked.holder.process_id = process_id;
+    asked.holder.asker = asker;
+    return ask(std::move(asked));
+  }
+  Granted ask_batch(const std::string& path, const std::string& only, Stay stay, pid_t process_id) {
+    OpenOrder asked = order(path);
+    asked.only = {only};
+    asked.stay = stay;
+    asked.holder.process_id = process_id;
+    return ask(std::move(asked));
+  }
+  // What it was answered.
+  Result<Grant>& answer(const Granted& granted) {
+    owner_.run_until([&] { return granted->has_value(); });
+    return **granted;
+  }
+  uint64_t replica_of(const Granted& granted) { return answer(granted).value().replica; }
+  void run_until_waiting(size_t count) {
+    owner_.run_until([&] { return engine_.waiting_count() == count; });
+  }
+  void run_until_idle() {
+    owner_.run_until([&] { return engine_.running_count() == engine_.waiting_count(); });
+  }
+  void let_go(uint64_t replica) {
+    std::vector<int> fds;
+    for (const auto& [number, lease] : engine_.replica(replica).leases) fds.push_back(lease.read_end.get());
+    for (const int fd : fds) owner_.hang_up(fd);
   }
 
   TestOwner owner_;
@@ -205,7 +272,7 @@ TEST_F(EngineTest, a_refusal_names_what_holds_the_memory) {
   const Result<Grant> refused = open(write("b", 5 << 20));
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code, Code::exhausted);
-  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.25 MiB, pinned, leased by test pid 77)"),
+  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.12 MiB, pinned, leased by test pid 77)"),
             std::string::npos)
       << refused.error().message;
   EXPECT_EQ(engine_.replica(held.replica).state, ReplicaState::ready);
@@ -365,6 +432,337 @@ TEST_F(EngineTest, draining_refuses_new_loads_and_ends_when_none_runs) {
   std::optional<Result<Grant>> refused;
   engine_.open(order(path), [&](Result<Grant> grant) { refused = std::move(grant); });
   EXPECT_EQ(refused->error().code, Code::unavailable);
+}
+
+// ---- waiting for room -----------------------------------------------------------------------------------------------
+
+namespace {
+constexpr size_t kMiB = 1 << 20;
+class LineTest : public EngineTest {
+ protected:
+  LineTest() : EngineTest(600'000) {}
+};
+class ImpatientTest : public EngineTest {
+ protected:
+  ImpatientTest() : EngineTest(30) {}
+};
+}  // namespace
+
+TEST_F(LineTest, an_open_waits_until_a_lease_ends) {
+  const std::string path = write("a", 5 * kMiB);
+  load(path).value();
+  const Granted waiting = ask(write("b", 5 * kMiB), 88);
+  run_until_waiting(1);
+  const Replica& replica = engine_.replica(2);
+  EXPECT_EQ(replica.state, ReplicaState::waiting);
+  EXPECT_NE(replica.waits_for.find("5.12 MiB; held: replica 1 " + path), std::string::npos)
+      << replica.waits_for;
+  EXPECT_FALSE(engine_.claim_memory(kMiB)) << "who waits comes before memory for loads to come";
+  owner_.hang_up_all();
+  EXPECT_EQ(replica_of(waiting), 2u);
+  EXPECT_FALSE(engine_.replicas().contains(1));
+}
+
+TEST_F(LineTest, how_long_it_waited_is_in_the_report) {
+  const uint64_t held = load(write("a", 5 * kMiB)).value().replica;
+  const Granted waiting = ask(write("b", 5 * kMiB), 88);
+  run_until_waiting(1);
+  ::usleep(2000);
+  const LoadReport before = engine_.load_report(2).value();
+  EXPECT_EQ(before.state, LoadState::waiting);
+  EXPECT_GE(before.memory_ns, 2'000'000);
+  let_go(held);
+  answer(waiting).value();
+  run_until_idle();
+  const LoadReport after = engine_.load_report(2).value();
+  EXPECT_EQ(after.state, LoadState::ready);
+  EXPECT_GE(after.memory_ns, before.memory_ns);
+  EXPECT_GE(after.wall_ns, after.memory_ns);
+}
+
+TEST_F(LineTest, what_waiting_cannot_help_is_refused_at_once) {
+  load(write("a", 5 * kMiB)).value();
+  EXPECT_EQ(open(write("b", 5 * kMiB)).error().code, Code::exhausted) << "its own process holds the memory";
+  engine_.set_pinned(1, true);
+  const Granted other = ask(write("d", 5 * kMiB), 88);
+  EXPECT_EQ(answer(other).error().code, Code::exhausted);
+  EXPECT_EQ(engine_.waiting_count(), 0u);
+}
+
+TEST_F(LineTest, an_open_can_have_a_patience_of_its_own) {
+  load(write("a", 5 * kMiB)).value();
+  OpenOrder impatient = order(write("b", 5 * kMiB));
+  impatient.holder.process_id = 88;
+  impatient.memory_wait_ms = 0;
+  EXPECT_EQ(answer(ask(std::move(impatient))).error().code, Code::exhausted);
+}
+
+TEST_F(LineTest, a_later_one_passes_only_where_it_fits_beside_those_before_it) {
+  const uint64_t held = load(write("a", 5 * kMiB)).value().replica;
+  const Granted large = ask(write("b", 6 * kMiB), 88);
+  run_until_waiting(1);
+  const Granted beside = ask(write("c", 3 * kMiB / 2), 99);
+  EXPECT_TRUE(answer(beside)) << "6 and 1.5 MiB fit 8";
+  const Granted behind = ask(write("d", kMiB), 99);
+  run_until_waiting(2);
+  run_until_idle();
+  EXPECT_FALSE(*behind) << "there is room for it now, but not beside 6 and 1.5 MiB";
+  let_go(held);
+  EXPECT_TRUE(answer(large)) << "those that passed are not in its way";
+  EXPECT_FALSE(*behind);
+  owner_.hang_up_all();
+  EXPECT_TRUE(answer(behind));
+}
+
+TEST_F(LineTest, what_is_resident_is_granted_past_all_who_wait) {
+  const std::string path = write("a", 5 * kMiB);
+  load(path).value();
+  const Granted waiting = ask(write("b", 7 * kMiB), 88);
+  run_until_waiting(1);
+  EXPECT_TRUE(answer(ask(path, 99)));
+  owner_.hang_up_all();
+  EXPECT_TRUE(answer(waiting));
+}
+
+TEST_F(LineTest, who_asks_for_what_waits_already_waits_with_it) {
+  load(write("a", 5 * kMiB)).value();
+  const std::string path = write("b", 5 * kMiB);
+  const Granted first = ask(path, 88), second = ask(path, 99);
+  run_until_waiting(1);
+  EXPECT_EQ(open(path).error().code, Code::exhausted) << "but not who holds what is in the way";
+  owner_.hang_up_all();
+  EXPECT_EQ(replica_of(first), replica_of(second));
+}
+
+TEST_F(LineTest, an_asker_that_goes_takes_its_request_out_of_the_line) {
+  load(write("a", 5 * kMiB)).value();
+  const Granted gone = ask(write("b", 7 * kMiB), 88, 5);
+  run_until_waiting(1);
+  const Granted next = ask(write("c", kMiB), 99, 6);
+  run_until_waiting(2);
+  engine_.withdraw(5);
+  EXPECT_TRUE(answer(next));
+  EXPECT_FALSE(*gone);
+  EXPECT_EQ(engine_.waiting_count(), 0u);
+  EXPECT_EQ(engine_.replicas().size(), 2u);
+}
+
+TEST_F(LineTest, an_asker_that_goes_while_its_files_are_indexed_leaves_nothing) {
+  const Granted gone = ask(write("a", kMiB), 88, 5);
+  engine_.withdraw(5);
+  owner_.run_until([&] { return engine_.replicas().empty(); });
+  EXPECT_FALSE(*gone);
+  EXPECT_EQ(engine_.memory().in_use_bytes(), 0u);
+}
+
+TEST_F(LineTest, the_index_of_what_waits_can_be_read) {
+  load(write("a", 5 * kMiB)).value();
+  const std::string path = write("b", 5 * kMiB);
+  const Granted waiting = ask(path, 88);
+  run_until_waiting(1);
+  EXPECT_EQ(open(path, true).value().content->index.tensors.size(), 1u);
+  engine_.cancel_all();
+  EXPECT_EQ(answer(waiting).error().code, Code::cancelled);
+}
+
+TEST_F(LineTest, a_daemon_that_stops_lets_nobody_wait_for_others) {
+  load(write("a", 5 * kMiB)).value();
+  const Granted waiting = ask(write("b", 5 * kMiB), 88);
+  run_until_waiting(1);
+  bool drained = false;
+  engine_.drain([&] { drained = true; });
+  EXPECT_EQ(answer(waiting).error().code, Code::exhausted);
+  EXPECT_TRUE(drained);
+}
+
+TEST_F(ImpatientTest, its_time_ends_though_nothing_else_happens) {
+  const std::string path = write("a", 5 * kMiB);
+  load(path).value();
+  const Granted waiting = ask(write("b", 5 * kMiB), 88);
+  run_until_waiting(1);
+  EXPECT_EQ(answer(waiting).error().code, Code::exhausted);
+  EXPECT_NE((*waiting)->error().message.find("replica 1 " + path + " (5.12 MiB, leased by test pid 77)"),
+            std::string::npos)
+      << (*waiting)->error().message;
+  EXPECT_FALSE(engine_.replicas().contains(2));
+}
+
+TEST_F(ImpatientTest, who_comes_later_to_the_same_files_waits_its_own_time) {
+  load(write("a", 5 * kMiB)).value();
+  const std::string path = write("b", 5 * kMiB);
+  const Granted first = ask(path, 88);
+  run_until_waiting(1);
+  OpenOrder patient = order(path);
+  patient.holder.process_id = 99;
+  patient.memory_wait_ms = 600'000;
+  const Granted second = ask(std::move(patient));
+  EXPECT_FALSE(answer(first));
+  EXPECT_FALSE(*second);
+  owner_.hang_up_all();
+  EXPECT_TRUE(answer(second));
+}
+
+TEST_F(LineTest, a_lower_limit_evicts_what_nobody_holds_now_and_later) {
+  load(write("a", 2 * kMiB)).value();
+  owner_.hang_up_all();
+  load(write("b", 4 * kMiB)).value();
+  engine_.set_host_memory(3 * kMiB);
+  EXPECT_EQ(engine_.replicas().size(), 1u);
+  EXPECT_GT(engine_.memory().in_use_bytes(), 4 * kMiB);
+  EXPECT_EQ(engine_.memory().kept_bytes(), 0u);
+  owner_.hang_up_all();
+  owner_.run_until([&] { return engine_.replicas().empty(); });
+  run_until_idle();
+  EXPECT_EQ(engine_.memory().kept_bytes(), 0u);
+  EXPECT_EQ(open(write("c", 4 * kMiB)).value().fill_map_fd, -1) << "it is over the limit";
+  engine_.set_host_memory(8 * kMiB);
+  EXPECT_NE(load(write("d", 4 * kMiB)).value().fill_map_fd, -1);
+}
+
+TEST_F(LineTest, what_waits_and_no_longer_fits_gets_the_index_alone) {
+  load(write("a", 5 * kMiB)).value();
+  const Granted waiting = ask(write("b", 5 * kMiB), 88);
+  run_until_waiting(1);
+  engine_.set_host_memory(5 * kMiB);
+  EXPECT_EQ(answer(waiting).value().segment_fds.size(), 0u);
+}
+
+TEST_F(EngineTest, descriptors_are_room_too) {
+  std::vector<std::string> paths;
+  for (unsigned at = 0; at < 12; ++at) paths.push_back(write("d" + std::to_string(at), 1000, at));
+  for (const std::string& path : paths) {
+    ASSERT_TRUE(load(path));
+    owner_.hang_up_all();
+  }
+  EXPECT_GE(engine_.replicas().size(), 8u) << "three each, of 32, and a file";
+  EXPECT_LE(engine_.replicas().size(), 10u);
+  std::optional<base::Error> refused;
+  for (size_t at = 0; at < paths.size() && !refused; ++at) {
+    if (const auto granted = load(paths[at]); !granted) refused = granted.error();
+  }
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(refused->code, Code::exhausted);
+  EXPECT_NE(refused->message.find("ulimit -n"), std::string::npos) << refused->message;
+}
+
+TEST_F(LineTest, an_open_waits_for_descriptors_as_for_memory) {
+  std::vector<uint64_t> held;
+  std::string last;
+  Granted waiting;
+  for (unsigned at = 0; engine_.waiting_count() == 0; ++at) {
+    waiting = ask(write("d" + std::to_string(at), 1000, at), 88 + static_cast<pid_t>(at));
+    owner_.run_until([&] { return waiting->has_value() || engine_.waiting_count() == 1; });
+    run_until_idle();
+  }
+  let_go(1);
+  EXPECT_TRUE(answer(waiting));
+  EXPECT_FALSE(engine_.replicas().contains(1));
+}
+
+// ---- streams: parts of an artifact, batch by batch ------------------------------------------------------------------
+
+TEST_F(LineTest, a_batch_waits_for_the_batches_of_others_and_of_other_threads) {
+  const std::string path = write("a", 3 * kMiB, 1, 4);
+  const Granted first = ask_batch(path, "w0", Stay::batch, 88),
+                second = ask_batch(path, "w1", Stay::batch, 99);
+  answer(first).value();
+  answer(second).value();
+  for (const pid_t process : {77, 88}) {
+    const Granted waiting = ask_batch(path, "w2", Stay::batch, process);
+    run_until_waiting(1);
+    run_until_idle();
+    EXPECT_FALSE(*waiting);
+    let_go(replica_of(process == 77 ? first : second));
+    EXPECT_TRUE(answer(waiting)) << process;
+    let_go(replica_of(waiting));
+    if (process == 77) answer(ask_batch(path, "w0", Stay::batch, 88)).value();
+  }
+  owner_.hang_up_all();
+}
+
+TEST_F(LineTest, a_batch_ahead_of_another_never_waits_so_two_streams_do_not_wait_for_each_other) {
+  const std::string path = write("a", 3 * kMiB, 1, 4);
+  const Granted mine = ask_batch(path, "w0", Stay::batch, 88),
+                others = ask_batch(path, "w1", Stay::batch, 99);
+  answer(mine).value();
+  answer(others).value();
+  EXPECT_EQ(answer(ask_batch(path, "w2", Stay::batch_ahead, 88)).error().code, Code::exhausted);
+  EXPECT_EQ(answer(ask_batch(path, "w3", Stay::batch_ahead, 99)).error().code, Code::exhausted);
+  let_go(replica_of(mine));
+  const Granted next = ask_batch(path, "w2", Stay::batch, 88);
+  EXPECT_TRUE(answer(next));
+  EXPECT_EQ(answer(ask_batch(path, "w3", Stay::batch_ahead, 99)).error().code, Code::exhausted);
+  let_go(replica_of(others));
+  EXPECT_TRUE(answer(ask_batch(path, "w3", Stay::batch, 99)));
+}
+
+TEST_F(LineTest, a_batch_ahead_is_refused_where_others_wait_for_the_same_batch_and_it_does_not) {
+  const std::string path = write("a", 3 * kMiB, 1, 3);
+  const Granted mine = ask_batch(path, "w0", Stay::batch, 88),
+                others = ask_batch(path, "w1", Stay::batch, 99);
+  answer(mine).value();
+  answer(others).value();
+  const Granted waiting = ask_batch(path, "w2", Stay::batch, 77);
+  run_until_waiting(1);
+  EXPECT_FALSE(answer(ask_batch(path, "w2", Stay::batch_ahead, 88)));
+  EXPECT_FALSE(*waiting);
+  let_go(replica_of(mine));
+  EXPECT_TRUE(answer(waiting));
+}
+
+TEST_F(LineTest, an_artifact_waits_for_batches_and_a_batch_for_what_stood_in_line_before) {
+  const std::string path = write("a", 3 * kMiB, 1, 3);
+  const Granted first = ask_batch(path, "w0", Stay::batch, 88);
+  answer(first).value();
+  const Granted artifact = ask(write("b", 7 * kMiB), 99);
+  run_until_waiting(1);
+  let_go(replica_of(first));
+  const Granted second = ask_batch(path, "w1", Stay::batch, 88);
+  EXPECT_TRUE(answer(artifact)) << "streams do not starve it";
+  run_until_waiting(1);
+  EXPECT_FALSE(*second);
+  owner_.hang_up_all();
+  EXPECT_TRUE(answer(second));
+}
+
+TEST_F(ImpatientTest, a_stream_gives_up_when_nothing_moves) {
+  load(write("a", 7 * kMiB)).value();
+  const std::string path = write("b", 3 * kMiB, 1, 2);
+  EXPECT_EQ(answer(ask_batch(path, "w0", Stay::batch, 88)).error().code, Code::exhausted);
+}
+
+TEST_F(LineTest, batches_that_nobody_holds_stay_as_long_as_somebody_streams) {
+  const std::string path = write("a", kMiB, 1, 3);
+  const uint64_t first = replica_of(ask_batch(path, "w0", Stay::batch, 88));
+  const uint64_t second = replica_of(ask_batch(path, "w1", Stay::batch, 99));
+  run_until_idle();
+  let_go(first);
+  EXPECT_TRUE(engine_.replicas().contains(first)) << "who streams the same and lags behind finds it";
+  EXPECT_EQ(replica_of(ask_batch(path, "w0", Stay::batch, 99)), first);
+  owner_.hang_up_all();
+  EXPECT_FALSE(engine_.replicas().contains(first));
+  EXPECT_FALSE(engine_.replicas().contains(second));
+}
+
+TEST_F(LineTest, a_part_is_served_by_a_replica_that_holds_more) {
+  const std::string path = write("a", kMiB, 1, 3);
+  const uint64_t whole = load(path).value().replica;
+  EXPECT_EQ(replica_of(ask_batch(path, "w1", Stay::batch, 88)), whole);
+  OpenOrder two = order(path);
+  two.only = {"w0", "w2"};
+  EXPECT_EQ(replica_of(ask(std::move(two))), whole);
+  EXPECT_EQ(engine_.last_load_report()->load, 1u);
+}
+
+TEST_F(LineTest, a_part_that_waits_is_served_by_a_replica_that_comes_to_hold_more) {
+  const std::string path = write("a", 2 * kMiB, 1, 2);
+  const uint64_t held = load(write("b", 7 * kMiB)).value().replica;
+  const Granted whole = ask(path, 88);
+  run_until_waiting(1);
+  const Granted part = ask_batch(path, "w1", Stay::batch, 99);
+  run_until_waiting(2);
+  let_go(held);
+  EXPECT_EQ(replica_of(part), replica_of(whole));
 }
 
 }  // namespace tensord::engine
