@@ -102,7 +102,7 @@ def churn(
     with sampled(daemon, measure) as samples:
         for at, worker in enumerate(workers):
             worker.tell(
-                f"for turn in range(12):\n"
+                f"for turn in range(24):\n"
                 f"    with tensord.open({paths}[({at} + turn * 5) % {len(paths)}], 'np') as model:\n"
                 f"        model.wait()\n"
                 f"    if {at} == 0 and turn % 4 == 0:\n"
@@ -121,7 +121,7 @@ def test_pages_never_exceed_the_limit(
 ) -> None:
     daemon = make_daemon(*CHURN_FLAGS)
     samples = churn(daemon, make_worker, tmp_path, lambda: segment_bytes(daemon.pid))
-    assert CHURN_LIMIT // 2 < max(samples) <= CHURN_LIMIT
+    assert 0.8 * CHURN_LIMIT < max(samples) <= CHURN_LIMIT
     # Of what it maps nothing else is large: weights are all that grows.
     assert status_kib(daemon.pid, "RssShmem") * 1024 <= CHURN_LIMIT + MIB
 
@@ -181,7 +181,7 @@ def test_the_cgroup_is_charged_no_more_than_the_limit(
     samples = churn(daemon, make_worker, tmp_path, shared_memory)
     # Fill maps and indexes are shared memory too. The kernel counts in batches of 64 pages a core.
     slack = MIB + (os.cpu_count() or 1) * 64 * mmap.PAGESIZE
-    assert CHURN_LIMIT // 2 < max(samples) <= CHURN_LIMIT + slack
+    assert 0.8 * CHURN_LIMIT < max(samples) <= CHURN_LIMIT + slack
     daemon.stop()
 
 
@@ -253,7 +253,7 @@ def test_a_hundred_cycles_end_where_they_began(
     for name in before:
         if name == "rss" and is_sanitized(binary):
             continue
-        # The descriptor of a connection that is closing, and a heap that grew to another mapping, are no growth.
+        # The descriptor of a connection that is closing and a mapping of the heap are no growth.
         slack = {"descriptors": 2, "mappings": 3}.get(name, 0)
         assert abs(after[name] - before[name]) <= max(before[name] // 100, slack), (name, before, after)
 
@@ -288,8 +288,10 @@ def test_after_its_time_a_wait_is_refused(
     first, second = adapters(tmp_path, 2, 20 * MIB)
     holder = make_worker(daemon)
     holder.ask(f"m = tensord.open({str(first)!r}, 'np'); m.wait()")
-    with pytest.raises(tensord.ExhaustedError, match=rf"20\.00 MiB.*pid {holder.pid}.*waited 1\.\d+ s"):
+    with pytest.raises(tensord.ExhaustedError, match=rf"20\.50 MiB.*pid {holder.pid}.*waited 1\d{{3}} ms"):
         tensord.open(second)
+    with pytest.raises(tensord.ExhaustedError, match=r"waited \d{1,3} ms"):
+        tensord.open(second, memory_wait=0)
     assert waiting(daemon) == []
 
 
@@ -297,8 +299,9 @@ def test_a_client_that_dies_while_it_waits_leaves_the_line(
     make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
     daemon = make_daemon("--host-memory", "32MiB", "--memory-wait-seconds", "200")
-    first, second = adapters(tmp_path, 2, 20 * MIB)
-    third = sparse_file(tmp_path / "third.safetensors", 12 * MIB - 8192)
+    first = sparse_file(tmp_path / "first.safetensors", 20 * MIB)
+    second = sparse_file(tmp_path / "second.safetensors", 28 * MIB)
+    third = sparse_file(tmp_path / "third.safetensors", 8 * MIB)
     holder, asker, behind = make_worker(daemon), Worker(daemon.environment), make_worker(daemon)
     holder.ask(f"m = tensord.open({str(first)!r}, 'np'); m.wait()")
     asker.tell(f"m = tensord.open({str(second)!r}, 'np')")
@@ -418,4 +421,4 @@ def test_the_limit_of_a_container_is_followed(
 def test_more_than_the_container_has_is_clamped(make_contained: Callable[..., tuple[Daemon, Path]]) -> None:
     daemon, _ = make_contained(1024 * MIB, "--host-memory", "2GiB")
     assert host_memory(daemon) == 960 * MIB
-    assert "host_memory 2.00 GiB" in daemon.log() and "1.00 GiB" in daemon.log()
+    assert "host_memory is now 960.00 MiB, it was 2.00 GiB" in daemon.log()

@@ -61,7 +61,6 @@ Status set_choice(Choice& target, const std::string& value, const char* const (&
 
 constexpr int kReadThreadsMax = 256;
 constexpr int64_t kDrainSecondsMax = 3600;
-constexpr int64_t kMemoryWaitSecondsMax = 300;  // clients give up on an answer after 600 s
 
 constexpr Setting kSettings[] = {
     {"runtime_dir", "FOLDER",

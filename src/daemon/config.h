@@ -20,6 +20,8 @@ using base::Result;
 // How bytes that are in no cache are read: io_uring and O_DIRECT where they can be had, or what is named.
 enum class DiskReads : uint8_t { best, io_uring, pread, buffered };
 
+inline constexpr int64_t kMemoryWaitSecondsMax = 300;  // clients give up on an answer after 600 s
+
 struct Config {
   std::string runtime_dir;
   std::string state_dir;

@@ -45,15 +45,13 @@ constexpr int64_t kFollowMs = 1'000;  // how often memory limits are looked at: 
 // 1/2 for replicas, 1/4 for leases, 1/8 for connections, 1/8 for replies on their way and all the rest. A replica has no
 // more mappings than descriptors; they are held below 3/4 of what the kernel allows.
 struct DescriptorShares {
-  size_t replicas = 512;
-  size_t leases = 256;
-  size_t connections = 128;
+  size_t replicas, leases, connections;
 };
 
 // A replica of 700 GB in segments is 1400 descriptors, and so is every client's request for it in flight.
 DescriptorShares raise_descriptor_limit() {
-  rlimit limit;
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return {};
+  rlimit limit{1024, 1024};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
   const rlimit raised{limit.rlim_max, limit.rlim_max};
   const size_t count = ::setrlimit(RLIMIT_NOFILE, &raised) == 0 ? limit.rlim_max : limit.rlim_cur;
   size_t mapping_count_max = 65530;  // the kernel's default
@@ -62,26 +60,12 @@ DescriptorShares raise_descriptor_limit() {
           std::min(count / 8, rpc::kConnectionCountMax)};
 }
 
-uint64_t allowed_host_memory(const Config& config) {
-  if (config.host_memory_is_default) return default_host_memory();
-  return std::min(config.host_memory, most_within(cgroup_memory_limit()));
-}
-
-uint64_t host_memory_at_start(const Config& config) {
-  const uint64_t allowed = allowed_host_memory(config);
-  if (allowed < config.host_memory) {
-    log(LogLevel::warning, "host_memory ", base::human_bytes(config.host_memory),
-        " is more than the cgroup's limit of ", base::human_bytes(cgroup_memory_limit()),
-        " leaves for weights: ", base::human_bytes(allowed), " are used");
-  }
-  return allowed;
-}
-
+// The default follows the limit it comes from; what was set stays below it.
 void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
-  loop.call_after(kFollowMs, [&] {
-    engine.set_host_memory(allowed_host_memory(config));
-    follow_limit(loop, engine, config);
-  });
+  engine.set_host_memory(config.host_memory_is_default
+                             ? default_host_memory()
+                             : std::min(config.host_memory, most_within(cgroup_memory_limit())));
+  loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
 // The parent ends once the child runs in a session of its own; the caller's terminal can go.
@@ -248,7 +232,6 @@ Status run(const Config& config) {
   TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
   TRY_ASSIGN(const base::Fd signals, catch_signals());
   const DescriptorShares shares = raise_descriptor_limit();
-  const uint64_t host_memory = host_memory_at_start(config);
   const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
   const std::unique_ptr<catalog::Catalog> catalog = open_catalog(config.state_dir);
@@ -258,7 +241,7 @@ Status run(const Config& config) {
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine(
-      {.host_memory_bytes = host_memory,
+      {.host_memory_bytes = config.host_memory,
        .keep_spans = keep_spans,
        .encode_index = encode_index,
        .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
@@ -294,10 +277,10 @@ Status run(const Config& config) {
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
   }));
   Prefaulter prefaulter(*loop, engine, config.huge_pages);
-  if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
   follow_limit(*loop, engine, config);
+  if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
-      base::human_bytes(host_memory), ", ", config.read_threads, " read threads");
+      base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
   loop->run();
   loop->drain();
   loop->unwatch(signals.get());

@@ -246,13 +246,10 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
 
 Status Engine::begin_load(Replica& replica, Digests known) {
   const Content& content = *replica.content;
-  TRY_ASSIGN(memory::SegmentPool::Allocation allocation,
-             pool_memory_.allocate(content.layout.size_bytes, replica.owner));
-  replica.memory = std::move(allocation.run);
+  TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
   // Kept segments go for descriptors too.
   std::vector<memory::Segment> surplus = pool_memory_.trim(
       options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
-  std::move(allocation.surplus.begin(), allocation.surplus.end(), std::back_inserter(surplus));
   if (replica.memory.segments.size() > kSegmentCountMax) {
     return fail(Code::unsupported,
                 base::text("open ", replica.path(), ": ", replica.memory.segments.size(),

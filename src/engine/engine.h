@@ -177,7 +177,7 @@ class Engine {
   void serve_line();
   void admit(Replica& replica, Digests known);
   bool turn_away(Replica& replica, Room room);
-  void set_alarm();
+  void look_again();
   bool fits(const Replica& replica) const;
   bool can_come(const Replica& replica, const Waiter& waiter) const;
   int64_t patient_until_ns(const Replica& replica, const Waiter& waiter) const;
@@ -227,7 +227,7 @@ class Engine {
   };
   std::vector<InLine> line_;
   int64_t line_moved_ns_ = 0;       // when somebody in line was admitted last
-  int64_t alarm_ns_ = 0;            // when the next timer fires for the line
+  bool looks_again_ = false;        // a timer runs
   bool room_changed_ = false;       // and the line is about to hear of it
   uint64_t claimed_bytes_ = 0;      // for segments that are pre-faulted
   uint64_t leaving_bytes_ = 0;      // of segments on their way back to the kernel

@@ -27,7 +27,6 @@ namespace {
 
 // How long what the engine itself is giving back may take: a cancelled read takes as long as its disk.
 constexpr int64_t kFreeingNs = 30'000'000'000;
-constexpr int64_t kFreeingLookNs = 1'000'000'000;
 
 uint64_t missing(uint64_t wanted, uint64_t most) { return wanted > most ? wanted - most : 0; }
 
@@ -96,7 +95,7 @@ void Engine::serve_line() {
         room == Room::freeing ? 0 : std::min(passing_bytes_max, missing(limit_bytes, needed_bytes + passed));
     line_.push_back(std::move(entry));
   }
-  set_alarm();
+  look_again();
 }
 
 void Engine::admit(Replica& replica, Digests known) {
@@ -109,10 +108,10 @@ void Engine::admit(Replica& replica, Digests known) {
 // Refuses those of its waiters to whom room does not come, or not in time; false when nobody is left.
 bool Engine::turn_away(Replica& replica, Room room) {
   const int64_t now_ns = base::monotonic_ns();
-  const auto waits_on = [&](const Waiter& waiter) {
+  const auto waits_on = [&](Waiter& waiter) {
     const int64_t until_ns = patient_until_ns(replica, waiter);
     if (room == Room::freeing) return now_ns < until_ns + kFreeingNs;
-    return now_ns < until_ns && !draining_ && can_come(replica, waiter);
+    return now_ns < until_ns && !draining_ && (waiter.hopeful = waiter.hopeful || can_come(replica, waiter));
   };
   const auto refused = std::stable_partition(replica.waiters.begin(), replica.waiters.end(), waits_on);
   if (refused == replica.waiters.end()) return true;
@@ -158,22 +157,14 @@ uint64_t Engine::passed_bytes(uint64_t first_load) const {
   return bytes;
 }
 
-// The line looks again when the next of those in it is no longer patient, even if nothing else happens.
-void Engine::set_alarm() {
-  const int64_t now_ns = base::monotonic_ns();
-  int64_t next_ns = INT64_MAX;
-  for (const InLine& entry : line_) {
-    const Replica& replica = *replicas_.at(entry.replica);
-    for (const Waiter& waiter : replica.waiters) {
-      const int64_t until_ns = patient_until_ns(replica, waiter);
-      next_ns = std::min(next_ns, until_ns > now_ns ? until_ns : now_ns + kFreeingLookNs);
-    }
-  }
-  const bool set = alarm_ns_ > now_ns && alarm_ns_ <= next_ns;
-  if (line_.empty() || set) return;
-  alarm_ns_ = next_ns;
-  constexpr int64_t kNsPerMs = 1'000'000;
-  owner_.call_after((next_ns - now_ns) / kNsPerMs + 1, [this] { serve_line(); });
+// Time passes though nothing else happens: somebody's patience may have ended.
+void Engine::look_again() {
+  constexpr int64_t kLookMs = 100;
+  if (line_.empty() || std::exchange(looks_again_, true)) return;
+  owner_.call_after(kLookMs, [this] {
+    looks_again_ = false;
+    serve_line();
+  });
 }
 
 void Engine::withdraw(uint64_t asker) {
@@ -190,26 +181,19 @@ void Engine::withdraw(uint64_t asker) {
 }
 
 base::Error Engine::refusal(const Replica& replica) const {
-  const uint64_t needed_bytes = memory_bytes_of(replica);
-  const size_t needed_descriptors = segment_count_of(replica);
-  std::string lack, remedy = "host_memory";
-  if (needed_bytes > pool_memory_.free_bytes()) {
-    lack = base::text(base::human_bytes(needed_bytes), ", but of host_memory ",
-                      base::human_bytes(pool_memory_.limit_bytes()), " only ",
-                      base::human_bytes(pool_memory_.free_bytes()),
-                      " are free, and the rest cannot be evicted: ", holders_text());
-  } else if (descriptor_count() + needed_descriptors > options_.descriptor_count_max) {
-    remedy = "ulimit -n";
-    lack = base::text(needed_descriptors, " file descriptors, but all ", options_.descriptor_count_max,
-                      " for replicas are in use, and cannot be evicted: ", holders_text());
-  } else {
-    lack = base::text(base::human_bytes(needed_bytes),
-                      ", which others wait for that came before; held: ", holders_text());
-  }
-  const auto waited_s = static_cast<double>(base::monotonic_ns() - replica.room_ns) / 1e9;
-  return {Code::exhausted, base::text("open ", replica.path(), ": it needs ", lack,
-                                      waited_s < 1 ? "" : base::text(" (waited ", waited_s, " s)"),
-                                      "; close or unpin some of them, or raise ", remedy)};
+  const uint64_t needed_bytes = memory_bytes_of(replica), free_bytes = pool_memory_.free_bytes();
+  const std::string lack =
+      needed_bytes > free_bytes
+          ? base::text("of host_memory ", base::human_bytes(pool_memory_.limit_bytes()), " only ",
+                       base::human_bytes(free_bytes), " are free")
+          : base::text("others wait before it, or ", descriptor_count(), " of ",
+                       options_.descriptor_count_max, " descriptors are in use (half of ulimit -n)");
+  constexpr int64_t kNsPerMs = 1'000'000;
+  const int64_t waited_ms = (base::monotonic_ns() - replica.room_ns) / kNsPerMs;
+  return {Code::exhausted,
+          base::text("open ", replica.path(), ": it needs ", base::human_bytes(needed_bytes), ", but ", lack,
+                     ", and the rest cannot be evicted: ", holders_text(), " (waited ", waited_ms,
+                     " ms); close or unpin some of them, or raise host_memory")};
 }
 
 // ---- making room ----------------------------------------------------------------------------------------------------

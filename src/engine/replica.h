@@ -87,6 +87,7 @@ struct Waiter {
   GrantDone done;
   int64_t asked_ns = 0;
   int64_t patience_ns = 0;  // how long it waits for room
+  bool hopeful = false;     // when it was looked at first, room could come
 };
 
 struct Replica {

@@ -142,7 +142,7 @@ Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   return make_segment(size_bytes, owner);
 }
 
-Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
+Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
   const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
   if (size_bytes > free_bytes()) {
@@ -150,8 +150,7 @@ Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_
                 base::text(base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
                            " of host_memory ", base::human_bytes(limit_bytes_), " are in use"));
   }
-  Allocation allocation;
-  SegmentRun& run = allocation.run;
+  SegmentRun run;
   // What is kept are pages: fresh segments have none.
   const auto give_up = [&](const base::Error& error) {
     std::erase_if(run.segments, [](const Segment& segment) { return segment.touched_bytes() == 0; });
@@ -165,8 +164,7 @@ Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_
   }
   if (const Status placed = place(run); !placed) return give_up(placed.error());
   in_use_bytes_ += size_bytes;
-  allocation.surplus = trim();
-  return allocation;
+  return run;
 }
 
 void SegmentPool::free(SegmentRun run) {

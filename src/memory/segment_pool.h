@@ -75,16 +75,10 @@ class SegmentPool {
  public:
   explicit SegmentPool(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
 
-  struct Allocation {
-    SegmentRun run;
-    // Kept segments that had to go to stay under the limit. To be destroyed before a page of `run` is touched, and not
-    // on a thread that must not wait: giving back 512 MiB takes the kernel a tenth of a second.
-    std::vector<Segment> surplus;
-  };
   // Memory for `image_bytes`, for artifacts of `owner`. Kept segments of the same owner are used first. Code::exhausted
   // when segments in use leave too little room, or the system has none. Pages of fresh segments hold zeros and cost
-  // their first touch.
-  Result<Allocation> allocate(uint64_t image_bytes, uid_t owner);
+  // their first touch; trim() is due before that.
+  Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
 
   // The run's segments are free again, and kept with their pages for artifacts of the same owner. Where the limit was
   // lowered trim() may be due.
@@ -97,8 +91,8 @@ class SegmentPool {
 
   // What is in use stays, be it more than the limit; trim() may be due.
   void set_limit(uint64_t limit_bytes) { limit_bytes_ = limit_bytes; }
-  // Takes the oldest kept segments out until the limit holds and at most so many are kept: the caller's, as the surplus
-  // of allocate().
+  // Takes the oldest kept segments out until the limit holds and at most so many are kept. To be destroyed on a thread
+  // that may wait: giving back 512 MiB takes the kernel a tenth of a second.
   std::vector<Segment> trim(size_t kept_count_max = SIZE_MAX);
 
   uint64_t limit_bytes() const { return limit_bytes_; }

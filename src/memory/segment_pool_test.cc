@@ -39,7 +39,7 @@ TEST(SegmentSizes, waste_little_and_fall_in_size) {
 
 TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(22 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(22 * kMiB, 1).value();
   ASSERT_EQ(run.segments.size(), 3u);
   for (size_t at = 1; at < run.segments.size(); ++at) {
     EXPECT_EQ(run.segments[at].data(), run.segments[at - 1].data() + run.segments[at - 1].size_bytes());
@@ -50,22 +50,23 @@ TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
 
 TEST(SegmentPool, a_recycled_segment_keeps_its_pages_for_its_owner_only) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(8 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(8 * kMiB, 1).value();
   run.data()[5] = std::byte{42};
   pool.free(std::move(run));
   EXPECT_EQ(pool.kept_bytes(), 8 * kMiB);
-  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value().run;
+  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value();
   EXPECT_EQ(of_another.data()[5], std::byte{0});
-  SegmentRun again = pool.allocate(8 * kMiB, 1).value().run;
+  SegmentRun again = pool.allocate(8 * kMiB, 1).value();
   EXPECT_EQ(again.data()[5], std::byte{42});
   EXPECT_EQ(pool.kept_bytes(), 0u);
 }
 
 TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
   SegmentPool pool(16 * kMiB);
-  pool.free(pool.allocate(16 * kMiB, 1).value().run);
+  pool.free(pool.allocate(16 * kMiB, 1).value());
   EXPECT_EQ(pool.kept_bytes(), 16 * kMiB);
-  SegmentRun run = pool.allocate(4 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(4 * kMiB, 1).value();
+  EXPECT_EQ(pool.trim().size(), 1u);
   EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), 16 * kMiB);
   const auto refused = pool.allocate(13 * kMiB, 1);
   ASSERT_FALSE(refused);
@@ -75,18 +76,19 @@ TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
 
 TEST(SegmentPool, what_is_kept_goes_out_with_an_allocation_that_needs_its_room) {
   SegmentPool pool(16 * kMiB);
-  pool.free(pool.allocate(8 * kMiB, 1).value().run);
-  const SegmentPool::Allocation large = pool.allocate(12 * kMiB, 2).value();
-  ASSERT_EQ(large.surplus.size(), 1u);
-  EXPECT_EQ(large.surplus[0].size_bytes(), 8 * kMiB);
+  pool.free(pool.allocate(8 * kMiB, 1).value());
+  const SegmentRun large = pool.allocate(12 * kMiB, 2).value();
+  const std::vector<Segment> surplus = pool.trim();
+  ASSERT_EQ(surplus.size(), 1u);
+  EXPECT_EQ(surplus[0].size_bytes(), 8 * kMiB);
   EXPECT_EQ(pool.kept_bytes(), 0u);
 }
 
 TEST(SegmentPool, a_lower_limit_leaves_what_is_in_use_and_takes_the_oldest_that_is_kept) {
   SegmentPool pool(16 * kMiB);
-  SegmentRun used = pool.allocate(8 * kMiB, 1).value().run;
-  SegmentRun first = pool.allocate(2 * kMiB, 1).value().run;
-  pool.free(pool.allocate(kMiB, 1).value().run);
+  SegmentRun used = pool.allocate(8 * kMiB, 1).value();
+  SegmentRun first = pool.allocate(2 * kMiB, 1).value();
+  pool.free(pool.allocate(kMiB, 1).value());
   pool.free(std::move(first));
   pool.set_limit(10 * kMiB);
   const std::vector<Segment> gone = pool.trim();
@@ -105,7 +107,7 @@ TEST(SegmentPool, a_lower_limit_leaves_what_is_in_use_and_takes_the_oldest_that_
 TEST(SegmentPool, kept_segments_can_be_trimmed_by_count) {
   SegmentPool pool(16 * kMiB);
   std::vector<SegmentRun> runs;
-  for (int at = 0; at < 4; ++at) runs.push_back(pool.allocate(kMiB, 1).value().run);
+  for (int at = 0; at < 4; ++at) runs.push_back(pool.allocate(kMiB, 1).value());
   for (SegmentRun& run : runs) pool.free(std::move(run));
   EXPECT_EQ(pool.trim(3).size(), 1u);
   EXPECT_EQ(pool.kept_count(), 3u);
@@ -140,8 +142,8 @@ void expect_clean_refusal(SegmentPool& pool, __rlimit_resource resource, rlim_t 
   EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), pool.limit_bytes());
   auto again = pool.allocate(22 * kMiB, 1);
   ASSERT_TRUE(again) << again.error().message;
-  EXPECT_EQ(again->run.segments.size(), 3u) << "as if nothing had been refused";
-  pool.free(std::move(again->run));
+  EXPECT_EQ(again->segments.size(), 3u) << "as if nothing had been refused";
+  pool.free(std::move(*again));
 }
 }  // namespace
 
@@ -149,7 +151,7 @@ TEST(SegmentPool, a_system_that_refuses_any_part_of_a_request_spoils_no_later_on
   const auto next_fd = static_cast<rlim_t>(base::duplicate(STDIN_FILENO).value().get());
   for (rlim_t left = 0; left < 3; ++left) {
     SegmentPool pool(64 * kMiB);
-    const SegmentPool::Allocation used = pool.allocate(kMiB, 1).value();
+    const SegmentRun used = pool.allocate(kMiB, 1).value();
     expect_clean_refusal(pool, RLIMIT_NOFILE, next_fd + 1 + left);
   }
   // Of addresses there are too few for the first segment, or for all of them in one stretch.
