@@ -202,10 +202,8 @@ Result<std::string> status_text(std::string_view report) {
     const auto loads = status.at("loads_running").get<uint64_t>();
     std::string waiting;
     for (const json& one : status.at("waiting")) {
-      waiting +=
-          text("waiting   pid ", one.at("pid").get<int64_t>(), " ", one.at("name").get<std::string>(),
-               " for ", one.at("path").get<std::string>(), ", ", seconds(one.at("waited_s").get<double>()),
-               ": ", one.at("waits_for").get<std::string>(), "\n");
+      waiting += text("waiting   pid ", one.at("pid").get<int64_t>(), ", ", one.at("path").get<std::string>(),
+                      ": ", one.at("waits_for").get<std::string>(), "\n");
     }
     return text(
         "daemon    pid ", status.at("pid").get<int64_t>(), ", tensord ",

@@ -5,43 +5,30 @@
 #include <algorithm>
 #include <fstream>
 #include <string_view>
-#include <vector>
 
 #include "base/bytes.h"
 
 namespace tensord::daemon {
 
-namespace {
-// In a container the tree may begin at its own group, and the names above it not exist: those are passed over.
-uint64_t lowest_up_to(const std::string& root, std::string group, const std::vector<const char*>& files) {
-  uint64_t lowest = UINT64_MAX;
-  while (true) {
-    for (const char* name : files) {
-      std::ifstream file(root + group + "/" + name);
-      uint64_t limit = 0;
-      if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
-    }
-    const size_t slash = group.rfind('/');
-    if (slash == std::string::npos) return lowest;
-    group.resize(slash);
-  }
-}
-}  // namespace
-
 uint64_t cgroup_memory_limit(const std::string& groups_path, const std::string& cgroup_root) {
+  constexpr std::string_view kFirst = ":memory:", kSecond = "0::";  // versions
   std::ifstream groups(groups_path);
-  std::string line;  // "0::/of/version/2" or "4:memory:/of/version/1"
   uint64_t lowest = UINT64_MAX;
-  while (std::getline(groups, line)) {
-    const size_t kinds = line.find(':') + 1;
-    const size_t group = line.find(':', kinds) + 1;
-    if (kinds == 0 || group == 0) continue;
-    const std::string_view kind = std::string_view(line).substr(kinds, group - kinds - 1);
-    if (kind.empty()) {
-      lowest = std::min(lowest, lowest_up_to(cgroup_root, line.substr(group), {"memory.max", "memory.high"}));
-    } else if (kind == "memory") {
-      lowest = std::min(lowest,
-                        lowest_up_to(cgroup_root + "/memory", line.substr(group), {"memory.limit_in_bytes"}));
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(kFirst);
+    const bool second = line.starts_with(kSecond);
+    if (!second && first == std::string::npos) continue;
+    std::string group = second ? line.substr(kSecond.size()) : "/memory" + line.substr(first + kFirst.size());
+    // In a container the tree may begin at its own group, and the names above it not exist: those are passed over.
+    while (true) {
+      for (const char* name : {"memory.max", "memory.high", "memory.limit_in_bytes"}) {
+        std::ifstream file(cgroup_root + group + "/" + name);
+        uint64_t limit = 0;
+        if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
+      }
+      const size_t slash = group.rfind('/');
+      if (slash == std::string::npos) break;
+      group.resize(slash);
     }
   }
   return lowest;

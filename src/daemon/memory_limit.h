@@ -4,8 +4,7 @@
 //                                                                      headroom: 1/16 of the limit, at least 64 MiB
 //
 // The headroom is for what is charged to the same cgroup and is no weight: the daemon itself (some 10 MiB, and 1/512 of
-// host_memory in page tables), page tables of that size in each client that maps all of it, and the clients' own pages.
-// It is at most half of the limit.
+// host_memory in page tables), and what the clients use. It is at most half of the limit.
 #pragma once
 
 #include <cstdint>

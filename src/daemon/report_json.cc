@@ -46,13 +46,11 @@ json replica_value(const engine::Replica& replica) {
                       {"name", lease.holder.process_name},
                       {"held_s", static_cast<double>(now_ns - lease.since_ns) / 1e9}});
   }
-  const bool waiting = replica.state == engine::ReplicaState::waiting;
   json value = {{"replica", replica.number},
                 {"path", replica.path()},
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
-                {"waits_for", waiting ? json(replica.waits_for) : json()},
                 {"memory_bytes", replica.memory.size_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
@@ -170,7 +168,7 @@ json trace_value(const engine::LoadReport& report) {
   return trace;
 }
 
-// Who stands in line for memory, one by one.
+// Who waits for memory.
 json waiting_value(const engine::Engine& engine) {
   json all = json::array();
   for (const auto& [number, replica] : engine.replicas()) {
@@ -179,7 +177,6 @@ json waiting_value(const engine::Engine& engine) {
       const int64_t since_ns = std::max(waiter.asked_ns, replica->room_ns);
       all.push_back({{"pid", waiter.holder.process_id},
                      {"name", waiter.holder.process_name},
-                     {"replica", number},
                      {"path", replica->path()},
                      {"waited_s", static_cast<double>(base::monotonic_ns() - since_ns) / 1e9},
                      {"waits_for", replica->waits_for}});

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "base/bytes.h"
@@ -155,12 +154,13 @@ void Engine::hand_over(Replica& replica, Replica& larger) {
 void Engine::begin(Replica& replica, Digests known) {
   replica.state = ReplicaState::waiting;
   replica.room_ns = base::monotonic_ns();
-  const auto wants_memory = [](const Waiter& waiter) { return !waiter.index_only; };
-  const auto rest = std::stable_partition(replica.waiters.begin(), replica.waiters.end(), wants_memory);
-  const std::vector<Waiter> readers(std::make_move_iterator(rest),
-                                    std::make_move_iterator(replica.waiters.end()));
-  replica.waiters.erase(rest, replica.waiters.end());
-  for (const Waiter& waiter : readers) waiter.done(grant(replica, waiter));
+  for (Waiter& waiter : std::exchange(replica.waiters, {})) {
+    if (!waiter.index_only) {
+      replica.waiters.push_back(std::move(waiter));
+    } else {
+      waiter.done(grant(replica, waiter));
+    }
+  }
   if (replica.waiters.empty()) {  // or all who asked are gone
     forget(replica.number);
     return end_drain();
@@ -247,9 +247,6 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
 Status Engine::begin_load(Replica& replica, Digests known) {
   const Content& content = *replica.content;
   TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
-  // Kept segments go for descriptors too.
-  std::vector<memory::Segment> surplus = pool_memory_.trim(
-      options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
   if (replica.memory.segments.size() > kSegmentCountMax) {
     return fail(Code::unsupported,
                 base::text("open ", replica.path(), ": ", replica.memory.segments.size(),
@@ -292,6 +289,9 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
+  // Kept segments go for descriptors too.
+  std::vector<memory::Segment> surplus = pool_memory_.trim(
+      options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
   give_back(std::move(surplus), [this, number = replica.number] { start_load(number); });
   return {};
 }

@@ -178,7 +178,6 @@ class Engine {
   void admit(Replica& replica, Digests known);
   bool turn_away(Replica& replica, Room room);
   void look_again();
-  bool fits(const Replica& replica) const;
   bool can_come(const Replica& replica, const Waiter& waiter) const;
   int64_t patient_until_ns(const Replica& replica, const Waiter& waiter) const;
   uint64_t passed_bytes(uint64_t first_load) const;

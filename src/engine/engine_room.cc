@@ -30,16 +30,14 @@ constexpr int64_t kFreeingNs = 30'000'000'000;
 
 uint64_t missing(uint64_t wanted, uint64_t most) { return wanted > most ? wanted - most : 0; }
 
-uint64_t sum(const std::vector<uint64_t>& sizes) {
+uint64_t memory_bytes_of(const Replica& replica) {
+  const std::vector<uint64_t> sizes = memory::segment_sizes(replica.content->image_bytes);
   return std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
 }
 
-uint64_t memory_bytes_of(const Replica& replica) {
-  return sum(memory::segment_sizes(replica.content->image_bytes));
-}
-
-size_t segment_count_of(const Replica& replica) {
-  return memory::segment_sizes(replica.content->image_bytes).size();
+// Replica::descriptor_count() once it fills.
+size_t descriptors_of(const Replica& replica) {
+  return 2 + memory::segment_sizes(replica.content->image_bytes).size() + replica.key.files.size();
 }
 
 }  // namespace
@@ -74,11 +72,13 @@ void Engine::serve_line() {
       hand_over(replica, *larger);
       continue;
     }
-    if (!fits(replica)) {
-      decline(replica, memory_bytes_of(replica));
+    const uint64_t needed_bytes = memory_bytes_of(replica);
+    // What was over the limit when it was indexed has no layout.
+    const bool laid_out = replica.content->layout.size_bytes == replica.content->image_bytes;
+    if (needed_bytes > limit_bytes || !laid_out) {
+      decline(replica, needed_bytes);
       continue;
     }
-    const uint64_t needed_bytes = memory_bytes_of(replica);
     const Room room = needed_bytes <= passing_bytes_max ? make_room(replica) : ahead;
     if (room == Room::now) {
       admit(replica, std::move(entry.known));
@@ -108,10 +108,10 @@ void Engine::admit(Replica& replica, Digests known) {
 // Refuses those of its waiters to whom room does not come, or not in time; false when nobody is left.
 bool Engine::turn_away(Replica& replica, Room room) {
   const int64_t now_ns = base::monotonic_ns();
-  const auto waits_on = [&](Waiter& waiter) {
+  const auto waits_on = [&](const Waiter& waiter) {
     const int64_t until_ns = patient_until_ns(replica, waiter);
     if (room == Room::freeing) return now_ns < until_ns + kFreeingNs;
-    return now_ns < until_ns && !draining_ && (waiter.hopeful = waiter.hopeful || can_come(replica, waiter));
+    return waiter.stay != Stay::batch_ahead && now_ns < until_ns && !draining_ && can_come(replica, waiter);
   };
   const auto refused = std::stable_partition(replica.waiters.begin(), replica.waiters.end(), waits_on);
   if (refused == replica.waiters.end()) return true;
@@ -129,7 +129,6 @@ bool Engine::turn_away(Replica& replica, Room room) {
 }
 
 int64_t Engine::patient_until_ns(const Replica& replica, const Waiter& waiter) const {
-  if (waiter.stay == Stay::batch_ahead) return 0;
   int64_t since_ns = std::max(waiter.asked_ns, replica.room_ns);
   // A stream is in line again with every batch: it gives up when nothing moves, not when many take turns.
   if (waiter.stay == Stay::batch) since_ns = std::max(since_ns, line_moved_ns_);
@@ -139,7 +138,7 @@ int64_t Engine::patient_until_ns(const Replica& replica, const Waiter& waiter) c
 // A process that waits here lets go of nothing meanwhile, but for batches, which its other threads copy.
 bool Engine::can_come(const Replica& replica, const Waiter& waiter) const {
   uint64_t bytes = memory_bytes_of(replica);
-  size_t count = replica.descriptor_count() + segment_count_of(replica);
+  size_t count = descriptors_of(replica);
   for (const auto& [number, other] : replicas_) {
     if (!other->pinned && !other->is_held_by(waiter.holder.process_id)) continue;
     bytes += other->memory.size_bytes();
@@ -198,12 +197,6 @@ base::Error Engine::refusal(const Replica& replica) const {
 
 // ---- making room ----------------------------------------------------------------------------------------------------
 
-// Over host_memory it can never be loaded whole. Nor can what has no layout: it was over the limit when it was indexed.
-bool Engine::fits(const Replica& replica) const {
-  return memory_bytes_of(replica) <= pool_memory_.limit_bytes() &&
-         replica.content->layout.size_bytes == replica.content->image_bytes;
-}
-
 std::vector<EvictionCandidate> Engine::candidates() const {
   std::vector<EvictionCandidate> all;
   for (const auto& [number, replica] : replicas_) {
@@ -220,20 +213,19 @@ size_t Engine::descriptor_count() const {
 }
 
 Engine::Room Engine::make_room(const Replica& replica) {
-  // While anything leaves, nobody comes: what is counted free may still have its pages.
-  if (leaving_bytes_ > 0) return Room::freeing;
   const uint64_t needed_bytes =
       missing(pool_memory_.in_use_bytes() + memory_bytes_of(replica), pool_memory_.limit_bytes());
   const size_t needed_descriptors =
-      missing(descriptor_count() + segment_count_of(replica), options_.descriptor_count_max);
+      missing(descriptor_count() + descriptors_of(replica), options_.descriptor_count_max);
+  // While anything leaves, nobody comes: what is counted free may still have its pages.
+  if (leaving_bytes_ > 0 || (needed_bytes > 0 && claimed_bytes_ > 0)) return Room::freeing;
   if (needed_bytes == 0 && needed_descriptors == 0) return Room::now;
-  const auto victims =
-      choose_victims(candidates(), missing(needed_bytes, claimed_bytes_), needed_descriptors);
+  const auto victims = choose_victims(candidates(), needed_bytes, needed_descriptors);
   if (!victims) return Room::held;
   const bool at_once = std::none_of(victims->begin(), victims->end(),
                                     [&](uint64_t victim) { return replicas_.at(victim)->abandoned(); });
   evict_all(*victims, "to make room");
-  return at_once && claimed_bytes_ == 0 ? Room::now : Room::freeing;
+  return at_once ? Room::now : Room::freeing;
 }
 
 void Engine::evict_all(const std::vector<uint64_t>& victims, const char* why) {

@@ -23,12 +23,7 @@ using base::Code;
 class TestOwner {
  public:
   Owner owner() {
-    return {.post =
-                [this](std::function<void()> work) {
-                  std::unique_lock lock(mutex_);
-                  posted_.push_back(std::move(work));
-                  changed_.notify_one();
-                },
+    return {.post = [this](std::function<void()> work) { post(std::move(work)); },
             .watch_hangup =
                 [this](int fd, std::function<void()> gone) {
                   hangups_[fd] = std::move(gone);
@@ -39,6 +34,12 @@ class TestOwner {
                 [this](int64_t delay_ms, std::function<void()> work) {
                   timers_.emplace(Clock::now() + std::chrono::milliseconds(delay_ms), std::move(work));
                 }};
+  }
+
+  void post(std::function<void()> work) {
+    std::unique_lock lock(mutex_);
+    posted_.push_back(std::move(work));
+    changed_.notify_one();
   }
 
   void run_until(const std::function<bool()>& reached) {
@@ -65,6 +66,13 @@ class TestOwner {
       }
     }
     work();
+  }
+
+  void run_for(size_t count) {
+    while (count-- > 0) {
+      post([] {});  // so that there is something
+      run_one();
+    }
   }
 
   void hang_up(int fd) { std::function<void()>(hangups_.at(fd))(); }
@@ -763,6 +771,53 @@ TEST_F(LineTest, a_part_that_waits_is_served_by_a_replica_that_comes_to_hold_mor
   run_until_waiting(2);
   let_go(held);
   EXPECT_EQ(replica_of(part), replica_of(whole));
+}
+
+// Clients that open, stream, let go, and vanish at random: memory is never exceeded, and all are answered in the end.
+TEST_F(LineTest, whatever_clients_do_the_limit_holds_and_everybody_is_answered) {
+  engine_.set_host_memory(2 * kMiB);
+  const auto seed = static_cast<uint32_t>(GTEST_FLAG_GET(random_seed));
+  SCOPED_TRACE("--gtest_random_seed=" + std::to_string(seed));
+  std::mt19937 random(seed);
+  const auto below = [&](size_t most) { return random() % most; };
+  std::vector<std::string> paths;
+  for (unsigned at = 0; at < 5; ++at)
+    paths.push_back(write("a" + std::to_string(at), (at + 1) * 380'000, at));
+  const std::string streamed = write("s", 350'000, 9, 6);
+  std::vector<std::pair<uint64_t, Granted>> asked;
+  const auto held = [&] {
+    std::vector<int> fds;
+    for (const auto& [number, replica] : engine_.replicas()) {
+      for (const auto& [lease, one] : replica->leases) fds.push_back(one.read_end.get());
+    }
+    return fds;
+  };
+  const auto expect_limit = [&] {
+    EXPECT_LE(engine_.memory().in_use_bytes() + engine_.memory().kept_bytes(), 2 * kMiB);
+  };
+  for (int step = 0; step < 400; ++step) {
+    const uint64_t client = 1 + below(6);
+    OpenOrder one = order(below(2) == 0 ? paths[below(paths.size())] : streamed);
+    if (one.path == streamed) {
+      one.only = {"w" + std::to_string(below(6))};
+      one.stay = below(3) == 0 ? Stay::batch_ahead : Stay::batch;
+    }
+    one.holder = {static_cast<pid_t>(100 + client), 0, "test", client};
+    asked.emplace_back(client, ask(std::move(one)));
+    if (const auto fds = held(); !fds.empty() && below(3) > 0) owner_.hang_up(fds[below(fds.size())]);
+    if (below(20) == 0) {
+      engine_.withdraw(client);
+      std::erase_if(asked, [&](const auto& request) { return request.first == client && !*request.second; });
+    }
+    owner_.run_for(below(3));
+    expect_limit();
+  }
+  owner_.run_until([&] {
+    owner_.hang_up_all();
+    expect_limit();
+    return std::all_of(asked.begin(), asked.end(), [](const auto& one) { return one.second->has_value(); });
+  });
+  EXPECT_EQ(engine_.waiting_count(), 0u);
 }
 
 }  // namespace tensord::engine

@@ -87,7 +87,6 @@ struct Waiter {
   GrantDone done;
   int64_t asked_ns = 0;
   int64_t patience_ns = 0;  // how long it waits for room
-  bool hopeful = false;     // when it was looked at first, room could come
 };
 
 struct Replica {
@@ -136,9 +135,10 @@ struct Replica {
       return lease.second.holder.process_id == process_id && !lease.second.brief;
     });
   }
-  // The index, the fill map, the segments, and the files until they are read.
+  // The index, the fill map, the segments, and the files until they are read. Who still waits takes nobody's room.
   size_t descriptor_count() const {
-    return 2 + memory.segments.size() + (state <= ReplicaState::filling ? key.files.size() : 0);
+    if (state <= ReplicaState::waiting) return 0;
+    return 2 + memory.segments.size() + (state == ReplicaState::filling ? key.files.size() : 0);
   }
 };
 
