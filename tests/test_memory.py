@@ -128,7 +128,10 @@ def test_pages_never_exceed_the_limit(
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A cgroup of the test's own, of version 2 where there is one, else of version 1."""
+    """A cgroup of the test's own, of version 2 where there is one, else of version 1.
+
+    Asked for before daemons, it goes after them.
+    """
     roots = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
     for root in roots:
         controllers = root / "cgroup.subtree_control"
@@ -154,7 +157,7 @@ def cgroup() -> Iterator[Path]:
 
 
 def test_the_cgroup_is_charged_no_more_than_the_limit(
-    make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path, cgroup: Path
+    cgroup: Path, make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
     daemon = make_daemon(*CHURN_FLAGS, "--cache", "drop")
     daemon.stop()  # what it touches is charged to the group it was in
@@ -182,7 +185,6 @@ def test_the_cgroup_is_charged_no_more_than_the_limit(
     # Fill maps and indexes are shared memory too. The kernel counts in batches of 64 pages a core.
     slack = MIB + (os.cpu_count() or 1) * 64 * mmap.PAGESIZE
     assert 0.8 * CHURN_LIMIT < max(samples) <= CHURN_LIMIT + slack
-    daemon.stop()
 
 
 def test_many_small_artifacts_waste_little_and_evict_each_other(
