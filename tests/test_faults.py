@@ -464,7 +464,7 @@ def test_a_resident_model_outlives_its_file(
 def test_a_refusal_names_what_holds_the_memory(
     make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
-    daemon = make_daemon("--host-memory", "64MiB")
+    daemon = make_daemon("--host-memory", "64MiB", "--memory-wait-seconds", "0")
     first = sparse_file(tmp_path / "first.safetensors", 20 << 20)
     second = sparse_file(tmp_path / "second.safetensors", 20 << 20)
     third = sparse_file(tmp_path / "third.safetensors", 40 << 20)

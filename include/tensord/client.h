@@ -179,6 +179,7 @@ struct OpenOptions {
   Read read = Read::everything;
   Resident resident = Resident::artifact;
   std::vector<std::string> only = {};  // names and patterns of the tensors that are wanted; empty: all
+  int64_t memory_wait_ms = 0;  // for memory that others hold; 0: as the daemon's setting says, -1: none
 };
 
 inline constexpr int64_t kNoTimeout = -1;
@@ -300,7 +301,8 @@ inline Result<Model> Model::open(const std::vector<std::string>& paths, const Op
                                        options.read == Read::index_only,
                                        static_cast<int32_t>(options.resident),
                                        only.data(),
-                                       only.size()};
+                                       only.size(),
+                                       options.memory_wait_ms};
   tensord_model* model = nullptr;
   const int code = tensord_open(names.data(), names.size(), &wishes, &model);
   if (code != TENSORD_OK) return last_error(code);

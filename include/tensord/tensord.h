@@ -100,6 +100,7 @@ typedef struct tensord_open_options {
    * name means that tensor alone. One that means none is TENSORD_NOT_FOUND. only_count 0: all tensors. */
   const char* const* only;
   size_t only_count;
+  int64_t memory_wait_ms; /* for memory that others hold. 0: as the daemon's setting says, -1: not at all */
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors

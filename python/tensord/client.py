@@ -638,6 +638,7 @@ def open(
     *,
     only: str | Sequence[str] | None = None,
     resident: Resident = "artifact",
+    memory_wait: float | None = None,
     autostart: bool | None = None,
 ) -> Model:
     """Opens a checkpoint, or some of its tensors. Returns at once while the daemon still reads it.
@@ -654,8 +655,10 @@ def open(
         are read, and the model has no others. A text that is a name means that tensor alone. None: all.
     resident : {"artifact", "view"}, optional
         What the daemon keeps in memory. "artifact": all of it, from now on. "view": what a call is about to
-        copy, so that the artifact may be larger than the daemon's memory. One that is opens as "view"
-        whatever is asked for, with a `TensordWarning`; ``model.info()["resident"]`` tells.
+        copy. What is larger than the daemon's memory opens as "view" whatever is asked for, with a
+        `TensordWarning`; ``model.info()["resident"]`` tells.
+    memory_wait : float, optional
+        Seconds to wait for memory that others hold. None: as the daemon's ``memory_wait_seconds``.
     autostart : bool, optional
         Whether a daemon is started when none runs. None: as ``$TENSORD_AUTOSTART`` says (default yes).
 
@@ -673,7 +676,7 @@ def open(
         A file is no valid safetensors file (also a safetensors.SafetensorError where that package is
         installed).
     ExhaustedError
-        Others hold the daemon's memory; the message names them.
+        Others hold the daemon's memory, and did not let go in time; the message names them.
     UnavailableError
         No daemon answers.
     """
@@ -688,11 +691,11 @@ def open(
         resident=_library.RESIDENT_VIEW if resident == "view" else _library.RESIDENT_ARTIFACT,
         only=(ctypes.c_char_p * len(wanted))(*wanted),
         only_count=len(wanted),
+        memory_wait_ms=0 if memory_wait is None else max(int(memory_wait * 1000), 0) or -1,
     )
     pointer = ctypes.c_void_p()
-    given = (ctypes.c_char_p * len(paths))(*paths)
+    names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
     code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
-    names = [os.fsdecode(one) for one in paths]
     if code != _library.OK:
         raise _open_error(code, last_error(code), names)
     model = Model(_Handle(pointer), names, chosen)

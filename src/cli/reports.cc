@@ -203,6 +203,11 @@ Result<std::string> status_text(std::string_view report) {
   return read_report(report, [](const json& status) {
     const json& limits = status.at("limits");
     const json& memory = status.at("memory");
+    std::string waiting;
+    for (const json& one : status.at("waiting")) {
+      waiting += text("waiting   pid ", number(one, "pid"), ", ", words(one, "path"), ": ",
+                      words(one, "waits_for"), "\n");
+    }
     return text("daemon    pid ", number(status, "pid"), ", tensord ", words(status, "version"), ", up ",
                 seconds(status.at("uptime_s").get<double>()),  //
                 "\nsocket    ", words(status, "socket"),       //
@@ -212,7 +217,7 @@ Result<std::string> status_text(std::string_view report) {
                 "\nreplicas  ", number(status, "replicas"), ", ",
                 count_of(number(status, "loads_running"), "load"), " running",       //
                 "\nreading   ", count_of(number(limits, "read_threads"), "thread"),  //
-                "\nclients   ", count_of(number(status, "connections"), "connection"), "\n");
+                "\nclients   ", count_of(number(status, "connections"), "connection"), "\n", waiting);
   });
 }
 

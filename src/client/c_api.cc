@@ -212,6 +212,7 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
       std::memcpy(&known, options, std::min<size_t>(options->struct_bytes, sizeof known));
       wishes.autostart = autostart_of(known.autostart);
       wishes.index_only = known.index_only != 0;
+      wishes.memory_wait_ms = known.memory_wait_ms;
       wishes.resident =
           known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
       auto only = to_texts(known.only, known.only_count);

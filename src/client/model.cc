@@ -179,6 +179,7 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   body.index_only = options.index_only || options.resident == Resident::view;
   body.only = options.only;
   body.stay = stay;
+  body.memory_wait_ms = options.memory_wait_ms;
   std::vector<base::Fd> fds;
   for (const base::Fd& fd : checkpoint.fds) {
     TRY_ASSIGN(fds.emplace_back(), base::duplicate(fd.get()));

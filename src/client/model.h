@@ -63,6 +63,7 @@ struct OpenOptions {
   bool index_only = false;        // headers only
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
   Resident resident = Resident::artifact;
+  int64_t memory_wait_ms = 0;  // 0: as the daemon's setting says, -1: not at all
 };
 
 // One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its

@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include <toml++/toml.h>
@@ -12,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <string_view>
 
@@ -20,6 +18,7 @@
 #include "base/fd.h"
 #include "base/folders.h"
 #include "base/text.h"
+#include "daemon/memory_limit.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::daemon {
@@ -71,8 +70,16 @@ constexpr Setting kSettings[] = {
      "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
      [](Config& config, const std::string& value) -> Status { return config.state_dir = value, Status(); }},
     {"host_memory", "SIZE",
-     "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's)",
-     [](Config& config, const std::string& value) { return set_bytes(config.host_memory, value); }},
+     "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's, also as it "
+     "changes)",
+     [](Config& config, const std::string& value) {
+       config.host_memory_is_default = false;
+       return set_bytes(config.host_memory, value);
+     }},
+    {"memory_wait_seconds", "COUNT", "how long an open waits for memory that others hold (default: 30)",
+     [](Config& config, const std::string& value) {
+       return set_number(config.memory_wait_seconds, value, int64_t{0}, kMemoryWaitSecondsMax);
+     }},
     {"prefault", "SIZE",
      "memory to touch in the background at start, so that loads find it warm (default: 0)",
      [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
@@ -171,35 +178,9 @@ int default_read_threads() {
   return std::clamp(count, 1, kEnough);
 }
 
-// The lowest memory.max from this process's cgroup up to the root; UINT64_MAX where there is none.
-uint64_t cgroup_memory_max() {
-  std::ifstream own("/proc/self/cgroup");
-  std::string line;
-  std::string path;
-  while (std::getline(own, line)) {
-    if (line.starts_with("0::")) path = line.substr(3);
-  }
-  uint64_t lowest = UINT64_MAX;
-  while (true) {
-    std::ifstream file("/sys/fs/cgroup" + path + "/memory.max");
-    uint64_t limit = 0;
-    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
-    const size_t slash = path.rfind('/');
-    if (slash == std::string::npos || path.empty()) return lowest;
-    path.resize(slash);
-  }
-}
-
 }  // namespace
 
 std::span<const Setting> settings() { return kSettings; }
-
-uint64_t default_host_memory() {
-  struct sysinfo machine;
-  uint64_t bytes = UINT64_MAX;
-  if (::sysinfo(&machine) == 0) bytes = static_cast<uint64_t>(machine.totalram) * machine.mem_unit;
-  return std::min(bytes, cgroup_memory_max()) / 2;
-}
 
 Result<CommandLine> parse_command_line(std::span<char*> arguments) {
   CommandLine line;

@@ -20,10 +20,14 @@ using base::Result;
 // How bytes that are in no cache are read: io_uring and O_DIRECT where they can be had, or what is named.
 enum class DiskReads : uint8_t { best, io_uring, pread, buffered };
 
+inline constexpr int64_t kMemoryWaitSecondsMax = 300;  // clients give up on an answer after 600 s
+
 struct Config {
   std::string runtime_dir;
   std::string state_dir;
   uint64_t host_memory = 0;
+  bool host_memory_is_default = true;
+  int64_t memory_wait_seconds = 30;
   uint64_t prefault = 0;
   int read_threads = 0;
   DiskReads disk_reads = DiskReads::best;
@@ -58,8 +62,5 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments);
 Result<Config> make_config(const CommandLine& command_line);
 
 std::string serve_help();
-
-// Half of what the cgroup (v2, the lowest limit up to the root) or the machine allows.
-uint64_t default_host_memory();
 
 }  // namespace tensord::daemon

@@ -8,6 +8,7 @@
 #include <fstream>
 
 #include "base/bytes.h"
+#include "daemon/memory_limit.h"
 
 namespace tensord::daemon {
 

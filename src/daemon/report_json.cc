@@ -21,7 +21,7 @@ double gb_per_s(uint64_t bytes, int64_t ns) {
 }
 
 const char* state_name(engine::ReplicaState state) {
-  static constexpr const char* kNames[] = {"indexing", "filling", "ready", "failed"};
+  static constexpr const char* kNames[] = {"indexing", "waiting", "filling", "ready", "failed"};
   return kNames[static_cast<size_t>(state)];
 }
 
@@ -168,6 +168,23 @@ json trace_value(const engine::LoadReport& report) {
   return trace;
 }
 
+// Who waits for memory.
+json waiting_value(const engine::Engine& engine) {
+  json all = json::array();
+  for (const auto& [number, replica] : engine.replicas()) {
+    if (replica->state != engine::ReplicaState::waiting) continue;
+    for (const engine::Waiter& waiter : replica->waiters) {
+      const int64_t since_ns = std::max(waiter.asked_ns, replica->room_ns);
+      all.push_back({{"pid", waiter.holder.process_id},
+                     {"name", waiter.holder.process_name},
+                     {"path", replica->path()},
+                     {"waited_s", static_cast<double>(base::monotonic_ns() - since_ns) / 1e9},
+                     {"waits_for", replica->waits_for}});
+    }
+  }
+  return all;
+}
+
 }  // namespace
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
@@ -185,7 +202,8 @@ std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, 
          {"connections", facts.connection_count_max}}},
        {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
        {"replicas", engine.replicas().size()},
-       {"loads_running", engine.running_count()},
+       {"loads_running", engine.running_count() - engine.waiting_count()},
+       {"waiting", waiting_value(engine)},
        {"connections", connection_count}});
 }
 
@@ -220,7 +238,7 @@ std::string verify_json(const engine::VerifyReport& report) {
 }
 
 std::string explain_json(const engine::LoadReport& report) {
-  static constexpr const char* kStates[] = {"filling", "ready", "failed"};
+  static constexpr const char* kStates[] = {"waiting", "filling", "ready", "failed"};
   const std::vector<Phase> phases = phases_of(report);
   int64_t all_ns = 0;
   for (const Phase& phase : phases) all_ns += phase.thread_ns;

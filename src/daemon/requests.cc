@@ -6,6 +6,7 @@
 
 #include "base/log.h"
 #include "base/text.h"
+#include "daemon/config.h"
 
 namespace tensord::daemon {
 
@@ -40,7 +41,11 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   if (open.only() != nullptr) {
     for (const auto* words : *open.only()) order.only.push_back(words->str());
   }
-  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name};
+  constexpr int64_t kWaitMsMax = int64_t{1000} * kMemoryWaitSecondsMax;
+  if (open.memory_wait_ms() != 0)
+    order.memory_wait_ms = std::clamp<int64_t>(open.memory_wait_ms(), 0, kWaitMsMax);
+  order.holder = {request.client.process_id, request.client.user_id, request.client.process_name,
+                  request.client.connection};
   for (size_t at = 0; at < file_count; ++at) {
     TRY_ASSIGN(engine::OpenFile file,
                accept_file(std::move(request.fds[at]), open.paths()->Get(static_cast<uint32_t>(at))->str()));

@@ -8,8 +8,10 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <fstream>
 #include <optional>
 
 #include "base/bytes.h"
@@ -19,6 +21,7 @@
 #include "base/text.h"
 #include "catalog/catalog.h"
 #include "daemon/config.h"
+#include "daemon/memory_limit.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -35,12 +38,33 @@ namespace {
 
 constexpr const char* kVersion = TENSORD_VERSION;
 
+constexpr int64_t kFollowMs = 1'000;  // how often memory limits are looked at: nothing tells that they change
+
+// How the descriptors of this process are shared out, so that it never runs out of them in the midst of something:
+// 1/2 for replicas, 1/4 for leases, 1/8 for connections, 1/8 for replies on their way and all the rest. A replica has no
+// more mappings than descriptors; they are held below 3/4 of what the kernel allows.
+struct DescriptorShares {
+  size_t replicas, leases, connections;
+};
+
 // A replica of 700 GB in segments is 1400 descriptors, and so is every client's request for it in flight.
-void raise_descriptor_limit() {
-  rlimit limit;
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = limit.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &limit);
+DescriptorShares raise_descriptor_limit() {
+  rlimit limit{1024, 1024};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  const rlimit raised{limit.rlim_max, limit.rlim_max};
+  const size_t count = ::setrlimit(RLIMIT_NOFILE, &raised) == 0 ? limit.rlim_max : limit.rlim_cur;
+  size_t mapping_count_max = 65530;  // the kernel's default
+  std::ifstream("/proc/sys/vm/max_map_count") >> mapping_count_max;
+  return {std::min(count / 2, mapping_count_max / 4 * 3), std::min(count / 4, engine::kLeaseCountMax),
+          std::min(count / 8, rpc::kConnectionCountMax)};
+}
+
+// The default follows the limit it comes from; what was set stays below it.
+void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
+  engine.set_host_memory(config.host_memory_is_default
+                             ? default_host_memory()
+                             : std::min(config.host_memory, most_within(cgroup_memory_limit())));
+  loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
 // The parent ends once the child runs in a session of its own; the caller's terminal can go.
@@ -165,7 +189,9 @@ engine::Owner owner_over(rpc::Loop& loop) {
               [&loop](int fd, std::function<void()> gone) {
                 return loop.watch(fd, 0, [gone = std::move(gone)](uint32_t) { gone(); });
               },
-          .unwatch = [&loop](int fd) { loop.unwatch(fd); }};
+          .unwatch = [&loop](int fd) { loop.unwatch(fd); },
+          .call_after = [&loop](int64_t delay_ms,
+                                std::function<void()> work) { loop.call_after(delay_ms, std::move(work)); }};
 }
 
 base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
@@ -215,7 +241,7 @@ Status run(const Config& config) {
   TRY(rpc::prepare_runtime_folder(config.runtime_dir));
   TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
   TRY_ASSIGN(const base::Fd signals, catch_signals());
-  raise_descriptor_limit();
+  const DescriptorShares shares = raise_descriptor_limit();
   const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
   TRY_ASSIGN(const std::unique_ptr<catalog::Catalog> catalog, open_catalog(config.state_dir));
@@ -229,7 +255,10 @@ Status run(const Config& config) {
        .keep_spans = keep_spans,
        .encode_index = encode_index,
        .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
-       .huge_pages = config.huge_pages},
+       .huge_pages = config.huge_pages,
+       .memory_wait_ms = config.memory_wait_seconds * 1000,
+       .descriptor_count_max = shares.replicas,
+       .lease_count_max = shares.leases},
       *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
@@ -239,14 +268,18 @@ Status run(const Config& config) {
                     .state_dir = config.state_dir,
                     .started_ns = base::monotonic_ns(),
                     .read_threads = config.read_threads,
-                    .connection_count_max = rpc::kConnectionCountMax,
+                    .connection_count_max = shares.connections,
                     .keep_spans = keep_spans};
   Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
-  TRY_ASSIGN(
-      const std::unique_ptr<rpc::Server> server,
-      rpc::Server::start(*loop, std::move(listener),
-                         {.product_version = kVersion, .keep_spans = keep_spans, .user_id = ::getuid()},
-                         [&](rpc::Request request) { requests.handle(std::move(request)); }));
+  TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
+             rpc::Server::start(
+                 *loop, std::move(listener),
+                 {.product_version = kVersion,
+                  .keep_spans = keep_spans,
+                  .user_id = ::getuid(),
+                  .connection_count_max = shares.connections,
+                  .closed = [&](rpc::ConnectionId id) { loop->post([&, id] { engine.withdraw(id); }); }},
+                 [&](rpc::Request request) { requests.handle(std::move(request)); }));
   requests.reply_through(*server);
   shutdown.watch(*server);
   TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {
@@ -254,9 +287,10 @@ Status run(const Config& config) {
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
   }));
   Prefaulter prefaulter(*loop, engine, config.huge_pages);
+  follow_limit(*loop, engine, config);
   if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
-      base::human_bytes(config.host_memory), ", ", config.read_threads, " read threads");
+      base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
   loop->run();
   loop->drain();
   loop->unwatch(signals.get());

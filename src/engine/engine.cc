@@ -10,7 +10,6 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
-#include "engine/eviction.h"
 #include "storage/file_source.h"
 
 namespace tensord::engine {
@@ -21,10 +20,6 @@ using base::log;
 using base::LogLevel;
 
 namespace {
-
-tl::unexpected<base::Error> no_room_ahead(const std::string& path) {
-  return fail(Code::exhausted, base::text("open ", path, ": no room for a batch ahead of another"));
-}
 
 bool is_zero(const tensor::Digest& digest) { return digest == tensor::Digest(); }
 
@@ -57,17 +52,23 @@ void Engine::open(OpenOrder order, GrantDone done) {
   for (const OpenFile& file : order.files) key.files.push_back(file.identity);
   std::sort(key.only.begin(), key.only.end());
   key.only.erase(std::unique(key.only.begin(), key.only.end()), key.only.end());
-  Waiter waiter{order.index_only, order.stay, std::move(order.holder), std::move(done)};
+  constexpr int64_t kNsPerMs = 1'000'000;
+  Waiter waiter{.index_only = order.index_only,
+                .stay = order.stay,
+                .holder = std::move(order.holder),
+                .done = std::move(done),
+                .asked_ns = base::monotonic_ns(),
+                .patience_ns = order.memory_wait_ms.value_or(options_.memory_wait_ms) * kNsPerMs};
   const auto known = by_key_.find(key);
   if (known != by_key_.end()) {
     Replica& replica = *replicas_.at(known->second);
     replica.add_path(order.path);
     if (!order.index_only) last_opened_ = replica.number;
-    const bool for_batches = std::any_of(parked_.begin(), parked_.end(), [&](const Parked& parked) {
-      return parked.replica == replica.number && parked.for_batches;
-    });
-    if (for_batches && waiter.stay == Stay::batch_ahead) return waiter.done(no_room_ahead(order.path));
-    if (replica.state == ReplicaState::indexing) return replica.waiters.push_back(std::move(waiter));
+    const bool waits = replica.state == ReplicaState::waiting && !waiter.index_only;
+    if (replica.state == ReplicaState::indexing || waits) {
+      replica.waiters.push_back(std::move(waiter));
+      return room_changed();  // it may have no patience
+    }
     return waiter.done(grant(replica, waiter));
   }
   auto made = std::make_unique<Replica>();
@@ -75,7 +76,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
   replica.number = next_replica_++;
   replica.paths.push_back(std::move(order.path));
   replica.key = key;
-  replica.owner = order.holder.user_id;
+  replica.owner = waiter.holder.user_id;
   replica.files = std::move(order.files);
   replica.asked_ns = replica.last_used_ns = base::monotonic_ns();
   if (!order.index_only) last_opened_ = replica.number;
@@ -92,7 +93,7 @@ void Engine::index(Replica& replica) {
     ContentOrder order;
     Indexed outcome;
   };
-  ContentOrder order{.only = replica.key.only, .image_bytes_max = options_.host_memory_bytes};
+  ContentOrder order{.only = replica.key.only, .image_bytes_max = pool_memory_.limit_bytes()};
   for (const auto& [number, other] : replicas_) {
     if (other->content == nullptr || other->key.files != replica.key.files) continue;
     order.whole = other->content->whole == nullptr ? other->content : other->content->whole;
@@ -149,36 +150,23 @@ void Engine::hand_over(Replica& replica, Replica& larger) {
   end_drain();
 }
 
-// From an index to another replica that serves, to a load that runs, to waiting for room, or to grants of the index alone.
+// From an index to the line of those who wait for room, and to grants of the index alone.
 void Engine::begin(Replica& replica, Digests known) {
-  const uint64_t number = replica.number;
-  if (cancelling_) {
-    return fail_waiters(replica,
-                        {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
-  }
-  if (Replica* larger = covering(replica)) return hand_over(replica, *larger);
-  const bool wanted = std::any_of(replica.waiters.begin(), replica.waiters.end(),
-                                  [](const Waiter& waiter) { return !waiter.index_only; });
-  if (wanted) {
-    uint64_t memory_bytes = 0;
-    for (const uint64_t size : memory::segment_sizes(replica.content->image_bytes)) memory_bytes += size;
-    if (memory_bytes > pool_memory_.limit_bytes()) return decline(replica, memory_bytes);
-    if (replica.room_ns == 0) replica.room_ns = base::monotonic_ns();
-    const Result<Room> room = make_room(memory_bytes);
-    if (!room) {
-      return fail_waiters(
-          replica, {room.error().code, base::text("open ", replica.path(), ": ", room.error().message)});
-    }
-    if (*room != Room::now) return park(replica, std::move(known), *room == Room::after_batches);
-    const Status begun = begin_load(replica, std::move(known));
-    if (!begun) return fail_waiters(replica, begun.error());
-  }
+  replica.state = ReplicaState::waiting;
+  replica.room_ns = base::monotonic_ns();
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
-    waiter.done(grant(replica, waiter));
+    if (!waiter.index_only) {
+      replica.waiters.push_back(std::move(waiter));
+    } else {
+      waiter.done(grant(replica, waiter));
+    }
   }
-  if (wanted) return;
-  forget(number);
-  end_drain();
+  if (replica.waiters.empty()) {  // or all who asked are gone
+    forget(replica.number);
+    return end_drain();
+  }
+  line_.push_back({replica.number, std::move(known), next_load_});
+  serve_line();
 }
 
 // It can never be loaded whole: who wanted it to stay gets the index alone.
@@ -187,7 +175,7 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
                                      ", host_memory is ", base::human_bytes(pool_memory_.limit_bytes()));
   log(LogLevel::warning, why, "; it is not kept, clients read it in batches (resident=\"view\")");
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
-    if (!waiter.index_only && waiter.stay != Stay::artifact) {
+    if (waiter.stay != Stay::artifact) {
       waiter.done(fail(Code::exhausted, why + "; raise host_memory"));
       continue;
     }
@@ -196,24 +184,6 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
   }
   forget(replica.number);
   end_drain();
-}
-
-void Engine::park(Replica& replica, Digests known, bool for_batches) {
-  const auto ahead = [](const Waiter& waiter) { return waiter.stay == Stay::batch_ahead; };
-  const auto refused =
-      for_batches ? std::stable_partition(replica.waiters.begin(), replica.waiters.end(), std::not_fn(ahead))
-                  : replica.waiters.end();
-  for (auto waiter = refused; waiter != replica.waiters.end(); ++waiter)
-    waiter->done(no_room_ahead(replica.path()));
-  replica.waiters.erase(refused, replica.waiters.end());
-  if (!replica.waiters.empty()) return parked_.push_back({replica.number, std::move(known), for_batches});
-  forget(replica.number);
-  end_drain();
-}
-
-void Engine::retry_parked() {
-  for (Parked& parked : std::exchange(parked_, {}))
-    begin(*replicas_.at(parked.replica), std::move(parked.known));
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
@@ -238,8 +208,9 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
     return fail(Code::denied, base::text(replica.path(), " was opened by uid ", replica.owner,
                                          ", you are uid ", holder.user_id));
   }
-  if (lease_count_ >= kLeaseCountMax) {
-    return fail(Code::exhausted, base::text(lease_count_, " leases are held, no more are possible"));
+  if (lease_count_ >= options_.lease_count_max) {
+    return fail(Code::exhausted, base::text("open ", replica.path(), ": ", lease_count_,
+                                            " leases are held, no more are possible; raise ulimit -n"));
   }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
   const uint64_t lease = next_lease_++;
@@ -269,16 +240,13 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
   replica.last_used_ns = base::monotonic_ns();
   settle(replica);
   drop_passing();
-  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
 }
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 
 Status Engine::begin_load(Replica& replica, Digests known) {
   const Content& content = *replica.content;
-  TRY_ASSIGN(memory::SegmentPool::Allocation allocation,
-             pool_memory_.allocate(content.layout.size_bytes, replica.owner));
-  replica.memory = std::move(allocation.run);
+  TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
   if (replica.memory.segments.size() > kSegmentCountMax) {
     return fail(Code::unsupported,
                 base::text("open ", replica.path(), ": ", replica.memory.segments.size(),
@@ -288,15 +256,11 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
   TRY_ASSIGN(replica.fill, memory::FillMap::create(content.layout.blocks.size(), total_bytes));
 
-  LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path()};
-  report.begin_ns = replica.asked_ns;
-  report.index_ns = content.index_ns;
-  report.memory_ns = base::monotonic_ns() - replica.room_ns;
+  LoadReport report = waiting_report(replica);
+  report.load = next_load_++;
+  report.state = LoadState::filling;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
-  report.only = replica.key.only;
-  report.tensor_count = content.index.tensors.size();
-  report.whole_tensor_count = (content.whole == nullptr ? content : *content.whole).index.tensors.size();
   size_t known_count = 0;
   for (const auto& leaves : known) {
     known_count += leaves.size() - static_cast<size_t>(std::count_if(leaves.begin(), leaves.end(), is_zero));
@@ -325,83 +289,17 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
-  start_load(replica, std::move(allocation.surplus));
+  // Kept segments go for descriptors too.
+  std::vector<memory::Segment> surplus = pool_memory_.trim(
+      options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
+  give_back(std::move(surplus), [this, number = replica.number] { start_load(number); });
   return {};
 }
 
-// What goes to make room is given back to the kernel first, on a pool thread.
-void Engine::start_load(Replica& replica, std::vector<memory::Segment> surplus) {
-  if (surplus.empty())
-    return owner_.post([this, number = replica.number] { replicas_.at(number)->load->start(); });
-  auto shared = std::make_shared<std::vector<memory::Segment>>(std::move(surplus));
-  pool_.post(this, [this, number = replica.number, shared] {
-    shared->clear();
-    owner_.post([this, number] { replicas_.at(number)->load->start(); });
-  });
-}
-
-Result<Engine::Room> Engine::make_room(uint64_t memory_bytes) {
-  const uint64_t limit_bytes = pool_memory_.limit_bytes();
-  const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
-  if (in_use_bytes + memory_bytes <= limit_bytes) return Room::now;
-  const uint64_t needed_bytes = in_use_bytes + memory_bytes - limit_bytes;
-  if (needed_bytes <= claimed_bytes_) return Room::later;
-  std::vector<EvictionCandidate> candidates;
-  for (const auto& [number, replica] : replicas_) {
-    candidates.push_back(
-        {number, replica->memory.size_bytes(), replica->last_used_ns, replica->held(), replica->stays});
-  }
-  const auto victims = choose_victims(candidates, needed_bytes - claimed_bytes_);
-  if (!victims) {
-    for (auto& candidate : candidates) {
-      if (replicas_.at(candidate.replica)->held_briefly()) candidate.held = false;
-    }
-    if (choose_victims(std::move(candidates), needed_bytes - claimed_bytes_)) return Room::after_batches;
-    return fail(Code::exhausted, base::text("it needs ", base::human_bytes(memory_bytes),
-                                            ", but of host_memory ", base::human_bytes(limit_bytes), " only ",
-                                            base::human_bytes(limit_bytes - in_use_bytes),
-                                            " are free, and the rest cannot be evicted: ", holders_text(),
-                                            "; close or unpin some of them, or raise host_memory"));
-  }
-  Room room = claimed_bytes_ > 0 ? Room::later : Room::now;
-  for (const uint64_t victim : *victims) {
-    log(LogLevel::info, "evict replica ", victim, " (", replicas_.at(victim)->path(), ") to make room");
-    if (replicas_.at(victim)->abandoned()) room = Room::later;
-    CHECK(evict(victim));
-  }
-  return room;
-}
-
-bool Engine::claim_memory(uint64_t size_bytes) {
-  if (!parked_.empty() || !pool_memory_.claim(size_bytes)) return false;
-  claimed_bytes_ += size_bytes;
-  return true;
-}
-
-void Engine::settle_claim(uint64_t size_bytes, std::optional<memory::Segment> segment) {
-  claimed_bytes_ -= size_bytes;
-  pool_memory_.settle_claim(size_bytes, std::move(segment));
-  retry_parked();
-}
-
-std::string Engine::holders_text() const {
-  constexpr size_t kShownMax = 8;
-  std::string out;
-  size_t shown = 0;
-  for (const auto& [number, replica] : replicas_) {
-    if (!replica->held() || replica->memory.segments.empty()) continue;
-    if (shown++ == kShownMax) return out + ", and others";
-    if (!out.empty()) out += ", ";
-    out += base::text("replica ", number, " ", replica->path(), " (",
-                      base::human_bytes(replica->memory.size_bytes()));
-    if (replica->pinned) out += ", pinned";
-    if (replica->state == ReplicaState::filling) out += ", filling";
-    for (const auto& [lease, held] : replica->leases) {
-      out += base::text(", leased by ", held.holder.process_name, " pid ", held.holder.process_id);
-    }
-    out += ")";
-  }
-  return out;
+void Engine::start_load(uint64_t number) {
+  Replica& replica = *replicas_.at(number);
+  if (LoadReport* report = report_of(number)) report->memory_ns = base::monotonic_ns() - replica.room_ns;
+  replica.load->start();
 }
 
 Engine::Digests Engine::known_digests(const Content& content) {
@@ -516,8 +414,9 @@ void Engine::remember(const Replica& replica) {
 // ---- letting go ---------------------------------------------------------------------------------------------------
 
 void Engine::settle(Replica& replica) {
-  if (replica.load || !replica.leases.empty() || replica.verify_count > 0) return;
-  if (replica.state == ReplicaState::failed || replica.doomed) forget(replica.number);
+  const bool used = replica.load || !replica.leases.empty() || replica.verify_count > 0;
+  if (!used && (replica.state == ReplicaState::failed || replica.doomed)) forget(replica.number);
+  room_changed();
 }
 
 // Batches that nobody holds stay for those who stream the same, as long as anybody streams.
@@ -546,7 +445,7 @@ void Engine::forget(uint64_t number) {
   unlist(replica);
   pool_memory_.free(std::move(replica.memory));
   replicas_.erase(found);
-  if (!parked_.empty()) owner_.post([this] { retry_parked(); });
+  room_changed();
 }
 
 Status Engine::evict(uint64_t number) {
@@ -563,7 +462,7 @@ Status Engine::evict(uint64_t number) {
                 base::text("replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
                            " pid ", holder.process_id, others, "; close it there first"));
   }
-  if (replica.state == ReplicaState::indexing || replica.verify_count > 0) {
+  if (replica.state <= ReplicaState::waiting || replica.verify_count > 0) {
     return fail(Code::unavailable,
                 base::text("replica ", number, " ", replica.path(), " is busy; try again"));
   }
@@ -593,10 +492,12 @@ void Engine::set_pinned(uint64_t number, bool pinned) {
   Replica& replica = *replicas_.at(number);
   replica.pinned = pinned;
   replica.stays = replica.stays || pinned;
+  room_changed();
 }
 
 void Engine::drain(std::function<void()> done) {
   draining_ = true;
+  serve_line();  // nobody waits for others any more
   if (running_count() == 0) return done();
   drained_ = std::move(done);
 }
@@ -607,7 +508,7 @@ void Engine::end_drain() {
 
 void Engine::cancel_all() {
   cancelling_ = true;
-  retry_parked();
+  serve_line();
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
       cancel_load(*replica,
@@ -620,7 +521,7 @@ size_t Engine::running_count() const {
   const auto busy = std::count_if(replicas_.begin(), replicas_.end(), [](const auto& entry) {
     return entry.second->state <= ReplicaState::filling || entry.second->verify_count > 0;
   });
-  return static_cast<size_t>(busy) + remembering_count_;
+  return static_cast<size_t>(busy) + remembering_count_ + (leaving_bytes_ > 0 ? 1 : 0);
 }
 
 }  // namespace tensord::engine

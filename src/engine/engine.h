@@ -1,7 +1,8 @@
 // Engine: the only mutable heart. A Load reads a Source through blocks into a Replica; a client holds a Lease on it.
 //
 //   open ──► known? ──► grant
-//              └─► index (pool) ──► room? evict ──► segments ──► load (pool) ──► ready
+//              └─► index (pool) ──► line ──► room? evict ──► segments ──► load (pool) ──► ready
+//                                     └─ until somebody lets go, or patience ends
 //
 // Everything here runs on one thread, the owner's; work for other threads comes back through Owner::post.
 #pragma once
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "catalog/catalog.h"
+#include "engine/eviction.h"
 #include "engine/replica.h"
 #include "engine/report.h"
 #include "memory/fresh_pages.h"
@@ -37,6 +39,7 @@ struct Owner {
   std::function<void(std::function<void()>)> post;                    // thread safe
   std::function<Status(int fd, std::function<void()>)> watch_hangup;  // once, when the other end is gone
   std::function<void(int fd)> unwatch;
+  std::function<void(int64_t delay_ms, std::function<void()>)> call_after;
 };
 
 struct EngineOptions {
@@ -46,6 +49,11 @@ struct EngineOptions {
   std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
   storage::FileSourceOptions reads;  // what it points to must outlive the engine
   memory::HugePages huge_pages = memory::HugePages::wanted;
+  int64_t memory_wait_ms =
+      0;  // how long an open waits for room that others hold, where it does not say so itself
+  // Of replicas and kept segments, which evict each other for them as for memory; and of leases, one each.
+  size_t descriptor_count_max = 1 << 20;
+  size_t lease_count_max = kLeaseCountMax;
 };
 
 struct OpenOrder {
@@ -55,6 +63,7 @@ struct OpenOrder {
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
   Stay stay = Stay::artifact;
   Holder holder;
+  std::optional<int64_t> memory_wait_ms;
 };
 
 // Clients read what does not fit host_memory in batches of this size: two of one client, one that is copied and one that
@@ -92,9 +101,18 @@ class Engine {
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
   // one replica and one read; what holds more tensors than are wanted serves too. `done` is called on the owner's thread,
-  // maybe at once; the replica may still be filling. Code::exhausted names what holds the memory. An artifact that is to
-  // stay and is larger than host_memory: its index alone is granted, for its client to open parts of it.
+  // maybe at once; the replica may still be filling. An artifact that is to stay and is larger than host_memory: its
+  // index alone is granted, for its client to open parts of it.
+  //
+  // What finds no room waits in line for memory_wait_ms, a batch for as long after each time the line has moved, unless
+  // that cannot help: what is in the way is pinned, or held by the process that asks. A later one passes earlier ones
+  // only where it fits beside each of them and all that has passed since. Code::exhausted names what holds the memory.
   void open(OpenOrder order, GrantDone done);
+  // Drops the requests of an asker that is gone; their `done` is not called.
+  void withdraw(uint64_t asker);
+
+  // Under a lower limit, what nobody holds is evicted, now and as it is let go.
+  void set_host_memory(uint64_t limit_bytes);
 
   // A path, an artifact id (or its beginning, 4 digits at least), a replica's number, or "last" (opened last).
   // Code::not_found; Code::invalid_argument when it is ambiguous.
@@ -127,6 +145,7 @@ class Engine {
   const memory::SegmentPool& memory() const { return pool_memory_; }
   // Of requests and loads that are not done, and of results the catalog has not taken yet.
   size_t running_count() const;
+  size_t waiting_count() const { return line_.size(); }  // of those, loads that wait for room
 
   // No new loads from now on (Code::unavailable); `done` is called when none runs any more.
   void drain(std::function<void()> done);
@@ -149,12 +168,27 @@ class Engine {
   void hand_over(Replica& replica, Replica& larger);
   void begin(Replica& replica, Digests known);
   void decline(Replica& replica, uint64_t memory_bytes);
-  void park(Replica& replica, Digests known, bool for_batches);
   Status begin_load(Replica& replica, Digests known);
-  void start_load(Replica& replica, std::vector<memory::Segment> surplus);
-  enum class Room { now, later, after_batches };
-  Result<Room> make_room(uint64_t memory_bytes);
-  void retry_parked();
+  void start_load(uint64_t number);
+
+  // engine_room.cc
+  enum class Room { now, freeing, held };  // freeing: the engine's own doing, and soon over
+  void room_changed();
+  void serve_line();
+  void admit(Replica& replica, Digests known);
+  bool turn_away(Replica& replica, Room room);
+  void look_again();
+  bool can_come(const Replica& replica, const Waiter& waiter) const;
+  int64_t patient_until_ns(const Replica& replica, const Waiter& waiter) const;
+  uint64_t passed_bytes(uint64_t first_load) const;
+  Room make_room(const Replica& replica);
+  void evict_all(const std::vector<uint64_t>& victims, const char* why);
+  void shrink();
+  void give_back(std::vector<memory::Segment> surplus, std::function<void()> then);
+  std::vector<EvictionCandidate> candidates() const;
+  size_t descriptor_count() const;  // without kept segments
+  base::Error refusal(const Replica& replica) const;
+
   Digests known_digests(const Content& content);  // on the catalog thread
   void note_catalog(const Status& status);        // on the catalog thread
   void loaded(uint64_t number, LoadResult result);
@@ -170,6 +204,7 @@ class Engine {
   void forget(uint64_t number);
   void settle(Replica& replica);  // frees a replica that nobody can use any more
   std::string holders_text() const;
+  static LoadReport waiting_report(const Replica& replica);
   static void note_progress(const Replica& replica, LoadReport& report);
   LoadReport* report_of(uint64_t replica);
   const LoadReport* report_of(uint64_t replica) const;
@@ -183,14 +218,18 @@ class Engine {
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;
   std::map<ReplicaKey, uint64_t> by_key_;
-  // Indexed, but there is no room until an abandoned load has ended, a claim is settled, or a client is done with a batch.
-  struct Parked {
+  // Indexed, and waiting for room: first come, first served.
+  struct InLine {
     uint64_t replica = 0;
     Digests known;
-    bool for_batches = false;
+    uint64_t first_load = 0;  // loads from this number on began after it had come
   };
-  std::vector<Parked> parked_;
-  uint64_t claimed_bytes_ = 0;
+  std::vector<InLine> line_;
+  int64_t line_moved_ns_ = 0;       // when somebody in line was admitted last
+  bool looks_again_ = false;        // a timer runs
+  bool room_changed_ = false;       // and the line is about to hear of it
+  uint64_t claimed_bytes_ = 0;      // for segments that are pre-faulted
+  uint64_t leaving_bytes_ = 0;      // of segments on their way back to the kernel
   std::deque<LoadReport> reports_;  // newest last
   uint64_t next_replica_ = 1;
   uint64_t next_load_ = 1;

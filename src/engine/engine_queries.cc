@@ -38,7 +38,7 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
   if (selector == "last") number = last_opened_;
   std::vector<uint64_t> found;
   for (const auto& [at, replica] : replicas_) {
-    if (replica->state == ReplicaState::indexing) continue;
+    if (replica->content == nullptr) continue;
     if (at == number && (is_number || selector == "last")) return at;
     if (is_named(*replica, selector)) found.push_back(at);
   }
@@ -86,11 +86,29 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
   }
 }
 
+// Of a load that has not begun.
+LoadReport Engine::waiting_report(const Replica& replica) {
+  const Content& content = *replica.content;
+  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
+  const int64_t now_ns = base::monotonic_ns();
+  report.only = replica.key.only;
+  report.tensor_count = content.index.tensors.size();
+  report.whole_tensor_count = (content.whole == nullptr ? content : *content.whole).index.tensors.size();
+  report.begin_ns = replica.asked_ns;
+  report.wall_ns = now_ns - replica.asked_ns;
+  report.index_ns = content.index_ns;
+  report.memory_ns = now_ns - replica.room_ns;
+  return report;
+}
+
 std::optional<LoadReport> Engine::load_report(uint64_t number) const {
+  const auto replica = replicas_.find(number);
   const LoadReport* found = report_of(number);
+  if (found == nullptr && replica != replicas_.end() && replica->second->state == ReplicaState::waiting) {
+    return waiting_report(*replica->second);
+  }
   if (found == nullptr) return std::nullopt;
   LoadReport report = *found;
-  const auto replica = replicas_.find(number);
   if (replica != replicas_.end() && replica->second->load) {
     note_progress(*replica->second, report);
   }

@@ -1,130 +1,8 @@
 #include "engine/engine.h"
 
-#include <fcntl.h>
-#include <gtest/gtest.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <condition_variable>
-#include <fstream>
-#include <random>
-
-#include "catalog/catalog_testing.h"
+#include "engine/engine_testing.h"
 
 namespace tensord::engine {
-
-namespace {
-
-using base::Code;
-
-// The owner's thread of a test: the test itself, which runs posted work until something has come true.
-class TestOwner {
- public:
-  Owner owner() {
-    return {.post =
-                [this](std::function<void()> work) {
-                  base::MutexLock lock(mutex_);
-                  posted_.push_back(std::move(work));
-                  changed_.notify_one();
-                },
-            .watch_hangup =
-                [this](int fd, std::function<void()> gone) {
-                  hangups_[fd] = std::move(gone);
-                  return Status();
-                },
-            .unwatch = [this](int fd) { hangups_.erase(fd); }};
-  }
-
-  void run_until(const std::function<bool()>& reached) {
-    while (!reached()) run_one();
-  }
-
-  // Waits for work and runs it.
-  void run_one() {
-    std::function<void()> work;
-    {
-      base::MutexLock lock(mutex_);
-      while (posted_.empty()) lock.wait(changed_);
-      work = std::move(posted_.front());
-      posted_.pop_front();
-    }
-    work();
-  }
-
-  void hang_up_all() {
-    while (!hangups_.empty()) std::function<void()>(hangups_.begin()->second)();
-  }
-
- private:
-  base::Mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> posted_ GUARDED_BY(mutex_);
-  std::map<int, std::function<void()>> hangups_;
-};
-
-class EngineTest : public testing::Test {
- protected:
-  explicit EngineTest(uint64_t host_memory_bytes = 8 << 20)
-      : catalog_thread_(storage::start_read_pool(1).value()),
-        pool_(storage::start_read_pool(2).value()),
-        engine_(
-            {host_memory_bytes, false, [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); }},
-            *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
-    std::string name = "/tmp/tensord-engine-test-XXXXXX";
-    folder_ = ::mkdtemp(name.data());
-  }
-  ~EngineTest() override {
-    owner_.run_until([&] { return engine_.running_count() == 0; });
-    std::system(("rm -rf " + folder_).c_str());
-  }
-
-  // A file with one U8 tensor "w" of `size_bytes` pseudo-random bytes.
-  std::string write(const std::string& name, size_t size_bytes, unsigned seed = 1) {
-    const std::string path = folder_ + "/" + name;
-    const std::string header = R"({"w":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) +
-                               R"(],"data_offsets":[0,)" + std::to_string(size_bytes) + "]}}";
-    std::mt19937 random(seed);
-    std::string bytes(size_bytes, '\0');
-    for (char& byte : bytes) byte = static_cast<char>(random());
-    const uint64_t header_bytes = header.size();
-    std::ofstream file(path, std::ios::binary);
-    file.write(reinterpret_cast<const char*>(&header_bytes), 8);
-    file << header << bytes;
-    return path;
-  }
-
-  OpenOrder order(const std::string& path, bool index_only = false) {
-    OpenOrder order{.path = path, .index_only = index_only, .holder = {77, 0, "test"}};
-    base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    const base::FileIdentity identity = base::identify_file(fd.get(), path).value();
-    order.files.push_back({std::move(fd), path, identity});
-    return order;
-  }
-
-  Result<Grant> open(const std::string& path, bool index_only = false) {
-    std::optional<Result<Grant>> granted;
-    engine_.open(order(path, index_only), [&](Result<Grant> grant) { granted = std::move(grant); });
-    owner_.run_until([&] { return granted.has_value(); });
-    return std::move(*granted);
-  }
-
-  Result<Grant> load(const std::string& path) {
-    Result<Grant> granted = open(path);
-    owner_.run_until([&] { return engine_.running_count() == 0; });
-    return granted;
-  }
-
-  TestOwner owner_;
-  catalog::ScratchFolder catalog_folder_;
-  std::unique_ptr<catalog::Catalog> catalog_ =
-      catalog::Catalog::open(catalog_folder_.file("catalog")).value();
-  std::unique_ptr<storage::ReadPool> catalog_thread_;
-  std::unique_ptr<storage::ReadPool> pool_;
-  Engine engine_;
-  std::string folder_;
-};
-
-}  // namespace
 
 TEST_F(EngineTest, a_load_ends_ready_with_an_artifact_id_and_a_report) {
   const Grant grant = load(write("a", 100'000)).value();
@@ -207,7 +85,7 @@ TEST_F(EngineTest, a_refusal_names_what_holds_the_memory) {
   const Result<Grant> refused = open(write("b", 5 << 20));
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code, Code::exhausted);
-  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.25 MiB, pinned, leased by test pid 77)"),
+  EXPECT_NE(refused.error().message.find("replica 1 " + path + " (5.12 MiB, pinned, leased by test pid 77)"),
             std::string::npos)
       << refused.error().message;
   EXPECT_EQ(engine_.replica(held.replica).state, ReplicaState::ready);

@@ -10,14 +10,15 @@ namespace tensord::engine {
 struct EvictionCandidate {
   uint64_t replica = 0;
   uint64_t memory_bytes = 0;
+  size_t descriptor_count = 0;
   int64_t last_used_ns = 0;
-  bool held = false;  // leased, pinned, filling or being verified
+  bool held = false;  // leased, pinned or being verified
   bool stays = true;  // false: nobody wants it beyond its leases
 };
 
 // The least recently used replicas that nobody holds, those that are not to stay before all others, as few as free
-// `needed_bytes`; nullopt when all of them do not.
+// what is needed; nullopt when all of them do not.
 std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
-                                                    uint64_t needed_bytes);
+                                                    uint64_t needed_bytes, size_t needed_descriptor_count);
 
 }  // namespace tensord::engine

@@ -15,17 +15,25 @@ std::vector<EvictionCandidate> three() {
 }  // namespace
 
 TEST(Eviction, takes_the_least_recently_used_first_and_no_more_than_needed) {
-  EXPECT_EQ(choose_victims(three(), 0), Victims{});
-  EXPECT_EQ(choose_victims(three(), 1), Victims{2});
-  EXPECT_EQ(choose_victims(three(), 21), (Victims{2, 3}));
-  EXPECT_EQ(choose_victims(three(), 60), (Victims{2, 3, 1}));
+  EXPECT_EQ(choose_victims(three(), 0, 0), Victims{});
+  EXPECT_EQ(choose_victims(three(), 1, 0), Victims{2});
+  EXPECT_EQ(choose_victims(three(), 21, 0), (Victims{2, 3}));
+  EXPECT_EQ(choose_victims(three(), 60, 0), (Victims{2, 3, 1}));
+}
+
+TEST(Eviction, descriptors_are_needed_like_memory) {
+  auto replicas = three();
+  for (auto& replica : replicas) replica.descriptor_count = 3;
+  EXPECT_EQ(choose_victims(replicas, 1, 4), (Victims{2, 3}));
+  EXPECT_EQ(choose_victims(replicas, 60, 1), (Victims{2, 3, 1}));
+  EXPECT_EQ(choose_victims(replicas, 0, 10), std::nullopt);
 }
 
 TEST(Eviction, never_takes_what_somebody_holds) {
   auto replicas = three();
   replicas[1].held = true;
-  EXPECT_EQ(choose_victims(replicas, 35), (Victims{3, 1}));
-  EXPECT_EQ(choose_victims(replicas, 41), std::nullopt);
+  EXPECT_EQ(choose_victims(replicas, 35, 0), (Victims{3, 1}));
+  EXPECT_EQ(choose_victims(replicas, 41, 0), std::nullopt);
 }
 
 }  // namespace tensord::engine

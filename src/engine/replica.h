@@ -1,7 +1,7 @@
 // Replica: one resident copy of an artifact in host memory, possibly still filling. Owned by the engine's thread.
 //
-//   indexing ──(room)──► filling ──► ready ──► (evicted)
-//       └───────────────────┴──────► failed ──► (gone with its last lease)
+//   indexing ──► waiting ──(room)──► filling ──► ready ──► (evicted)
+//       └───────────┴───────────────────┴──────► failed ──► (gone with its last lease)
 #pragma once
 
 #include <algorithm>
@@ -25,6 +25,7 @@ struct Holder {
   pid_t process_id = 0;
   uid_t user_id = 0;
   std::string process_name;
+  uint64_t asker = 0;  // by which Engine::withdraw() knows it
 };
 
 // How long a replica stays, and what its opener does where there is no room. The numbers are the protocol's.
@@ -54,7 +55,7 @@ struct ReplicaKey {
 // Names of one replica that selectors know: links and lists of files can name it in many ways.
 inline constexpr size_t kPathCountMax = 16;
 
-enum class ReplicaState : uint8_t { indexing, filling, ready, failed };
+enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 
 // What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
 struct Grant {
@@ -78,12 +79,14 @@ struct IndexFile {
   uint64_t size_bytes = 0;
 };
 
-// Somebody who asked for a replica that is still being indexed.
+// Somebody who asked for a replica that is being indexed or waits for room.
 struct Waiter {
   bool index_only = false;
   Stay stay = Stay::artifact;
   Holder holder;
   GrantDone done;
+  int64_t asked_ns = 0;
+  int64_t patience_ns = 0;  // how long it waits for room
 };
 
 struct Replica {
@@ -98,11 +101,12 @@ struct Replica {
   bool doomed = false;   // evicted while it was filling: goes when the load has ended
   uint32_t verify_count = 0;
   int64_t asked_ns = 0;  // when it was opened first
-  int64_t room_ns = 0;   // when memory for it was first asked for
+  int64_t room_ns = 0;   // since when it waited for room
   int64_t last_used_ns = 0;
 
   std::vector<OpenFile> files;  // until the load begins
-  std::vector<Waiter> waiters;  // while indexing
+  std::vector<Waiter> waiters;  // while indexing and waiting
+  std::string waits_for;        // while waiting; for people
   std::shared_ptr<const Content> content;
   IndexFile index_file;
   memory::SegmentRun memory;
@@ -122,14 +126,19 @@ struct Replica {
   }
   // Nobody waits for it any more: its clients went while it was filling.
   bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
-  // What holds it lets go soon.
-  bool held_briefly() const {
-    const auto brief = [](const auto& lease) { return lease.second.brief; };
-    return !leases.empty() && !pinned && verify_count == 0 &&
-           std::all_of(leases.begin(), leases.end(), brief);
-  }
   bool held() const {
-    return !leases.empty() || pinned || verify_count > 0 || state == ReplicaState::indexing;
+    return !leases.empty() || pinned || verify_count > 0 || state <= ReplicaState::waiting;
+  }
+  // Whether a process holds it for longer than a batch takes.
+  bool is_held_by(pid_t process_id) const {
+    return std::any_of(leases.begin(), leases.end(), [&](const auto& lease) {
+      return lease.second.holder.process_id == process_id && !lease.second.brief;
+    });
+  }
+  // The index, the fill map, the segments, and the files until they are read. Who still waits takes nobody's room.
+  size_t descriptor_count() const {
+    if (state <= ReplicaState::waiting) return 0;
+    return 2 + memory.segments.size() + (state == ReplicaState::filling ? key.files.size() : 0);
   }
 };
 

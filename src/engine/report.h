@@ -56,7 +56,7 @@ struct Use {
   std::vector<UseSpan> spans;
 };
 
-enum class LoadState : uint8_t { filling, ready, failed };
+enum class LoadState : uint8_t { waiting, filling, ready, failed };
 
 struct LoadReport {
   uint64_t load = 0;
@@ -71,7 +71,7 @@ struct LoadReport {
   int64_t begin_ns = 0;
   int64_t wall_ns = 0;  // from the request to the last checked block; so far, while it fills
   int64_t index_ns = 0;
-  int64_t memory_ns = 0;  // finding room: eviction and new segments
+  int64_t memory_ns = 0;  // waiting in line, and until what had to go for it has left memory
   LoadCounters counters;
   uint64_t disk_bytes = 0;         // what devices delivered meanwhile, to the whole daemon
   uint64_t cached_bytes = 0;       // taken from the page cache

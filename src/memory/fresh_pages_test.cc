@@ -26,9 +26,7 @@ uint64_t huge_mapped_bytes() {
   return 0;
 }
 
-SegmentRun fresh_run(SegmentPool& pool, uint64_t bytes) {
-  return std::move(pool.allocate(bytes, 1).value().run);
-}
+SegmentRun fresh_run(SegmentPool& pool, uint64_t bytes) { return std::move(pool.allocate(bytes, 1).value()); }
 
 TEST(FreshPages, become_huge_where_the_system_allows_it_else_it_says_why) {
   SegmentPool pool(64 * kMiB);

@@ -19,16 +19,18 @@ using base::Code;
 using base::fail;
 
 namespace {
-// Address ranges begin at multiples of the largest segment, so that page tables move by whole directories.
+// Address ranges begin at multiples of about their size, so that huge pages fit and page tables move by whole directories;
+// thousands of small ones lie close together and share page tables.
 Result<std::byte*> reserve_addresses(uint64_t size_bytes) {
-  const uint64_t padded = size_bytes + kSegmentBytesMax;
+  const uint64_t alignment = std::clamp(std::bit_floor(size_bytes), kSegmentBytesMin, kSegmentBytesMax);
+  const uint64_t padded = size_bytes + alignment;
   void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) {
     return tl::unexpected(
         base::errno_error(base::text("reserve ", base::human_bytes(size_bytes), " of addresses"), errno));
   }
   const auto begin = reinterpret_cast<uint64_t>(range);
-  const uint64_t aligned = base::align_up(begin, kSegmentBytesMax);
+  const uint64_t aligned = base::align_up(begin, alignment);
   if (aligned > begin) ::munmap(range, aligned - begin);
   const uint64_t end = begin + padded;
   if (end > aligned + size_bytes) {
@@ -42,9 +44,13 @@ std::vector<uint64_t> segment_sizes(uint64_t image_bytes) {
   std::vector<uint64_t> sizes(image_bytes / kSegmentBytesMax, kSegmentBytesMax);
   uint64_t rest = image_bytes % kSegmentBytesMax;
   if (rest == 0) return sizes;
-  constexpr uint64_t kDigits = 5;
+  constexpr uint64_t kDigits = 6;
   const uint64_t unit = std::max(kSegmentBytesMin, std::bit_floor(rest) >> (kDigits - 1));
   rest = base::align_up(rest, unit);
+  if (rest <= kUndividedBytesMax) {
+    sizes.push_back(rest);
+    return sizes;
+  }
   while (rest > 0) {
     sizes.push_back(std::bit_floor(rest));
     rest -= sizes.back();
@@ -136,31 +142,29 @@ Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   return make_segment(size_bytes, owner);
 }
 
-Result<SegmentPool::Allocation> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
+Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
   const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
-  if (size_bytes > limit_bytes_ || in_use_bytes_ > limit_bytes_ - size_bytes) {
+  if (size_bytes > free_bytes()) {
     return fail(Code::exhausted,
                 base::text(base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
                            " of host_memory ", base::human_bytes(limit_bytes_), " are in use"));
   }
-  Allocation allocation;
-  SegmentRun& run = allocation.run;
+  SegmentRun run;
+  // What is kept are pages: fresh segments have none.
+  const auto give_up = [&](const base::Error& error) {
+    std::erase_if(run.segments, [](const Segment& segment) { return segment.touched_bytes() == 0; });
+    for (Segment& segment : run.segments) keep(std::move(segment));
+    return tl::unexpected(error);
+  };
   for (const uint64_t size : sizes) {
     auto segment = take(size, owner);
-    if (!segment) {
-      for (Segment& taken : run.segments) keep(std::move(taken));
-      return base::pass_on(segment);
-    }
+    if (!segment) return give_up(segment.error());
     run.segments.push_back(std::move(*segment));
   }
+  if (const Status placed = place(run); !placed) return give_up(placed.error());
   in_use_bytes_ += size_bytes;
-  if (const Status placed = place(run); !placed) {
-    free(std::move(run));
-    return base::pass_on(placed);
-  }
-  allocation.surplus = trim(limit_bytes_ - in_use_bytes_);
-  return allocation;
+  return run;
 }
 
 void SegmentPool::free(SegmentRun run) {
@@ -180,17 +184,18 @@ void SegmentPool::settle_claim(uint64_t size_bytes, std::optional<Segment> segme
 }
 
 void SegmentPool::keep(Segment segment) {
-  if (in_use_bytes_ + kept_bytes_ + segment.size_bytes() > limit_bytes_) return;
   kept_bytes_ += segment.size_bytes();
   kept_.push_back(std::move(segment));
 }
 
-std::vector<Segment> SegmentPool::trim(uint64_t kept_bytes_max) {
+std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
   std::vector<Segment> oldest;
+  size_t kept_count = kept_.size();
   auto first_to_stay = kept_.begin();
-  while (kept_bytes_ > kept_bytes_max) {
+  while (kept_bytes_ > free_bytes() || kept_count > kept_count_max) {
     CHECK(first_to_stay != kept_.end());
     kept_bytes_ -= first_to_stay->size_bytes();
+    --kept_count;
     oldest.push_back(std::move(*first_to_stay));
     ++first_to_stay;
   }

@@ -1,12 +1,13 @@
 // SegmentPool: the daemon's memory, in memfds of fixed size classes that are recycled with their pages.
 //
-//   size classes   256 KiB, 512 KiB, 1 MiB, ... 512 MiB
+//   size classes   powers of two up to 512 MiB; up to 16 MiB also what has six binary digits: 9.75 MiB, 10 MiB, ...
 //   a replica      [512 MiB][512 MiB][64 MiB][2 MiB]     segments at consecutive addresses, largest first
 //   the limit      in_use + kept <= host_memory          kept: free segments that still have their pages
 #pragma once
 
 #include <sys/types.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -19,12 +20,15 @@ namespace tensord::memory {
 using base::Result;
 using base::Status;
 
-inline constexpr uint64_t kSegmentBytesMin = 256 << 10;
+inline constexpr uint64_t kSegmentBytesMin = 4 << 10;
 inline constexpr uint64_t kSegmentBytesMax = 512 << 20;
 
-// Segment sizes for a replica of `image_bytes`: whole largest segments, then the binary digits of what is left,
-// rounded up at its fifth digit: at most 1/16 of that rest, and 1/32 on average, is more than was asked for, in at most
-// five segments. Pure.
+// What is left up to this is one segment: thousands of adapters cost one descriptor and one mapping each for their bytes.
+inline constexpr uint64_t kUndividedBytesMax = 16 << 20;
+
+// Segment sizes for a replica of `image_bytes`: whole largest segments, then what is left, rounded up at its sixth binary
+// digit (or to kSegmentBytesMin): at most 1/32 of that rest is more than was asked for. It is one segment up to
+// kUndividedBytesMax, else one for each digit, at most six. Pure.
 std::vector<uint64_t> segment_sizes(uint64_t image_bytes);
 
 // One memfd, mapped for writing here; sealed so that nobody else can map it so, shrink or grow it. Unmapped and closed
@@ -71,36 +75,37 @@ class SegmentPool {
  public:
   explicit SegmentPool(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
 
-  struct Allocation {
-    SegmentRun run;
-    // Kept segments that had to go to stay under the limit. To be destroyed before a page of `run` is touched, and not
-    // on a thread that must not wait: giving back 512 MiB takes the kernel a tenth of a second.
-    std::vector<Segment> surplus;
-  };
   // Memory for `image_bytes`, for artifacts of `owner`. Kept segments of the same owner are used first. Code::exhausted
   // when segments in use leave too little room, or the system has none. Pages of fresh segments hold zeros and cost
-  // their first touch.
-  Result<Allocation> allocate(uint64_t image_bytes, uid_t owner);
+  // their first touch; trim() is due before that.
+  Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
 
-  // The run's segments are free again, and kept with their pages for artifacts of the same owner.
+  // The run's segments are free again, and kept with their pages for artifacts of the same owner. Where the limit was
+  // lowered trim() may be due.
   void free(SegmentRun run);
 
   // Room for a segment that is pre-faulted elsewhere counts as in use until it is kept. False when there is none.
   bool claim(uint64_t size_bytes);
-  // Ends a claim; nullopt when the segment could not be made.
+  // Ends a claim; nullopt when the segment could not be made. trim() as with free().
   void settle_claim(uint64_t size_bytes, std::optional<Segment> segment);
+
+  // What is in use stays, be it more than the limit; trim() may be due.
+  void set_limit(uint64_t limit_bytes) { limit_bytes_ = limit_bytes; }
+  // Takes the oldest kept segments out until the limit holds and at most so many are kept. To be destroyed on a thread
+  // that may wait: giving back 512 MiB takes the kernel a tenth of a second.
+  std::vector<Segment> trim(size_t kept_count_max = SIZE_MAX);
 
   uint64_t limit_bytes() const { return limit_bytes_; }
   uint64_t in_use_bytes() const { return in_use_bytes_; }
   uint64_t kept_bytes() const { return kept_bytes_; }
+  uint64_t free_bytes() const { return limit_bytes_ - std::min(limit_bytes_, in_use_bytes_); }  // kept or not
+  size_t kept_count() const { return kept_.size(); }
 
  private:
   Result<Segment> take(uint64_t size_bytes, uid_t owner);
   void keep(Segment segment);
-  // Takes the oldest kept segments out until at most `kept_bytes_max` are kept.
-  std::vector<Segment> trim(uint64_t kept_bytes_max);
 
-  const uint64_t limit_bytes_;
+  uint64_t limit_bytes_;
   uint64_t in_use_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
   std::vector<Segment> kept_;  // oldest first

@@ -3,8 +3,10 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include <fstream>
 #include <numeric>
 
 #include "base/bytes.h"
@@ -15,27 +17,29 @@ using base::kGiB;
 using base::kKiB;
 using base::kMiB;
 
-TEST(SegmentSizes, are_the_binary_digits_of_the_image) {
+TEST(SegmentSizes, are_one_segment_for_a_small_image_and_the_binary_digits_of_a_large_one) {
   using Sizes = std::vector<uint64_t>;
   EXPECT_EQ(segment_sizes(0), Sizes{});
-  EXPECT_EQ(segment_sizes(1), Sizes{256 * kKiB});
-  EXPECT_EQ(segment_sizes(10 * kMiB), (Sizes{8 * kMiB, 2 * kMiB}));
-  EXPECT_EQ(segment_sizes(kGiB + 1), (Sizes{512 * kMiB, 512 * kMiB, 256 * kKiB}));
+  EXPECT_EQ(segment_sizes(1), Sizes{4 * kKiB});
+  EXPECT_EQ(segment_sizes(10'000'000), Sizes{9984 * kKiB});
+  EXPECT_EQ(segment_sizes(16 * kMiB), Sizes{16 * kMiB});
+  EXPECT_EQ(segment_sizes(20 * kMiB), (Sizes{16 * kMiB, 4 * kMiB}));
+  EXPECT_EQ(segment_sizes(kGiB + 1), (Sizes{512 * kMiB, 512 * kMiB, 4 * kKiB}));
 }
 
 TEST(SegmentSizes, waste_little_and_fall_in_size) {
-  for (uint64_t bytes = 4 * kMiB; bytes < 2 * kGiB; bytes += bytes / 7 + 12345) {
+  for (uint64_t bytes = 1; bytes < 2 * kGiB; bytes += bytes / 97 + 12345) {
     const auto sizes = segment_sizes(bytes);
     const uint64_t sum = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
     EXPECT_GE(sum, bytes);
-    EXPECT_LE(sum - bytes, std::max(bytes / 16, kSegmentBytesMin)) << bytes;
+    EXPECT_LE(sum - bytes, std::max(bytes / 32, kSegmentBytesMin)) << bytes;
     EXPECT_TRUE(std::is_sorted(sizes.rbegin(), sizes.rend()));
   }
 }
 
 TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(11 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(22 * kMiB, 1).value();
   ASSERT_EQ(run.segments.size(), 3u);
   for (size_t at = 1; at < run.segments.size(); ++at) {
     EXPECT_EQ(run.segments[at].data(), run.segments[at - 1].data() + run.segments[at - 1].size_bytes());
@@ -46,22 +50,23 @@ TEST(SegmentPool, a_run_is_one_stretch_of_addresses) {
 
 TEST(SegmentPool, a_recycled_segment_keeps_its_pages_for_its_owner_only) {
   SegmentPool pool(64 * kMiB);
-  SegmentRun run = pool.allocate(8 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(8 * kMiB, 1).value();
   run.data()[5] = std::byte{42};
   pool.free(std::move(run));
   EXPECT_EQ(pool.kept_bytes(), 8 * kMiB);
-  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value().run;
+  SegmentRun of_another = pool.allocate(8 * kMiB, 2).value();
   EXPECT_EQ(of_another.data()[5], std::byte{0});
-  SegmentRun again = pool.allocate(8 * kMiB, 1).value().run;
+  SegmentRun again = pool.allocate(8 * kMiB, 1).value();
   EXPECT_EQ(again.data()[5], std::byte{42});
   EXPECT_EQ(pool.kept_bytes(), 0u);
 }
 
 TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
   SegmentPool pool(16 * kMiB);
-  pool.free(pool.allocate(16 * kMiB, 1).value().run);
+  pool.free(pool.allocate(16 * kMiB, 1).value());
   EXPECT_EQ(pool.kept_bytes(), 16 * kMiB);
-  SegmentRun run = pool.allocate(4 * kMiB, 1).value().run;
+  SegmentRun run = pool.allocate(4 * kMiB, 1).value();
+  EXPECT_EQ(pool.trim().size(), 1u);
   EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), 16 * kMiB);
   const auto refused = pool.allocate(13 * kMiB, 1);
   ASSERT_FALSE(refused);
@@ -71,11 +76,91 @@ TEST(SegmentPool, in_use_and_kept_together_never_exceed_the_limit) {
 
 TEST(SegmentPool, what_is_kept_goes_out_with_an_allocation_that_needs_its_room) {
   SegmentPool pool(16 * kMiB);
-  pool.free(pool.allocate(8 * kMiB, 1).value().run);
-  const SegmentPool::Allocation large = pool.allocate(12 * kMiB, 2).value();
-  ASSERT_EQ(large.surplus.size(), 1u);
-  EXPECT_EQ(large.surplus[0].size_bytes(), 8 * kMiB);
+  pool.free(pool.allocate(8 * kMiB, 1).value());
+  const SegmentRun large = pool.allocate(12 * kMiB, 2).value();
+  const std::vector<Segment> surplus = pool.trim();
+  ASSERT_EQ(surplus.size(), 1u);
+  EXPECT_EQ(surplus[0].size_bytes(), 8 * kMiB);
   EXPECT_EQ(pool.kept_bytes(), 0u);
+}
+
+TEST(SegmentPool, a_lower_limit_leaves_what_is_in_use_and_takes_the_oldest_that_is_kept) {
+  SegmentPool pool(16 * kMiB);
+  SegmentRun used = pool.allocate(8 * kMiB, 1).value();
+  SegmentRun first = pool.allocate(2 * kMiB, 1).value();
+  pool.free(pool.allocate(kMiB, 1).value());
+  pool.free(std::move(first));
+  pool.set_limit(10 * kMiB);
+  const std::vector<Segment> gone = pool.trim();
+  ASSERT_EQ(gone.size(), 1u);
+  EXPECT_EQ(gone[0].size_bytes(), kMiB);
+  pool.set_limit(4 * kMiB);
+  EXPECT_EQ(pool.trim().size(), 1u);
+  EXPECT_EQ(pool.in_use_bytes(), 8 * kMiB);
+  EXPECT_EQ(pool.free_bytes(), 0u);
+  EXPECT_FALSE(pool.allocate(1, 1));
+  pool.free(std::move(used));
+  EXPECT_EQ(pool.trim().size(), 1u);
+  EXPECT_EQ(pool.kept_bytes(), 0u);
+}
+
+TEST(SegmentPool, kept_segments_can_be_trimmed_by_count) {
+  SegmentPool pool(16 * kMiB);
+  std::vector<SegmentRun> runs;
+  for (int at = 0; at < 4; ++at) runs.push_back(pool.allocate(kMiB, 1).value());
+  for (SegmentRun& run : runs) pool.free(std::move(run));
+  EXPECT_EQ(pool.trim(3).size(), 1u);
+  EXPECT_EQ(pool.kept_count(), 3u);
+}
+
+namespace {
+// The limit of this process on one resource, lowered while it lives.
+class Lowered {
+ public:
+  Lowered(__rlimit_resource resource, rlim_t most) : resource_(resource) {
+    ::getrlimit(resource, &before_);
+    const rlimit lowered{most, before_.rlim_max};
+    ::setrlimit(resource, &lowered);
+  }
+  ~Lowered() { ::setrlimit(resource_, &before_); }
+
+ private:
+  const __rlimit_resource resource_;
+  rlimit before_{};
+};
+
+// A pool of which 22 MiB are asked for, three segments, while the system refuses.
+void expect_clean_refusal(SegmentPool& pool, __rlimit_resource resource, rlim_t most) {
+  const auto in_use_bytes = pool.in_use_bytes();
+  {
+    const Lowered lowered(resource, most);
+    const auto refused = pool.allocate(22 * kMiB, 1);
+    ASSERT_FALSE(refused) << most;
+    EXPECT_EQ(refused.error().code, base::Code::exhausted) << refused.error().message;
+  }
+  EXPECT_EQ(pool.in_use_bytes(), in_use_bytes);
+  EXPECT_LE(pool.in_use_bytes() + pool.kept_bytes(), pool.limit_bytes());
+  auto again = pool.allocate(22 * kMiB, 1);
+  ASSERT_TRUE(again) << again.error().message;
+  EXPECT_EQ(again->segments.size(), 3u) << "as if nothing had been refused";
+  pool.free(std::move(*again));
+}
+}  // namespace
+
+TEST(SegmentPool, a_system_that_refuses_any_part_of_a_request_spoils_no_later_one) {
+  const auto next_fd = static_cast<rlim_t>(base::duplicate(STDIN_FILENO).value().get());
+  for (rlim_t left = 0; left < 3; ++left) {
+    SegmentPool pool(64 * kMiB);
+    const SegmentRun used = pool.allocate(kMiB, 1).value();
+    expect_clean_refusal(pool, RLIMIT_NOFILE, next_fd + 1 + left);
+  }
+  // Of addresses there are too few for the first segment, or for all of them in one stretch.
+  for (const uint64_t left_mib : {4, 34}) {
+    SegmentPool pool(64 * kMiB);
+    uint64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    expect_clean_refusal(pool, RLIMIT_AS, pages * 4096 + left_mib * kMiB);
+  }
 }
 
 TEST(SegmentPool, a_claim_counts_until_it_is_settled) {

@@ -208,7 +208,9 @@ void Server::close(Connection& connection, const Error& why) {
   loop_.cancel(connection.deadline);
   loop_.unwatch(connection.socket.get());
   connection.socket.reset();
-  connections_.erase(client.connection);
+  const ConnectionId id = client.connection;
+  connections_.erase(id);
+  if (options_.closed) options_.closed(id);
 }
 
 }  // namespace tensord::rpc

@@ -58,6 +58,7 @@ struct ServerOptions {
   int64_t slow_peer_ms = kSlowPeerMs;
   size_t connection_count_max = kConnectionCountMax;
   size_t pending_reply_bytes_max = kPendingReplyBytesMax;
+  std::function<void(ConnectionId)> closed;  // told in the midst of server calls: to be acted on later
 };
 
 // Lives on the loop's thread. `loop` must outlive it. Not to be destroyed in a handler.
