@@ -13,7 +13,6 @@ using base::Result;
 
 Result<std::string> status_text(std::string_view report);
 Result<std::string> list_text(std::string_view report);
-Result<std::string> explain_text(std::string_view report);
 
 // "evicted", 'pinned' ... -> "evicted replica 1 (/models/a, 2.00 GiB)\n"
 Result<std::string> replica_text(std::string_view done, std::string_view report);
@@ -26,13 +25,6 @@ struct Verified {
   bool sound = false;  // every leaf is what its digest says
 };
 Result<Verified> verify_text(std::string_view report);
-
-// The spans of an `explain` report in the Trace Event Format that Chrome's tracing page and Perfetto read;
-// one track a thread. Code::not_found when the daemon kept none.
-Result<std::string> chrome_trace(std::string_view report);
-
-// The report without its spans, and with where they were written.
-Result<std::string> without_trace(std::string_view report, const std::string& trace_path);
 
 // {"error": {"code": "not_found", "message": "..."}}
 std::string error_json(const base::Error& error);

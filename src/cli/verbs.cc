@@ -17,6 +17,7 @@
 #include "base/fd.h"
 #include "base/text.h"
 #include "cli/completion.h"
+#include "cli/explain.h"
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
@@ -173,6 +174,11 @@ Result<Output> run_explain(const Words& words) {
     TRY_ASSIGN(report, without_trace(report, absolute(words.trace)));
     for_people += text("\ntrace in ", words.trace, "; ui.perfetto.dev and chrome://tracing show it\n");
   }
+  if (!words.html.empty()) {
+    TRY_ASSIGN(const std::string page, explain_page(report));
+    TRY(write_file(words.html, page));
+    for_people += text("\npicture in ", words.html, "; any browser shows it\n");
+  }
   return Output{.json = std::move(report), .text = std::move(for_people)};
 }
 
@@ -252,6 +258,11 @@ constexpr Flag kShowFlags[] = {
      .check = check_view},
 };
 constexpr Flag kExplainFlags[] = {
+    {.name = "--html",
+     .summary = "draw it in FILE, a page for any browser",
+     .field = &Words::html,
+     .value = "FILE",
+     .completes = Completes::files},
     {.name = "--trace",
      .summary = "write every read, check and copy to FILE, for chrome://tracing",
      .field = &Words::trace,
@@ -281,7 +292,7 @@ constexpr Verb kVerbs[] = {
      "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", kPath, kShowFlags, run_show},
     {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", kReplica,
      kVerifyFlags, run_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --trace load.json", kLoad,
+    {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
      kExplainFlags, run_explain},
     {"evict",
      "give back the memory of a replica that nobody holds",

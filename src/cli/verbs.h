@@ -32,6 +32,7 @@ struct Words {
   std::vector<std::string> views;
   std::vector<std::string> only;
   std::string trace;
+  std::string html;
 };
 
 enum class Completes { nothing, files, choices };

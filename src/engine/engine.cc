@@ -68,6 +68,9 @@ void Engine::open(OpenOrder order, GrantDone done) {
     });
     if (for_batches && waiter.stay == Stay::batch_ahead) return waiter.done(no_room_ahead(order.path));
     if (replica.state == ReplicaState::indexing) return replica.waiters.push_back(std::move(waiter));
+    LoadReport* report = report_of(replica.number);
+    if (report != nullptr && !order.index_only && replica.state == ReplicaState::ready)
+      report->reopened_ns = base::monotonic_ns();
     return waiter.done(grant(replica, waiter));
   }
   auto made = std::make_unique<Replica>();
@@ -218,6 +221,7 @@ void Engine::retry_parked() {
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   log(LogLevel::warning, "not opened: ", error.message);
+  keep_failed(replica, error);
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
@@ -291,9 +295,11 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   LoadReport report{.load = next_load_++, .replica = replica.number, .path = replica.path()};
   report.begin_ns = replica.asked_ns;
   report.index_ns = content.index_ns;
-  report.memory_ns = base::monotonic_ns() - replica.room_ns;
+  report.fill_ns = base::monotonic_ns();
+  report.memory_ns = report.fill_ns - replica.room_ns;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
+  report.cpu_ns = cpu_time_ns();
   report.only = replica.key.only;
   report.tensor_count = content.index.tensors.size();
   report.whole_tensor_count = (content.whole == nullptr ? content : *content.whole).index.tensors.size();
@@ -321,8 +327,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   });
   replica.state = ReplicaState::filling;
   replica.load_number = report.load;
-  reports_.push_back(std::move(report));
-  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
+  keep_report(std::move(report));
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
   start_load(replica, std::move(allocation.surplus));
@@ -424,6 +429,7 @@ Engine::Digests Engine::known_digests(const Content& content) {
 }
 
 void Engine::loaded(uint64_t number, LoadResult result) {
+  loaded_bytes_ += result.counters.bytes;
   Replica& replica = *replicas_.at(number);
   if (LoadReport* report = report_of(number)) {
     note_progress(replica, *report);
