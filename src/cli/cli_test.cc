@@ -3,8 +3,8 @@
 #include <gtest/gtest.h>
 
 #include "base/bytes.h"
+#include "base/text.h"
 #include "cli/completion.h"
-#include "cli/explain.h"
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
@@ -180,9 +180,9 @@ TEST(Progress, a_line_counts_only_what_it_saw_and_fits_narrow_terminals) {
 TEST(Explain, draws_a_waterfall_over_one_time_axis) {
   EXPECT_EQ(explain_text(kExplained).value(),
             "load 3 of /m: ready\n"
-            "2.00 GiB in 500.00 ms, 4.29 GB/s; what is possible here is not known: run\n"
-            "`tensord doctor` once; 2 threads: 1.00 GiB from the page cache, 1.00 GiB by\n"
-            "io_uring, O_DIRECT\n"
+            "2.00 GiB in 500.00 ms, 4.29 GB/s\n"
+            "what is possible here is not known: run `tensord doctor` once\n"
+            "threads: 2; 1.00 GiB from the page cache, 1.00 GiB by io_uring, O_DIRECT\n"
             "the first load of these files: their digests were recorded\n"
             "no huge pages\n"
             "\n"
@@ -227,6 +227,33 @@ TEST(Explain, phases_and_spans_become_a_chrome_trace_with_a_track_for_each) {
       R"({"args":{"name":"read 0"},"name":"thread_name","ph":"M","pid":1,"tid":2},)"
       R"({"args":{"block":4,"bytes":1048576},"dur":2.5,"name":"read","ph":"X","pid":1,"tid":2,"ts":1.0}]})");
   EXPECT_EQ(chrome_trace("{}").error().code, base::Code::not_found);
+}
+
+TEST(Top, a_look_has_rates_since_the_one_before_and_the_time_that_is_left) {
+  const auto status = [](int loaded) {
+    return base::text(R"({"pid": 1, "memory": {"in_use": 4096, "kept": 0}, "limits": {"host_memory": 8192},
+      "replicas": 1, "connections": 1, "loads_running": 1, "disk_bytes": 0, "loaded_bytes": )",
+                      loaded, "}");
+  };
+  const auto list = [](int ready) {
+    return base::text(R"({"replicas": [{"replica": 1, "path": "/m", "artifact": null, "state": "filling",
+      "error": null, "payload_bytes": 9, "memory_bytes": 4096, "total_bytes": 4000, "tensor_count": 1, "files": [],
+      "pinned": false, "leases": [], "idle_s": 0, "ready_bytes": )",
+                      ready, "}]}");
+  };
+  const std::string first = take_look(status(1000), list(1000), "", 10).value();
+  const std::string look = take_look(status(3000), list(3000), first, 12).value();
+  EXPECT_NE(look.find("\"loaded_bytes_per_s\":1000.0"), std::string::npos) << look;
+  EXPECT_NE(look.find("\"bytes_per_s\":1000.0"), std::string::npos) << look;
+  const LookText shown = look_text(look).value();
+  EXPECT_EQ(shown.line,
+            "1 replica, 1 load, 1 client, memory 4.00 KiB in use + 0 B kept of 8.00 KiB, loading 0.00 GB/s, "
+            "disk 0.00 GB/s\n");
+  EXPECT_NE(shown.screen.find("]  75 %  2.93 KiB of 3.91 KiB  0.00 GB/s  1.0 s left  /m\n"),
+            std::string::npos)
+      << shown.screen;
+  EXPECT_EQ(look_text("{}").error().code, base::Code::internal);
+  EXPECT_EQ(take_look("{}", "{}", "", 1).error().code, base::Code::internal);
 }
 
 TEST(Reports, an_answer_that_is_none_is_an_error) {

@@ -2,28 +2,35 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/fd.h"
+#include "base/folders.h"
 #include "base/text.h"
 #include "cli/completion.h"
-#include "cli/explain.h"
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
+#include "cli/table.h"
 #include "client/connection.h"
 #include "client/model.h"
 #include "client/version.h"
+#include "doctor/doctor.h"
 #include "tensor/view.h"
 
 namespace tensord::cli {
@@ -182,6 +189,76 @@ Result<Output> run_explain(const Words& words) {
   return Output{.json = std::move(report), .text = std::move(for_people)};
 }
 
+// Needs no daemon.
+Result<Output> run_doctor(const Words& words) {
+  static constexpr const char* kVerdicts[] = {"good", "could be better", "missing"};
+  const std::string state_dir = base::state_folder();
+  TRY(base::make_folders(state_dir));
+  if (isatty(STDERR_FILENO) != 0) std::fputs("measuring, this takes 5 to 20 s\n", stderr);
+  const std::vector<doctor::Check> facts = doctor::look_around();
+  TRY_ASSIGN(const doctor::Rates rates,
+             doctor::measure(words.operand.empty() ? state_dir : words.operand,
+                             words.quick ? doctor::Effort::quick : doctor::Effort::whole));
+  const std::string machine = doctor::this_machine(), saved = doctor::machine_file(state_dir);
+  if (!words.quick) TRY(doctor::save_rates(state_dir, machine, rates));
+  std::vector<doctor::Check> checks = doctor::judge(rates);
+  checks.insert(checks.end(), facts.begin(), facts.end());
+  Table table({{"what"}, {"value", Align::right}, {"verdict"}, {"what to do"}});
+  json lines = json::array();
+  for (const doctor::Check& check : checks) {
+    const char* verdict = kVerdicts[static_cast<size_t>(check.verdict)];
+    table.add({check.name, check.value, verdict, check.advice});
+    lines.push_back(
+        {{"name", check.name}, {"value", check.value}, {"verdict", verdict}, {"advice", check.advice}});
+  }
+  const json report = {{"machine", machine},
+                       {"bytes_per_s", rates.bytes_per_s},
+                       {"checks", std::move(lines)},
+                       {"saved", words.quick ? json() : json(saved)}};
+  std::string for_people = text(machine, "\n\n", table.text());
+  if (!words.quick)
+    for_people +=
+        text("\nrates in ", saved, ", for `tensord explain`, and for daemons that start from now on\n");
+  return Output{.json = report.dump(-1, ' ', false, json::error_handler_t::replace),
+                .text = std::move(for_people)};
+}
+
+// Over what is there, so that nothing flickers. Lines end at the screen's edge.
+void draw(const std::string& screen) {
+  winsize size = {};
+  const bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_row > 1;
+  int lines_left = known ? size.ws_row - 1 : 23;
+  std::string out = "\x1b[?7l\x1b[H";
+  for (const char c : screen) {
+    if (c == '\n' && lines_left-- == 0) break;
+    if (c == '\n') out += "\x1b[K\n";
+    if (c != '\n') out += static_cast<unsigned char>(c) < ' ' ? '?' : c;  // a name must not move the cursor
+  }
+  out += "\x1b[K\x1b[J\x1b[?7h";
+  std::fwrite(out.data(), 1, out.size(), stdout);
+}
+
+// Prints all but the last look by itself.
+Result<Output> run_top(const Words& words) {
+  const bool terminal = !words.json && isatty(STDOUT_FILENO) != 0;
+  const std::chrono::duration<double> interval(std::strtod(words.interval.c_str(), nullptr));
+  const uint64_t count = std::strtoull(words.count.c_str(), nullptr, 10);  // 0: without end
+  std::string look;
+  if (terminal) std::fputs("\x1b[2J", stdout);
+  for (uint64_t number = 1;; ++number) {
+    TRY_ASSIGN(const std::string status,
+               ask(protocol::Verb::status, ""));  // ends it when the daemon has ended
+    TRY_ASSIGN(const std::string list, ask(protocol::Verb::list, ""));
+    TRY_ASSIGN(look, take_look(status, list, look, static_cast<double>(base::monotonic_ns()) / 1e9));
+    TRY_ASSIGN(LookText shown, look_text(look));
+    if (terminal) draw(shown.screen);
+    if (number == count) return Output{std::move(look), terminal ? "\n" : std::move(shown.line)};
+    if (!terminal) std::fputs((words.json ? look + "\n" : shown.line).c_str(), stdout);
+    if (std::fflush(stdout) != 0) return tl::unexpected(base::errno_error("write the look", errno));
+    std::this_thread::sleep_for(interval);
+  }
+}
+
 template <protocol::Verb kVerb>
 Result<Output> run_on_replica(const Words& words) {
   TRY_ASSIGN(std::string report, ask(kVerb, selector_of(words.operand)));
@@ -228,6 +305,18 @@ Status check_view(const std::string& view) {
   return {};
 }
 
+Status check_interval(const std::string& seconds) {
+  char* rest = nullptr;
+  const double value = std::strtod(seconds.c_str(), &rest);
+  if (*rest == '\0' && value >= 0.001 && value <= 1000) return {};
+  return fail(Code::invalid_argument, text(base::quoted(seconds), " is no time from 0.001 to 1000 s"));
+}
+
+Status check_count(const std::string& count) {
+  if (is_made_of(count, "0123456789") && count.size() < 10 && count != "0") return {};
+  return fail(Code::invalid_argument, text(base::quoted(count), " is no count from 1"));
+}
+
 constexpr Flag kCommonFlags[] = {
     {.name = "--json", .summary = "print one JSON document instead of text", .field = &Words::json},
     {.name = "--help", .summary = "print this", .field = &Words::help},
@@ -257,6 +346,23 @@ constexpr Flag kShowFlags[] = {
      .value = "VIEW",
      .check = check_view},
 };
+constexpr Flag kTopFlags[] = {
+    {.name = "--interval",
+     .summary = "time between two looks (1)",
+     .field = &Words::interval,
+     .value = "SECONDS",
+     .check = check_interval},
+    {.name = "--count",
+     .summary = "end after so many looks",
+     .field = &Words::count,
+     .value = "COUNT",
+     .check = check_count},
+};
+constexpr Flag kDoctorFlags[] = {
+    {.name = "--quick",
+     .summary = "less of everything, once; the rates are not stored",
+     .field = &Words::quick},
+};
 constexpr Flag kExplainFlags[] = {
     {.name = "--html",
      .summary = "draw it in FILE, a page for any browser",
@@ -271,6 +377,10 @@ constexpr Flag kExplainFlags[] = {
 };
 
 constexpr Operand kPath = {.name = "PATH", .summary = "a .safetensors file, or a folder with a checkpoint"};
+constexpr Operand kMeasured = {
+    .name = "PATH",
+    .summary = "a folder whose disk is measured (default: the state folder), or a file",
+    .presence = Presence::optional};
 constexpr Operand kReplica = {.name = "REPLICA",
                               .summary = "a path, an artifact id (4 digits or more), a replica's number"};
 constexpr Operand kLoad = {.name = "LOAD",
@@ -283,6 +393,8 @@ constexpr Operand kHelpVerb = {
 
 constexpr Verb kVerbs[] = {
     {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", {}, {}, nullptr},
+    {"doctor", "measure this machine and say what could be better", "tensord doctor /models", kMeasured,
+     kDoctorFlags, run_doctor},
     {"stop", "stop the daemon and wait until it is gone", "tensord stop", {}, {}, run_stop},
     {"status", "say which daemon runs, and its limits", "tensord status --json", {}, {}, run_status},
     {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", kPath,
@@ -294,6 +406,7 @@ constexpr Verb kVerbs[] = {
      kVerifyFlags, run_verify},
     {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
      kExplainFlags, run_explain},
+    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", {}, kTopFlags, run_top},
     {"evict",
      "give back the memory of a replica that nobody holds",
      "tensord evict /models/Qwen3-14B",

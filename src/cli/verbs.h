@@ -33,6 +33,9 @@ struct Words {
   std::vector<std::string> only;
   std::string trace;
   std::string html;
+  bool quick = false;
+  std::string interval = "1";
+  std::string count;
 };
 
 enum class Completes { nothing, files, choices };

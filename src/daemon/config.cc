@@ -1,7 +1,6 @@
 #include "daemon/config.h"
 
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
@@ -12,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <string_view>
 
@@ -20,6 +18,7 @@
 #include "base/fd.h"
 #include "base/folders.h"
 #include "base/text.h"
+#include "doctor/machine.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::daemon {
@@ -166,28 +165,7 @@ std::string usual_config_path() {
 
 int default_read_threads() {
   constexpr int kEnough = 16;  // page cache reads of a 16-core server no longer gain from more
-  cpu_set_t cores;
-  const int count = ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-  return std::clamp(count, 1, kEnough);
-}
-
-// The lowest memory.max from this process's cgroup up to the root; UINT64_MAX where there is none.
-uint64_t cgroup_memory_max() {
-  std::ifstream own("/proc/self/cgroup");
-  std::string line;
-  std::string path;
-  while (std::getline(own, line)) {
-    if (line.starts_with("0::")) path = line.substr(3);
-  }
-  uint64_t lowest = UINT64_MAX;
-  while (true) {
-    std::ifstream file("/sys/fs/cgroup" + path + "/memory.max");
-    uint64_t limit = 0;
-    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
-    const size_t slash = path.rfind('/');
-    if (slash == std::string::npos || path.empty()) return lowest;
-    path.resize(slash);
-  }
+  return std::clamp(doctor::core_count(), 1, kEnough);
 }
 
 }  // namespace
@@ -198,7 +176,7 @@ uint64_t default_host_memory() {
   struct sysinfo machine;
   uint64_t bytes = UINT64_MAX;
   if (::sysinfo(&machine) == 0) bytes = static_cast<uint64_t>(machine.totalram) * machine.mem_unit;
-  return std::min(bytes, cgroup_memory_max()) / 2;
+  return std::min(bytes, doctor::cgroup_memory("memory.max")) / 2;
 }
 
 Result<CommandLine> parse_command_line(std::span<char*> arguments) {

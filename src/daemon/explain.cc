@@ -1,5 +1,6 @@
 #include "daemon/explain.h"
 
+#include <cmath>
 #include <map>
 
 #include "base/text.h"
@@ -7,10 +8,11 @@
 namespace tensord::daemon {
 
 using engine::LoadReport;
-using engine::LoadState;
 using engine::Use;
 
 namespace {
+
+enum LoadPhase : size_t { kIndex, kMemory, kTouch, kRead, kCheck };  // in their order
 
 std::vector<Phase> load_phases(const LoadReport& report) {
   const engine::LoadCounters& counters = report.counters;
@@ -57,41 +59,20 @@ std::vector<Phase> client_phases(const std::string& lane, const std::vector<cons
   return {std::move(map), std::move(idle), std::move(plan), std::move(wait), std::move(copy)};
 }
 
-struct Origins {
-  uint64_t cached, direct, buffered;
-  bool mostly_disk() const { return direct + buffered > cached; }
-};
-
-// Where the bytes came from; of sources that do not tell, what the devices delivered meanwhile.
-Origins origins_of(const LoadReport& report) {
-  if (report.cached_bytes + report.direct_bytes + report.buffered_bytes > 0)
-    return {report.cached_bytes, report.direct_bytes, report.buffered_bytes};
-  const uint64_t disk_bytes = std::min(report.disk_bytes, report.counters.bytes);
-  return {report.counters.bytes - disk_bytes, 0, disk_bytes};
-}
-
-// Disk and cores work at the same time; reading the page cache and hashing share the cores.
+// Disk and page cache are read at the same time.
 void find_possible(Explanation& explained, const LoadReport& report, const doctor::Rates& rates) {
-  if (explained.moved_bytes == 0) return;
-  if (explained.resident) {
-    explained.possible = rates.of("memcpy_all");
-    explained.possible_by = "memory copy";
-    return;
-  }
-  const auto seconds = [](uint64_t bytes, double rate) {
-    return bytes == 0 ? 0 : static_cast<double>(bytes) / rate;
+  const auto seconds = [&](uint64_t bytes, std::string_view rate) {
+    return bytes == 0 ? 0 : static_cast<double>(bytes) / rates.of(rate);
   };
-  const Origins from = origins_of(report);
-  const double threads = std::max<double>(report.thread_count, 1);
-  const double cache_s = seconds(from.cached, std::max(rates.of("cache_pread"), rates.of("cache_stream")));
-  const double hash_s = seconds(explained.moved_bytes, rates.of("hash_1") * threads);
+  const bool streams = rates.of("cache_stream") > rates.of("cache_pread");
+  const double cache_s = seconds(report.cached_bytes, streams ? "cache_stream" : "cache_pread");
   const double disk_s =
-      seconds(from.direct, rates.of("disk_direct")) + seconds(from.buffered, rates.of("disk_buffered"));
-  const double least_s = std::max(disk_s, cache_s + hash_s);
-  constexpr double kNeverS = 1e12;  // a rate that is missing
-  if (!(least_s > 0 && least_s < kNeverS)) return;
+      seconds(report.direct_bytes, "disk_direct") + seconds(report.buffered_bytes, "disk_buffered");
+  const double copy_s = seconds(explained.moved_bytes, "memcpy_all");
+  const double least_s = explained.resident ? copy_s : std::max(disk_s, cache_s);
+  if (!(least_s > 0) || std::isinf(least_s)) return;  // also: a rate that is missing
   explained.possible = static_cast<double>(explained.moved_bytes) / least_s;
-  explained.possible_by = disk_s >= cache_s + hash_s ? "disk" : cache_s > hash_s ? "page cache" : "hashing";
+  explained.possible_by = explained.resident ? "memory copy" : disk_s > cache_s ? "disk" : "page cache";
 }
 
 struct Limit {
@@ -102,83 +83,46 @@ struct Limit {
 
 // What the daemon waited for.
 std::vector<Limit> load_limits(const Explanation& explained, const LoadReport& report) {
-  const auto ns_of = [&](std::string_view name) {
-    return std::find_if(explained.phases.begin(), explained.phases.end(),
-                        [&](const Phase& phase) { return phase.name == name; })
-        ->ns();
-  };
+  const auto ns_of = [&](size_t phase) { return explained.phases[phase].ns(); };
   const engine::LoadCounters& counters = report.counters;
-  const bool by_disk = origins_of(report).mostly_disk();
-  const double rate = static_cast<double>(explained.moved_bytes) * 1e9 /
-                      static_cast<double>(std::max<int64_t>(explained.moved_ns, 1));
-  const bool well = explained.possible > 0 && rate > 0.8 * explained.possible;
+  const bool by_disk = report.direct_bytes + report.buffered_bytes > report.cached_bytes;
   // Threads that take from the page cache run all the time, unless something keeps them from it.
-  const int64_t ran_ns = counters.read_ns + counters.check_ns + counters.touch_ns;
+  const int64_t idle_ns = counters.read_ns + counters.check_ns + counters.touch_ns - report.cpu_ns;
   const int64_t threads = std::max<int64_t>(report.thread_count, 1);
-  const int64_t stood_ns = by_disk ? 0 : std::max<int64_t>(ran_ns - report.cpu_ns, 0) / threads;
-  return {
-      {"index", ns_of("index"),
-       "Reading the headers took longest: the files are many, small, or on a slow disk."},
-      {"waiting for memory", ns_of("wait_for_memory"),
-       "It waited for room: raise host_memory, or let go of what `tensord ls` lists."},
-      {"fresh memory", ns_of("touch"),
-       "Memory was touched for the first time: `prefault` does that beforehand."},
-      {"hashing", ns_of("check"), "Hashing took longer than reading: more read_threads or cores would help."},
-      {by_disk ? "disk" : "page cache", ns_of("read") - stood_ns,
-       by_disk ? well ? "The disk gives no more: keep the replica resident (`tensord pin`)."
-                      : "The bytes came from the disk: keep the replica resident (`tensord pin`), or look "
-                        "for what else reads from it."
-       : well  ? "The page cache gives no more: keep the replica resident (`tensord pin`)."
-               : "The bytes came from the page cache: more read_threads may help, or keep the replica "
-                 "resident (`tensord pin`)."},
-      {"lock", stood_ns,
-       "The read threads stood still most of the time: other loads or programs had the cores."},
-  };
+  const int64_t stood_ns = by_disk ? 0 : std::max<int64_t>(idle_ns, 0) / threads;
+  return {{"index", ns_of(kIndex), "The headers took longest: many or small files, or a slow disk."},
+          {"waiting for memory", ns_of(kMemory), "Raise host_memory, or let go of what `tensord ls` lists."},
+          {"fresh memory", ns_of(kTouch), "`prefault` touches memory before loads need it."},
+          {"hashing", ns_of(kCheck), "More read_threads or cores would help."},
+          {by_disk ? "disk" : "page cache", ns_of(kRead) - stood_ns,
+           by_disk ? "Keep it resident (`tensord pin`), or see what else reads from the disk."
+                   : "Keep it resident (`tensord pin`); more read_threads may help."},
+          {"lock", stood_ns, "The read threads stood still: other loads or programs had the cores."}};
 }
 
 // What came after every byte was there, by the client that ended last.
-std::vector<Limit> client_limits(const Explanation& explained) {
+void add_client_limits(std::vector<Limit>& limits, const Explanation& explained) {
   const Phase* last = nullptr;
   for (const Phase& phase : explained.phases) {
     const bool idles = std::string_view(phase.name) == "wait_for_client";
     if (idles && (last == nullptr || phase.end_ns > last->end_ns)) last = &phase;
   }
-  if (last == nullptr) return {};
-  return {{"waiting for the client", last->ns(),
-           "The bytes were there before the client asked for them: look at what it does meanwhile."},
-          {"memory copy", last->end_ns - last->begin_ns - last->ns(),
-           "Copying out of shared memory took longest: use the tensors where they are (zero copy), or more "
-           "threads."}};
+  if (last == nullptr) return;
+  limits.push_back({"waiting for the client", last->ns(), "The bytes were there before it asked for them."});
+  limits.push_back({"memory copy", last->end_ns - last->begin_ns - last->ns(),
+                    "Use the tensors where they are (zero copy), or more threads."});
 }
 
 void find_limit(Explanation& explained, const LoadReport& report) {
-  std::vector<Limit> limits = client_limits(explained);
-  if (!explained.resident) {
-    const auto more = load_limits(explained, report);
-    limits.insert(limits.end(), more.begin(), more.end());
-  }
   constexpr int64_t kWorthNamingNs = 1'000'000;
-  Limit most{"none", kWorthNamingNs, "It was over before anything could hold it up."};
-  for (const Limit& limit : limits) {
-    if (limit.ns > most.ns) most = limit;
-  }
+  std::vector<Limit> limits;
+  if (!explained.resident) limits = load_limits(explained, report);
+  add_client_limits(limits, explained);
+  limits.push_back({"none", kWorthNamingNs, "It was over before anything could hold it up."});
+  const auto less = [](const Limit& a, const Limit& b) { return a.ns < b.ns; };
+  const Limit most = *std::max_element(limits.begin(), limits.end(), less);
   explained.limited_by = most.name;
-  explained.advice = most.advice;
-  if (report.state == LoadState::waiting) {
-    const bool memory = report.memory_ns > 0;
-    explained.limited_by = memory ? "waiting for memory" : "index";
-    explained.advice =
-        memory ? "It waits for memory that others are giving back." : "It still reads the headers.";
-  }
-  if (report.state == LoadState::failed && report.error) {
-    const base::Code code = report.error->code;
-    explained.advice = code == base::Code::corrupt   ? "Compare the file with its origin."
-                       : code == base::Code::changed ? "The file was written meanwhile: load it again."
-                       : code == base::Code::exhausted
-                           ? "Let go of what the message names, or raise host_memory."
-                       : code == base::Code::cancelled ? "Load it again if it is still wanted."
-                                                       : "The message says what went wrong.";
-  }
+  explained.advice = report.error ? "The error says what to do." : most.advice;
 }
 
 }  // namespace

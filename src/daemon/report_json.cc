@@ -73,20 +73,16 @@ json replica_value(const engine::Replica& replica) {
 }
 
 json phases_value(const std::vector<Phase>& phases) {
-  int64_t all_ns = 0;
-  for (const Phase& phase : phases) all_ns += phase.thread_ns;
   json values = json::array();
   for (const Phase& phase : phases) {
-    values.push_back(
-        {{"lane", phase.lane},
-         {"name", phase.name},
-         {"begin_ns", phase.begin_ns},
-         {"end_ns", phase.end_ns},
-         {"ns", phase.ns()},
-         {"thread_ns", phase.thread_ns},
-         {"bytes", phase.bytes},
-         {"gb_per_s", gb_per_s(phase.bytes, phase.ns())},
-         {"share", all_ns == 0 ? 0.0 : static_cast<double>(phase.thread_ns) / static_cast<double>(all_ns)}});
+    values.push_back({{"lane", phase.lane},
+                      {"name", phase.name},
+                      {"begin_ns", phase.begin_ns},
+                      {"end_ns", phase.end_ns},
+                      {"ns", phase.ns()},
+                      {"thread_ns", phase.thread_ns},
+                      {"bytes", phase.bytes},
+                      {"gb_per_s", gb_per_s(phase.bytes, phase.ns())}});
   }
   return values;
 }
@@ -201,6 +197,7 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"bytes", report.counters.bytes},
                 {"gb_per_s", gb_per_s(report.counters.bytes, report.wall_ns)},
                 {"read_threads", report.thread_count},
+                {"cpu_ns", report.cpu_ns},
                 {"disk_bytes", report.disk_bytes},
                 {"cached_bytes", report.cached_bytes},
                 {"direct_bytes", report.direct_bytes},

@@ -52,17 +52,32 @@ int core_count() {
 }
 
 std::string this_machine() {
-  std::string cpu = "a CPU without a name";
+  std::string cpu;
   std::ifstream cpus("/proc/cpuinfo");
-  for (std::string line; std::getline(cpus, line);) {
-    if (line.starts_with("model name") && line.find(": ") != std::string::npos) {
-      cpu = line.substr(line.find(": ") + 2);
-      break;
-    }
+  while (!cpu.starts_with("model name") && std::getline(cpus, cpu)) {
   }
   utsname kernel = {};
   ::uname(&kernel);
-  return base::text(cpu, ", ", core_count(), " cores, Linux ", std::string_view(kernel.release));
+  return base::text(cpu.substr(cpu.find(": ") + 2), ", ", core_count(), " cores, Linux ",
+                    std::string_view(kernel.release));
+}
+
+uint64_t cgroup_memory(const char* file_name) {
+  std::ifstream own("/proc/self/cgroup");
+  std::string line;
+  std::string path;
+  while (std::getline(own, line)) {
+    if (line.starts_with("0::")) path = line.substr(3);
+  }
+  uint64_t lowest = UINT64_MAX;
+  while (true) {
+    std::ifstream file("/sys/fs/cgroup" + path + "/" + file_name);
+    uint64_t limit = 0;
+    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos || path.empty()) return lowest;
+    path.resize(slash);
+  }
 }
 
 std::string machine_file(const std::string& state_dir) { return state_dir + "/machine.json"; }
@@ -82,16 +97,12 @@ std::optional<Rates> load_rates(const std::string& state_dir, const std::string&
 base::Status save_rates(const std::string& state_dir, const std::string& machine, const Rates& rates) {
   json file = {{"machine", machine}, {"bytes_per_s", json::object()}};
   for (const auto& [name, rate] : rates.bytes_per_s) file["bytes_per_s"][name] = std::round(rate);
-  const std::string text = file.dump(2, ' ', false, json::error_handler_t::replace) + "\n";
   const std::string path = machine_file(state_dir), part = path + ".part";
-  const base::Fd fd(::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600));
-  if (!fd.valid() || ::write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size()) ||
-      ::fsync(fd.get()) != 0 || ::rename(part.c_str(), path.c_str()) != 0) {
-    const base::Error error = base::errno_error("write " + path, errno);
-    ::unlink(part.c_str());
-    return tl::unexpected(error);
-  }
-  return {};
+  std::ofstream out(part);
+  out << file.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
+  out.close();
+  if (out && ::rename(part.c_str(), path.c_str()) == 0) return {};
+  return tl::unexpected(base::errno_error("write " + path, errno));
 }
 
 }  // namespace tensord::doctor

@@ -1,6 +1,7 @@
 // What this machine can do, as `tensord doctor` measured it: STATE/machine.json.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <string>
@@ -20,6 +21,10 @@ struct Rates {
 // "AMD EPYC 9654, 96 cores, Linux 6.1.0": what the rates are true for. The cores are those that this process may run on.
 std::string this_machine();
 int core_count();
+
+// The lowest limit in files of that name (memory.max, memory.high) from this process's cgroup (v2) up to the root;
+// UINT64_MAX where there is none.
+uint64_t cgroup_memory(const char* file_name);
 
 std::string machine_file(const std::string& state_dir);
 
