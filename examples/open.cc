@@ -1,5 +1,5 @@
-// open_cc CHECKPOINT: opens it, lists its tensors, loads the right half of a matrix into memory of its own, and
-// compares that with the zero-copy tensor.
+// open_cc CHECKPOINT: opens it, lists its files and metadata (on stderr) and its tensors, loads the right half of a
+// matrix into memory of its own, and compares that with the zero-copy tensor.
 #include <cstdio>
 #include <cstring>
 
@@ -66,6 +66,9 @@ int main(int argc, char** argv) {
   if (!model) return complain(model.error());
   if (const auto ready = model->wait(); !ready) return complain(ready.error());
 
+  for (const std::string& path : model->files()) std::fprintf(stderr, "open_cc: %s\n", path.c_str());
+  for (const auto& [key, value] : model->metadata())
+    std::fprintf(stderr, "open_cc: %s is %s\n", key.c_str(), value.c_str());
   const std::vector<tensord::Tensor> tensors = model->tensors();
   for (const tensord::Tensor& tensor : tensors) {
     std::printf("%s %s %s\n", std::string(tensor.name()).c_str(), std::string(tensor.dtype_text()).c_str(),

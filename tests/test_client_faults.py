@@ -239,3 +239,13 @@ def test_options_of_newer_and_older_headers_are_taken_and_smaller_ones_refused(
 
 def test_info_tells_whether_memory_is_copy_on_write(daemon: Daemon, make_file: Callable[..., Path]) -> None:
     assert tensord.open(make_file({"w": counted((5,))}), "np").info()["copy_on_write"] is True
+
+
+def test_a_silent_daemon_is_named(daemon: Daemon, make_file: Callable[..., Path]) -> None:
+    path = make_file({"w": counted((5,))})
+    tensord.open(path).wait()
+    with stopped(daemon), pytest.raises(tensord.UnavailableError) as silent:
+        tensord.open(path)
+    where = f"(daemon {daemon.pid} at {daemon.environment['TENSORD_RUNTIME_DIR']}"
+    assert where in str(silent.value)
+    assert f"`kill {daemon.pid}`" in str(silent.value)

@@ -32,7 +32,8 @@ def run(example: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
 def test_lists_tensors_and_loads_half_a_matrix(
     example: Path, daemon: Daemon, make_file: Callable[..., Path]
 ) -> None:
-    path = make_file({"bias": counted((7,)), "weight": counted((300, 5)), "x": counted((2, 2), "int64")})
+    tensors = {"bias": counted((7,)), "weight": counted((300, 5)), "x": counted((2, 2), "int64")}
+    path = make_file(tensors, {"format": "pt"})
     done = run(example, path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -41,6 +42,8 @@ def test_lists_tensors_and_loads_half_a_matrix(
         "x I64 [2, 2]",
         "weight[:, -2:]: 2400 bytes in 1 records, as in the mapping",
     ]
+    if example.name == "open_cc":
+        assert done.stderr.splitlines() == [f"open_cc: {path}", "open_cc: format is pt"]
 
 
 def test_opens_a_folder_of_shards(example: Path, daemon: Daemon, make_shards: Callable[..., Path]) -> None:

@@ -305,3 +305,16 @@ def test_less_than_no_thread_is_refused(model: tensord.Model) -> None:
     with pytest.raises(tensord.InvalidArgumentError, match="thread_count is negative"):
         model.load_into({"w": target}, threads=-1)
     assert (target == 7).all()
+
+
+def test_targets_that_overlap_are_named(model: tensord.Model) -> None:
+    line = np.zeros(60, np.float32)
+    columns = line.reshape(6, 10)[:, :4]  # interleaved rows: their extents meet, their bytes do not
+    model.load_into([("w", np.s_[:6, :4], columns), ("w", np.s_[:6, :4], line.reshape(6, 10)[:, 4:8])])
+    words = np.zeros(30, np.int32)
+    halves = words.view(np.int16)
+    model.load_into([("cube", np.s_[0, 0], words[:6]), ("vector", np.s_[:2], halves[12:14])])
+    with pytest.raises(
+        tensord.InvalidArgumentError, match=r"\('cube'\) and record \d \('vector'\) both write byte 16 of"
+    ):
+        model.load_into([("cube", np.s_[0, 0], words[:6]), ("vector", np.s_[:4], halves[8:12])])

@@ -291,7 +291,11 @@ def test_waiting_ends_with_its_time_with_a_signal_and_with_the_daemon(
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for use in (model.wait, lambda: model["w"]):
+        for use in (
+            model.wait,
+            lambda: model["w"],
+            lambda: model.load_into({"w": np.zeros(elements, np.float32)}),
+        ):
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             with pytest.raises(KeyboardInterrupt):
                 use()
@@ -433,3 +437,35 @@ def test_no_daemon_and_no_leave_to_start_one(
     with pytest.raises(ConnectionError) as caught:
         tensord.open(path, autostart=False)
     assert isinstance(caught.value, tensord.UnavailableError)
+
+
+def test_arguments_of_other_types_are_refused_as_such(model: tensord.Model) -> None:
+    for use in (
+        lambda: tensord.open(3),  # type: ignore[arg-type]
+        lambda: tensord.open([3]),  # type: ignore[list-item]
+        lambda: model.load_into(3),  # type: ignore[arg-type]
+        lambda: model.load_into(["float"]),  # type: ignore[list-item]
+        lambda: model.view(["float"]),  # type: ignore[arg-type]
+        lambda: model.wait(timeout="a"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(tensord.InvalidTypeError) as refused:
+            use()
+        assert isinstance(refused.value, TypeError) and isinstance(refused.value, tensord.Error)
+
+
+def test_one_file_named_twice_is_refused(
+    daemon: Daemon, make_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_file({"w": counted((5,))})
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    with pytest.raises(tensord.InvalidArgumentError, match=f"open {link}: it is the same file as {path}"):
+        tensord.open([path, link])
+
+
+def test_a_wanted_tensor_that_is_not_there_names_the_file(
+    daemon: Daemon, make_file: Callable[..., Path]
+) -> None:
+    path = make_file({"w": counted((5,))})
+    with pytest.raises(tensord.UnknownTensorError, match=f"open {path}: only: "):
+        tensord.open(path, only=["v"])

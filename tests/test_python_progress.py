@@ -35,6 +35,19 @@ def test_line_shows_share_bytes_rate_and_time_left() -> None:
     assert line(Progress(0, 0, 0.5, 0.0)) == "[########################] 100%  0 B of 0 B  0.00 GB/s  0.5 s"
 
 
+def test_line_says_when_nothing_comes() -> None:
+    now = 0.0
+    meter = Meter(lambda: now)
+    assert "nothing" not in line(meter.read(0, 4000))
+    now = 6.0
+    assert line(meter.read(0, 4000)).endswith("0 B of 4 kB  nothing for 6 s")
+    now = 7.0
+    assert "nothing" not in line(meter.read(2000, 4000))
+    now = 70.0
+    assert line(meter.read(2000, 4000)).endswith("nothing for 63 s")
+    assert "nothing" not in line(meter.read(4000, 4000))
+
+
 def test_bar_redraws_one_line_and_leaves_the_last() -> None:
     stream = io.StringIO()
     bar = Bar(stream)

@@ -152,8 +152,9 @@ struct Copy {
 
 enum class Cast : uint8_t { refuse, convert };
 struct CopyOptions {
-  Cast cast = Cast::refuse;  // where dtypes differ
-  int thread_count = 0;      // 0: one per core
+  Cast cast = Cast::refuse;         // where dtypes differ
+  int thread_count = 0;             // 0: one per core
+  const int32_t* cancel = nullptr;  // see tensord_copy_options
 };
 
 // ---- models ------------------------------------------------------------------------------------------------
@@ -193,7 +194,9 @@ class Model {
   Result<Model> open_part(const std::vector<std::string>& names) const;
 
   size_t tensor_count() const { return tensord_tensor_count(model_.get()); }
-  std::vector<Tensor> tensors() const;  // in the order of names
+  std::vector<Tensor> tensors() const;     // in the order of names
+  std::vector<std::string> files() const;  // the paths of the files the tensors lie in
+  std::vector<std::pair<std::string, std::string>> metadata() const;  // the files' free-form __metadata__
   Result<Tensor> find(const std::string& name) const;
 
   // Until all bytes are there and checked, or those of one tensor. A failed load's error is returned.
@@ -327,6 +330,21 @@ inline Result<Tensor> Model::find(const std::string& name) const {
   return Tensor(raw);
 }
 
+inline std::vector<std::string> Model::files() const {
+  std::vector<std::string> paths;
+  for (size_t at = 0; at < tensord_file_count(model_.get()); ++at)
+    paths.emplace_back(tensord_file_path(model_.get(), at));
+  return paths;
+}
+
+inline std::vector<std::pair<std::string, std::string>> Model::metadata() const {
+  std::vector<std::pair<std::string, std::string>> pairs;
+  const char *key = nullptr, *value = nullptr;
+  for (size_t at = 0; tensord_metadata_at(model_.get(), at, &key, &value) == TENSORD_OK; ++at)
+    pairs.emplace_back(key, value);
+  return pairs;
+}
+
 inline tensord_progress Model::progress() const {
   tensord_progress progress = {};
   tensord_get_progress(model_.get(), &progress);
@@ -369,7 +387,8 @@ inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& cop
                    static_cast<uint32_t>(target.dtype), static_cast<uint32_t>(target.shape.size()),
                    target.shape.data(), target.strides.empty() ? nullptr : target.strides.data()});
   }
-  const tensord_copy_options wishes = {sizeof wishes, options.cast == Cast::convert, options.thread_count, 0};
+  const tensord_copy_options wishes = {sizeof wishes, options.cast == Cast::convert, options.thread_count, 0,
+                                       options.cancel};
   tensord_copy_report report;
   const int code = tensord_load_into(model_.get(), raw.data(), raw.size(), &wishes, &report);
   if (code != TENSORD_OK) return last_error(code);

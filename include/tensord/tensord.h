@@ -218,6 +218,9 @@ typedef struct tensord_copy_options {
       cast; /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
   int32_t thread_count; /* 0: one per core */
   int32_t reserved;
+  const int32_t*
+      cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, the call
+                            ends within a tenth of a second with TENSORD_CANCELLED */
 } tensord_copy_options;
 
 typedef struct tensord_copy_report {

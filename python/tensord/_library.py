@@ -82,6 +82,7 @@ class CopyOptions(ctypes.Structure):
         ("cast", ctypes.c_int32),
         ("thread_count", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+        ("cancel", ctypes.POINTER(ctypes.c_int32)),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Literal, NoReturn, Union
 
 from . import _library
@@ -21,6 +22,7 @@ from .errors import (
     Error,
     InvalidArgumentError,
     InvalidIndexError,
+    InvalidTypeError,
     MissingFileError,
     TensordWarning,
     UnavailableError,
@@ -240,6 +242,8 @@ class Model:
         Error
             The load failed; the error has the code of the failure.
         """
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise InvalidTypeError(f"wait: timeout is seconds or None, not {timeout!r}")
         with ExitStack() as stack:
             show = progress if callable(progress) else None
             bar = stderr_bar() if progress is True else None
@@ -400,6 +404,8 @@ class Model:
         InvalidIndexError
             Also for indices out of range.
         """
+        if not isinstance(wanted, AbstractMapping):
+            raise InvalidTypeError(f"view takes {{name: index, ...}}, not {wanted!r}")
         return View(self, {name: parse(index) for name, index in wanted.items()})
 
     def place_of(self, entry: Entry, items: tuple[Item, ...]) -> Place:
@@ -458,10 +464,10 @@ class Model:
 
         Notes
         -----
-        Waits for the bytes it needs; it cannot be interrupted meanwhile, `wait` can. With
-        ``resident="view"`` the tensors are read in batches, and the next is read while one is copied. All
-        targets are checked before the first batch; a tensor larger than the daemon's memory is refused
-        then.
+        Waits for the bytes it needs. Ctrl-C ends it within a tenth of a second; targets are dirty where
+        copying had begun. With ``resident="view"`` the tensors are read in batches, and the next is read
+        while one is copied. All targets are checked before the first batch; a tensor larger than the
+        daemon's memory is refused then.
         """
         if isinstance(targets, AbstractMapping):
             wanted: Iterable[tuple[str, Any, Any]] = ((name, ..., target) for name, target in targets.items())
@@ -486,13 +492,24 @@ class Model:
                 described = bytes_target(entry, shape, described, is_whole=not items)
             batch.add(entry, items, described)
         rows = batch.rows()
-        options = _library.CopyOptions(ctypes.sizeof(_library.CopyOptions), int(cast), threads, 0)
-        report = _library.CopyReport()
-        code = library().tensord_load_into(
-            handle.pointer, rows.ctypes.data, len(rows), ctypes.byref(options), ctypes.byref(report)
+        cancel = ctypes.c_int32(0)
+        options = _library.CopyOptions(
+            ctypes.sizeof(_library.CopyOptions), int(cast), threads, 0, ctypes.pointer(cancel)
         )
-        if code != _library.OK:
-            self._raise_load_error(last_error(code), orders)
+        report = _library.CopyReport()
+
+        def copy() -> Error | None:
+            code = library().tensord_load_into(
+                handle.pointer, rows.ctypes.data, len(rows), ctypes.byref(options), ctypes.byref(report)
+            )
+            return None if code == _library.OK else last_error(code)
+
+        error = copy() if self._has_all_bytes() else _interruptible(copy, cancel)
+        if error is not None:
+            try:
+                self._raise_load_error(error, orders)
+            finally:
+                del error
         return LoadReport(
             report.bytes,
             report.record_count,
@@ -501,6 +518,11 @@ class Model:
             report.wait_ns / 1e9,
             report.copy_ns / 1e9,
         )
+
+    def _has_all_bytes(self) -> bool:
+        if not self._is_ready and not self._is_view:
+            self._is_ready = self._progress().state == _library.READY
+        return self._is_ready
 
     def _raise_load_error(self, error: Error, orders: list[tuple[Entry, tuple[Item, ...], Any]]) -> NoReturn:
         """Raises `error`, as an InvalidIndexError where an index is to blame."""
@@ -514,10 +536,32 @@ class Model:
             del error  # else it and this frame hold each other, and with them the targets
 
 
+def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> Error | None:
+    """Runs `call` so that Ctrl-C is answered: `cancel` is set, and the call has ended when that is raised."""
+    if threading.current_thread() is not threading.main_thread():  # signals are for that one
+        return call()
+    outcome: list[Error | None] = []
+    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord load_into")
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        cancel.value = 1
+        while thread.is_alive():
+            with suppress(KeyboardInterrupt):
+                thread.join()
+        raise
+    return outcome.pop()
+
+
 def _triples(targets: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
+    if not isinstance(targets, Iterable):
+        raise InvalidTypeError(
+            f"load_into takes {{name: tensor}} or [(name, index, tensor), ...], not {targets!r}"
+        )
     for order in targets:
         if not isinstance(order, (tuple, list)) or len(order) != 3:
-            raise InvalidArgumentError(
+            raise InvalidTypeError(
                 "load_into takes {name: tensor} or [(name, index, tensor), ...]; "
                 f"an element of the list is {type(order).__name__}"
             )
@@ -659,7 +703,10 @@ def open(
 
 def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
     given = [path] if isinstance(path, (str, bytes, os.PathLike)) else path
-    paths = [os.fsencode(one) for one in given]
+    try:
+        paths = [os.fsencode(one) for one in given]
+    except TypeError:
+        raise InvalidTypeError(f"open takes a path or a list of paths, not {path!r}") from None
     for one in paths:
         if b"\0" in one:
             raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
@@ -685,7 +732,7 @@ def _open_error(code: int, error: Error, names: list[str]) -> Error:
     """The built-in OSErrors tell which file it was."""
     # Path.exists() raises for names that are too long.
     missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")  # noqa: PTH110
-    if code == _library.NOT_FOUND and error.message.startswith("only: "):
+    if code == _library.NOT_FOUND and ": only: " in error.message:
         return UnknownTensorError(error.message)
     if code == _library.NOT_FOUND:
         return MissingFileError(error.message, filename=missing)

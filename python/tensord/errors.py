@@ -90,6 +90,10 @@ class InvalidArgumentError(Error, ValueError):
     code = "invalid_argument"
 
 
+class InvalidTypeError(InvalidArgumentError, TypeError):
+    """An argument of another type than the call takes."""
+
+
 class InvalidIndexError(InvalidArgumentError, IndexError):
     """An index that numpy's basic indexing would refuse, or one out of range."""
 

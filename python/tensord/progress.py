@@ -8,6 +8,7 @@ import time
 from typing import Callable, NamedTuple, TextIO, Union
 
 BAR_COLUMNS = 24
+IDLE_SECONDS = 5.0  # without a byte for so long, that is what a bar says
 
 
 class Progress(NamedTuple):
@@ -17,6 +18,7 @@ class Progress(NamedTuple):
     total_bytes: int
     seconds: float  # since waiting began
     bytes_per_second: float  # since waiting began
+    idle_seconds: float = 0.0  # since the last byte came
 
     @property
     def eta_seconds(self) -> float | None:
@@ -38,13 +40,18 @@ class Meter:
         self._clock = clock
         self._begin = clock()
         self._begin_bytes: int | None = None
+        self._last_bytes = 0
+        self._last_change = self._begin
 
     def read(self, ready_bytes: int, total_bytes: int) -> Progress:
         if self._begin_bytes is None:
             self._begin_bytes = ready_bytes
-        seconds = self._clock() - self._begin
+        now = self._clock()
+        if ready_bytes != self._last_bytes:
+            self._last_bytes, self._last_change = ready_bytes, now
+        seconds = now - self._begin
         rate = (ready_bytes - self._begin_bytes) / seconds if seconds > 0 else 0.0
-        return Progress(ready_bytes, total_bytes, seconds, rate)
+        return Progress(ready_bytes, total_bytes, seconds, rate, now - self._last_change)
 
 
 def bytes_text(count: float) -> str:
@@ -61,12 +68,12 @@ def line(progress: Progress) -> str:
     total = progress.total_bytes
     share = progress.ready_bytes / total if total else 1.0
     bar = ("#" * int(share * BAR_COLUMNS)).ljust(BAR_COLUMNS, ".")
+    head = f"[{bar}] {share:4.0%}  {bytes_text(progress.ready_bytes)} of {bytes_text(total)}"
     eta = progress.eta_seconds
+    if eta != 0.0 and progress.idle_seconds >= IDLE_SECONDS:
+        return f"{head}  nothing for {progress.idle_seconds:.0f} s"
     rest = "" if eta is None else f"  {eta:.0f} s left" if eta else f"  {progress.seconds:.1f} s"
-    return (
-        f"[{bar}] {share:4.0%}  {bytes_text(progress.ready_bytes)} of {bytes_text(total)}"
-        f"  {progress.bytes_per_second / 1e9:.2f} GB/s{rest}"
-    )
+    return f"{head}  {progress.bytes_per_second / 1e9:.2f} GB/s{rest}"
 
 
 class Bar:

@@ -1,4 +1,4 @@
-// Catalog: what is known about artifacts beyond the life of a daemon.
+// Catalog: what is known about artifacts beyond the life of a daemon, in one SQLite file in WAL mode.
 #pragma once
 
 #include <cstdint>
@@ -40,21 +40,39 @@ struct CatalogLimits {
   size_t artifact_count_max = 10'000;
 };
 
-// Not thread safe: used by one thread at a time. One contract test for every implementation. Errors:
-// Code::exhausted (disk full), Code::denied, Code::corrupt (the database is damaged: names the file and says
-// that it can be deleted), Code::unavailable; after any of them the catalog is as it was before the call.
+struct CatalogOptions {
+  CatalogLimits limits;
+  int busy_timeout_ms = 1000;  // how long a call waits for another process; then Code::unavailable
+};
+
+struct Connection;  // to SQLite, which stays in catalog.cc
+
+// Not thread safe: used by one thread at a time. Errors: Code::exhausted (disk full), Code::denied, Code::corrupt
+// (the database is damaged: names the file and says that it can be deleted), Code::unavailable; after any of them
+// the catalog is as it was before the call.
 class Catalog {
  public:
-  virtual ~Catalog() = default;
+  static constexpr const char* kInMemory = ":memory:";  // a path: ends with the Catalog
+
+  // Creates `path` (mode 0600) when missing; its folder must exist. Schema version in PRAGMA user_version: a newer
+  // one is Code::unsupported, a damaged file or another program's database Code::corrupt, one that cannot be
+  // written Code::denied. Several processes may have it open.
+  static Result<std::unique_ptr<Catalog>> open(const std::string& path, const CatalogOptions& options = {});
+  Catalog(std::unique_ptr<Connection> connection, const CatalogLimits& limits);  // open's
+  ~Catalog();
+
   // Of exactly this identity: a file that was written to since is absent.
-  virtual Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity) = 0;
+  Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity);
   // All or nothing. Replaces the older records of the same artifact and of the same files (equal device and
   // inode). nullopt: files alone.
-  virtual Status remember(const std::optional<ArtifactRecord>& artifact,
-                          const std::vector<FileRecord>& files) = 0;
-  virtual Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id) = 0;
+  Status remember(const std::optional<ArtifactRecord>& artifact, const std::vector<FileRecord>& files);
+  Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id);
   // The last remembered first.
-  virtual Result<std::vector<ArtifactRecord>> list_artifacts() = 0;
+  Result<std::vector<ArtifactRecord>> list_artifacts();
+
+ private:
+  const std::unique_ptr<Connection> connection_;
+  const CatalogLimits limits_;
 };
 
 }  // namespace tensord::catalog

@@ -1,35 +1,34 @@
-// What holds for every Catalog.
+// What holds for a Catalog in a file and in memory.
 #include <gtest/gtest.h>
 
 #include "catalog/catalog_testing.h"
-#include "catalog/memory_catalog.h"
-#include "catalog/sqlite_catalog.h"
 
 namespace tensord::catalog {
 namespace {
 
-class SqliteOrMemory : public testing::TestWithParam<const char*> {
+class FileOrMemory : public testing::TestWithParam<const char*> {
  protected:
   std::unique_ptr<Catalog> make(const CatalogLimits& limits = {}) {
-    if (GetParam() == std::string("memory")) return make_memory_catalog(limits);
-    return open_sqlite_catalog(folder_.file("catalog"), {.limits = limits}).value();
+    const bool in_memory = GetParam() == std::string("memory");
+    return Catalog::open(in_memory ? Catalog::kInMemory : folder_.file("catalog"), {.limits = limits})
+        .value();
   }
 
  private:
   ScratchFolder folder_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Catalog, SqliteOrMemory, testing::Values("sqlite", "memory"),
+INSTANTIATE_TEST_SUITE_P(Catalog, FileOrMemory, testing::Values("file", "memory"),
                          [](const auto& name) { return std::string(name.param); });
 
-TEST_P(SqliteOrMemory, an_empty_catalog_knows_nothing) {
+TEST_P(FileOrMemory, an_empty_catalog_knows_nothing) {
   auto catalog = make();
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), "absent");
   EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), "absent");
   EXPECT_TRUE(catalog->list_artifacts()->empty());
 }
 
-TEST_P(SqliteOrMemory, what_is_remembered_is_found_as_it_was) {
+TEST_P(FileOrMemory, what_is_remembered_is_found_as_it_was) {
   auto catalog = make();
   const auto artifact = sample_artifact(1, {sample_identity(1), sample_identity(2)});
   ASSERT_TRUE(catalog->remember(artifact, {sample_file(1), sample_file(2, 1000)}));
@@ -45,7 +44,7 @@ TEST_P(SqliteOrMemory, what_is_remembered_is_found_as_it_was) {
             "  42/2/1002/1700000000000000000");
 }
 
-TEST_P(SqliteOrMemory, every_value_of_every_field_survives) {
+TEST_P(FileOrMemory, every_value_of_every_field_survives) {
   auto catalog = make();
   FileRecord file{{UINT64_MAX, UINT64_MAX - 1, UINT64_MAX - 2, INT64_MIN}, "/\xff\n'\";--", {}, {}};
   ArtifactRecord artifact{tensor::Digest{}, "", UINT64_MAX, UINT64_MAX, {}};
@@ -54,7 +53,7 @@ TEST_P(SqliteOrMemory, every_value_of_every_field_survives) {
   EXPECT_EQ(to_text(catalog->find_artifact(artifact.id)), to_text(artifact));
 }
 
-TEST_P(SqliteOrMemory, a_file_is_found_by_its_whole_identity_only) {
+TEST_P(FileOrMemory, a_file_is_found_by_its_whole_identity_only) {
   auto catalog = make();
   ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1)}));
   for (const auto field :
@@ -68,7 +67,7 @@ TEST_P(SqliteOrMemory, a_file_is_found_by_its_whole_identity_only) {
   EXPECT_EQ(to_text(catalog->find_file(other)), "absent");
 }
 
-TEST_P(SqliteOrMemory, a_later_record_of_a_file_replaces_the_older_one) {
+TEST_P(FileOrMemory, a_later_record_of_a_file_replaces_the_older_one) {
   auto catalog = make();
   FileRecord rewritten = sample_file(1, 2);
   ++rewritten.identity.mtime_ns;
@@ -79,13 +78,13 @@ TEST_P(SqliteOrMemory, a_later_record_of_a_file_replaces_the_older_one) {
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), to_text(sample_file(2)));
 }
 
-TEST_P(SqliteOrMemory, of_equal_files_in_one_call_the_last_counts) {
+TEST_P(FileOrMemory, of_equal_files_in_one_call_the_last_counts) {
   auto catalog = make();
   ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1, 1), sample_file(1, 2)}));
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1, 2)));
 }
 
-TEST_P(SqliteOrMemory, artifacts_are_listed_last_remembered_first_and_once) {
+TEST_P(FileOrMemory, artifacts_are_listed_last_remembered_first_and_once) {
   auto catalog = make();
   for (const uint8_t id : {1, 2, 3, 1}) ASSERT_TRUE(catalog->remember(sample_artifact(id), {}));
   std::string listed;
@@ -94,7 +93,7 @@ TEST_P(SqliteOrMemory, artifacts_are_listed_last_remembered_first_and_once) {
   EXPECT_EQ(listed, "/models/1 /models/3 /models/2 ");
 }
 
-TEST_P(SqliteOrMemory, the_oldest_are_forgotten_above_the_limits) {
+TEST_P(FileOrMemory, the_oldest_are_forgotten_above_the_limits) {
   auto catalog = make({.file_count_max = 3, .artifact_count_max = 2});
   ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1), sample_file(2), sample_file(3)}));
   ASSERT_TRUE(catalog->remember(sample_artifact(2), {sample_file(1)}));
@@ -107,13 +106,11 @@ TEST_P(SqliteOrMemory, the_oldest_are_forgotten_above_the_limits) {
   EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), "absent");
 }
 
-TEST(MemoryCatalog, a_fault_fails_every_call_until_it_is_taken_back) {
-  auto catalog = make_memory_catalog();
-  catalog->set_fault(base::Error{base::Code::exhausted, "disk full"});
-  EXPECT_EQ(catalog->remember(sample_artifact(1), {sample_file(1)}).error().message, "disk full");
-  EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), "exhausted: disk full");
-  catalog->set_fault(std::nullopt);
-  EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), "absent");
+TEST(CatalogInMemory, each_is_its_own_and_leaves_no_file) {
+  auto catalog = Catalog::open(Catalog::kInMemory).value();
+  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1)}));
+  EXPECT_EQ(to_text(Catalog::open(Catalog::kInMemory).value()->find_file(sample_identity(1))), "absent");
+  EXPECT_FALSE(std::filesystem::exists(Catalog::kInMemory));
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // What the tests of catalogs share.
 #pragma once
 
+#include <gtest/gtest.h>
+#include <sqlite3.h>
+
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -33,6 +36,23 @@ class ScratchFolder {
 
  private:
   std::string path_;
+};
+
+// Runs SQL as someone else who has the file open.
+class Stranger {
+ public:
+  explicit Stranger(const std::string& path) { CHECK(sqlite3_open(path.c_str(), &database_) == SQLITE_OK); }
+  ~Stranger() { sqlite3_close(database_); }
+  Stranger(const Stranger&) = delete;
+  Stranger& operator=(const Stranger&) = delete;
+
+  void execute(const std::string& sql) {
+    ASSERT_EQ(sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr), SQLITE_OK)
+        << sql << ": " << sqlite3_errmsg(database_);
+  }
+
+ private:
+  sqlite3* database_ = nullptr;
 };
 
 inline tensor::Digest sample_digest(uint8_t first) {

@@ -1,5 +1,9 @@
 #include "cli/completion.h"
 
+#include <CLI/CLI.hpp>
+#include <algorithm>
+
+#include "base/check.h"
 #include "base/text.h"
 #include "cli/verbs.h"
 
@@ -9,181 +13,106 @@ using base::text;
 
 namespace {
 
-// Prints the flags of the daemon, one a line.
-constexpr std::string_view kServeFlags =
-    "tensord serve --help 2>/dev/null | grep -oE -- '--[a-z][a-z-]*' | sort -u";
-
-std::string joined(std::span<const std::string_view> words) {
-  std::string out;
-  for (const std::string_view word : words) out += (out.empty() ? "" : " ") + std::string(word);
-  return out;
+constexpr std::string_view kBash = R"bash(_tensord() {
+  mapfile -t COMPREPLY < <(tensord --complete "${COMP_WORDS[@]:1:COMP_CWORD}")
+  if [[ ${COMPREPLY[0]} == '<files>' ]]; then
+    compopt -o filenames 2>/dev/null
+    mapfile -t COMPREPLY < <(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")
+  else
+    COMPREPLY=("${COMPREPLY[@]%%$'\t'*}")
+  fi
 }
+complete -F _tensord tensord
+)bash";
 
-std::string verb_names() {
-  std::string out;
-  for (const Verb& verb : verbs()) out += (out.empty() ? "" : " ") + std::string(verb.name);
-  return out;
+constexpr std::string_view kZsh = R"zsh(#compdef tensord
+_tensord() {
+  local -a lines=(${(f)"$(tensord --complete "${(@)words[2,CURRENT]}")"})
+  if [[ $lines[1] == '<files>' ]]; then
+    _files
+  else
+    lines=("${(@)lines//:/\\:}")
+    lines=("${(@)lines/$'\t'/:}")
+    _describe word lines
+  fi
 }
+compdef _tensord tensord
+)zsh";
 
-template <typename Visit>
-void for_each_flag(const Verb& verb, Visit visit) {
-  for (const Flag& flag : verb.flags) visit(flag);
-  for (const Flag& flag : common_flags()) visit(flag);
-}
+constexpr std::string_view kFish = R"fish(function __tensord_complete
+  set -l words (commandline -opc) (commandline -ct)
+  set -l lines (tensord --complete $words[2..-1])
+  if test "$lines" = '<files>'
+    __fish_complete_path (commandline -ct)
+  else
+    string join \n -- $lines
+  end
+end
+complete -c tensord -f -a '(__tensord_complete)'
+)fish";
 
-// In single quotes, for any of the shells: a quote inside ends the string, is written escaped, and begins it
-// again.
-std::string shell_quoted(std::string_view words) {
-  std::string out = "'";
-  for (const char c : words) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return out + "'";
-}
+constexpr std::string_view kFiles = "<files>";
+using Candidates = std::vector<std::pair<std::string, std::string>>;  // word, summary
 
-// ---- bash
-// ------------------------------------------------------------------------------------------------------
-
-std::string bash_words(Completes completes, std::span<const std::string_view> choices) {
-  if (completes == Completes::files) return "files=1";
-  if (completes == Completes::choices) return text("words='", joined(choices), "'");
-  return ":";
-}
-
-std::string bash_script() {
-  std::string values, flags, operands;
-  for (const Verb& verb : verbs()) {
-    std::string names;
-    for_each_flag(verb, [&](const Flag& flag) {
-      names += (names.empty() ? "" : " ") + std::string(flag.name);
-      if (!flag.takes_value()) return;
-      values +=
-          text("    ", verb.name, ":", flag.name, ") ", bash_words(flag.completes, flag.choices), " ;;\n");
-    });
-    const bool daemon = verb.run == nullptr;
-    flags += text("    ", verb.name,
-                  ":-*) words=", daemon ? text("$(", kServeFlags, ")") : text("'", names, "'"), " ;;\n");
-    if (verb.operand.name.empty()) continue;
-    operands +=
-        text("    ", verb.name, ":*) ", bash_words(verb.operand.completes, verb.operand.choices), " ;;\n");
+// The words and summaries of the lines "  --flag VALUE   summary" of a help.
+void add_flags(const std::string& help, Candidates& found) {
+  for (const std::string& line : CLI::detail::split(help, '\n')) {
+    const size_t begin = line.find("--");
+    if (!line.starts_with("  -") || begin == std::string::npos) continue;
+    const size_t end = line.find(' ', begin);
+    const size_t summary = line.find("  ", end);
+    found.emplace_back(line.substr(begin, end - begin),
+                       summary == std::string::npos ? "" : CLI::detail::trim_copy(line.substr(summary)));
   }
-  return text(
-      "_tensord() {\n"
-      "  local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} verb= words= files= at\n"
-      "  for ((at = 1; at < COMP_CWORD; at++)); do\n"
-      "    if [[ ${COMP_WORDS[at]} != -* ]]; then verb=${COMP_WORDS[at]}; break; fi\n"
-      "  done\n"
-      "  case $verb:$previous in\n",
-      values,
-      "    *)\n"
-      "    case $verb:$word in\n"
-      "    :*) words='--help --version ",
-      verb_names(), "' ;;\n", flags, operands,
-      "    esac ;;\n"
-      "  esac\n"
-      "  if [[ -n $files ]]; then\n"
-      "    compopt -o filenames 2>/dev/null\n"
-      "    mapfile -t COMPREPLY < <(compgen -f -- \"$word\")\n"
-      "  else\n"
-      "    mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$word\")\n"
-      "  fi\n"
-      "}\n"
-      "complete -F _tensord tensord\n");
 }
 
-// ---- zsh
-// -------------------------------------------------------------------------------------------------------
-
-// Square brackets and colons mean something in _arguments.
-std::string zsh_escaped(std::string_view words) {
-  std::string out;
-  for (const char c : words) out += (c == '[' || c == ']' || c == ':' ? "\\" : "") + std::string(1, c);
-  return out;
-}
-
-std::string zsh_action(std::string_view name, Completes completes,
-                       std::span<const std::string_view> choices) {
-  if (completes == Completes::files) return text(":", name, ":_files");
-  if (completes == Completes::choices) return text(":", name, ":(", joined(choices), ")");
-  return text(":", name, ":");
-}
-
-std::string zsh_script() {
-  std::string described, cases;
-  for (const Verb& verb : verbs()) {
-    described += text("    ", shell_quoted(text(verb.name, ":", zsh_escaped(verb.summary))), "\n");
-    if (verb.run == nullptr) {
-      cases += text("    ", verb.name, ") compadd -- $(", kServeFlags, ") ;;\n");
-      continue;
-    }
-    cases += text("    ", verb.name, ") _arguments");
-    for_each_flag(verb, [&](const Flag& flag) {
-      const std::string action =
-          flag.takes_value() ? zsh_action(flag.value, flag.completes, flag.choices) : "";
-      cases += " " + shell_quoted(text(flag.name, "[", zsh_escaped(flag.summary), "]", action));
-    });
-    if (!verb.operand.name.empty()) {
-      cases += " " + shell_quoted(
-                         "1" + zsh_action(verb.operand.name, verb.operand.completes, verb.operand.choices));
-    }
-    cases += " ;;\n";
+// What an option or an operand takes: its choices, or files where its name says so.
+void add_values(const CLI::Option& option, Candidates& found) {
+  const std::string type = option.get_type_name();  // CLI::IsMember makes it "TEXT:{auto,always,never}"
+  if (const size_t begin = type.find('{'); begin != std::string::npos) {
+    for (const std::string& choice : CLI::detail::split(type.substr(begin + 1, type.size() - begin - 2), ','))
+      found.emplace_back(choice, "");
+    return;
   }
-  return text(
-      "#compdef tensord\n"
-      "_tensord() {\n"
-      "  local -a verbs=(\n",
-      described,
-      "  )\n"
-      "  if ((CURRENT == 2)); then\n"
-      "    _describe verb verbs\n"
-      "    return\n"
-      "  fi\n"
-      "  local verb=$words[2]\n"
-      "  shift words\n"
-      "  ((CURRENT--))\n"
-      "  case $verb in\n",
-      cases,
-      "  esac\n"
-      "}\n"
-      "compdef _tensord tensord\n");
-}
-
-// ---- fish
-// ------------------------------------------------------------------------------------------------------
-
-std::string fish_values(Completes completes, std::span<const std::string_view> choices) {
-  if (completes == Completes::files) return " -F";
-  if (completes == Completes::choices) return text(" -f -a ", shell_quoted(joined(choices)));
-  return " -f";
-}
-
-std::string fish_script() {
-  std::string out = "complete -c tensord -f\n";
-  for (const Verb& verb : verbs()) {
-    out += text("complete -c tensord -n __fish_use_subcommand -a ", verb.name, " -d ",
-                shell_quoted(verb.summary), "\n");
-    const std::string seen = text("complete -c tensord -n '__fish_seen_subcommand_from ", verb.name, "'");
-    if (verb.run == nullptr) {
-      out += text(seen, " -a \"(", kServeFlags, ")\"\n");
-      continue;
-    }
-    for_each_flag(verb, [&](const Flag& flag) {
-      out += text(seen, " -l ", flag.name.substr(2), " -d ", shell_quoted(flag.summary));
-      if (flag.takes_value()) out += " -r" + fish_values(flag.completes, flag.choices);
-      out += "\n";
-    });
-    if (!verb.operand.name.empty())
-      out += seen + fish_values(verb.operand.completes, verb.operand.choices) + "\n";
-  }
-  return out;
+  const std::string name = option.get_positional() ? option.get_name(true) : option.get_option_text();
+  if (name == "PATH" || name == "REPLICA" || name == "LOAD" || name == "FILE") found.emplace_back(kFiles, "");
 }
 
 }  // namespace
 
-base::Result<std::string> completion_script(std::string_view shell) {
-  if (shell == "bash") return bash_script();
-  if (shell == "zsh") return zsh_script();
-  if (shell == "fish") return fish_script();
-  return base::fail(base::Code::invalid_argument, text("there is no completion for ", base::quoted(shell),
-                                                       "; there is for bash, zsh and fish"));
+std::string_view completion_script(std::string_view shell) {
+  CHECK(shell == "bash" || shell == "zsh" || shell == "fish");
+  return shell == "bash" ? kBash : shell == "zsh" ? kZsh : kFish;
+}
+
+std::string completions(const CLI::App& program, const std::vector<std::string>& words) {
+  const std::string word = words.empty() ? "" : words.back();
+  const std::string previous = words.size() < 2 ? "" : words[words.size() - 2];
+  const auto last = words.empty() ? words.end() : words.end() - 1;
+  const auto named = std::find_if(words.begin(), last, [](const auto& one) { return !one.starts_with('-'); });
+  Candidates found;
+  if (named == last) {
+    for (const CLI::App* verb : program.get_subcommands({}))
+      found.emplace_back(verb->get_name(), verb->get_description());
+    add_flags(program.help(), found);
+  } else if (const CLI::App* verb = find_verb(program, *named)) {
+    const CLI::Option* option = previous.starts_with('-') ? verb->get_option_no_throw(previous) : nullptr;
+    if (option != nullptr && option->get_expected_min() > 0) {
+      add_values(*option, found);
+    } else if (word.starts_with('-')) {
+      add_flags(verb->help(), found);
+    } else {
+      for (const CLI::Option* operand :
+           verb->get_options([](const auto* one) { return one->get_positional(); }))
+        add_values(*operand, found);
+    }
+  }
+  std::string out;
+  for (const auto& [candidate, summary] : found) {
+    if (candidate.starts_with(word) || candidate == kFiles)
+      out += text(candidate, summary.empty() ? "" : "\t", summary, "\n");
+  }
+  return out;
 }
 
 }  // namespace tensord::cli

@@ -1,15 +1,21 @@
-// Completion scripts for shells, written from the table of verbs. What `tensord serve` accepts is asked of
-// the program when it is needed, as the daemon's flags are not in the table.
+// Completion of words in shells. Their scripts ask the program itself: `tensord --complete WORD...`.
 #pragma once
 
 #include <string>
 #include <string_view>
+#include <vector>
 
-#include "base/result.h"
+namespace CLI {
+class App;
+}
 
 namespace tensord::cli {
 
-// "bash", "zsh" or "fish"; Code::invalid_argument lists them.
-base::Result<std::string> completion_script(std::string_view shell);
+// "bash", "zsh" or "fish" (CHECK).
+std::string_view completion_script(std::string_view shell);
+
+// What may stand for the last of `words`, the words after `tensord`: a line for each, its summary behind a tab;
+// or one line "<files>": any file.
+std::string completions(const CLI::App& program, const std::vector<std::string>& words);
 
 }  // namespace tensord::cli

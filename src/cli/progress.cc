@@ -24,26 +24,11 @@ constexpr int64_t kRedrawMs = 100;
 constexpr int kBarWidthMax = 40;
 constexpr int kBarWidthMin = 8;
 constexpr int64_t kMinuteNs = 60'000'000'000;
+// Without a byte for so long, that is what there is to say.
+constexpr int64_t kIdleNs = 5'000'000'000;
 
 volatile std::sig_atomic_t interrupted = 0;
 void note_interrupt(int) { interrupted = 1; }
-
-// While it lives, SIGINT sets `interrupted` instead of ending the process.
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = 0;
-    struct sigaction action = {};
-    action.sa_handler = note_interrupt;
-    sigaction(SIGINT, &action, &before_);
-  }
-  InterruptGuard(const InterruptGuard&) = delete;
-  InterruptGuard& operator=(const InterruptGuard&) = delete;
-  ~InterruptGuard() { sigaction(SIGINT, &before_, nullptr); }
-
- private:
-  struct sigaction before_ = {};
-};
 
 int terminal_width() {
   winsize size = {};
@@ -69,7 +54,9 @@ std::string progress_line(const FillProgress& progress, int width) {
   const uint64_t left = progress.total_bytes - std::min(progress.ready_bytes, progress.total_bytes);
   std::string numbers = text("  ", static_cast<int>(share * 100), " %  ", human_bytes(progress.ready_bytes),
                              " of ", human_bytes(progress.total_bytes));
-  if (done > 0 && progress.elapsed_ns > 0) {
+  if (progress.idle_ns >= kIdleNs && left > 0) {
+    numbers += text("  nothing for ", progress.idle_ns / 1'000'000'000, " s");
+  } else if (done > 0 && progress.elapsed_ns > 0) {
     const double bytes_per_ns = static_cast<double>(done) / static_cast<double>(progress.elapsed_ns);
     numbers += text("  ", decimals(bytes_per_ns, 2), " GB/s");
     const auto left_ns = static_cast<int64_t>(static_cast<double>(left) / bytes_per_ns);
@@ -89,20 +76,28 @@ std::string progress_line(const FillProgress& progress, int width) {
 
 base::Status watch_fill(const client::Model& model, const std::string& mode) {
   const bool shown = mode == "always" || (mode == "auto" && isatty(STDERR_FILENO) != 0);
-  const InterruptGuard guard;
+  interrupted = 0;
+  const auto handler_before = std::signal(SIGINT, note_interrupt);
   const int64_t begin_ns = base::monotonic_ns();
   const uint64_t begin_bytes = model.ready_bytes();
+  uint64_t last_bytes = begin_bytes;
+  int64_t last_ns = begin_ns;
   base::Status waited;
   do {
     waited = model.wait(nullptr, kRedrawMs);
+    const uint64_t ready_bytes = model.ready_bytes();
+    if (ready_bytes != last_bytes) last_ns = base::monotonic_ns();
+    last_bytes = ready_bytes;
     if (shown) {
-      draw({.ready_bytes = model.ready_bytes(),
+      draw({.ready_bytes = ready_bytes,
             .total_bytes = model.total_bytes(),
             .begin_bytes = begin_bytes,
-            .elapsed_ns = base::monotonic_ns() - begin_ns});
+            .elapsed_ns = base::monotonic_ns() - begin_ns,
+            .idle_ns = base::monotonic_ns() - last_ns});
     }
-  } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->daemon_lives() &&
+  } while (!waited && waited.error().code == base::Code::unavailable && model.mapping()->check_daemon() &&
            interrupted == 0);
+  std::signal(SIGINT, handler_before);
   if (shown) std::fputc('\n', stderr);
   if (!waited && interrupted != 0) {
     return base::fail(base::Code::cancelled,

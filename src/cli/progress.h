@@ -13,6 +13,7 @@ struct FillProgress {
   uint64_t total_bytes = 0;
   uint64_t begin_bytes = 0;  // that were there when the watching began
   int64_t elapsed_ns = 0;    // since then
+  int64_t idle_ns = 0;       // since the last byte came
 };
 
 // One line of at most `width` characters; the bar takes what the numbers leave:

@@ -37,6 +37,10 @@ std::string dump(const json& document) {
   return document.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
+uint64_t number(const json& object, const char* field) { return object.at(field).get<uint64_t>(); }
+std::string words(const json& object, const char* field) { return object.at(field).get<std::string>(); }
+std::string size(const json& object, const char* field) { return human_bytes(number(object, field)); }
+
 std::string string_or(const json& value, const std::string& otherwise) {
   return value.is_string() ? value.get<std::string>() : otherwise;
 }
@@ -215,20 +219,16 @@ Result<std::string> status_text(std::string_view report) {
   return read_report(report, [](const json& status) {
     const json& limits = status.at("limits");
     const json& memory = status.at("memory");
-    const auto loads = status.at("loads_running").get<uint64_t>();
-    return text("daemon    pid ", status.at("pid").get<int64_t>(), ", tensord ",
-                status.at("version").get<std::string>(), ", up ",
-                seconds(status.at("uptime_s").get<double>()), "\n",                           //
-                "socket    ", status.at("socket").get<std::string>(), "\n",                   //
-                "state     ", status.at("state_dir").get<std::string>(), "\n",                //
-                "memory    ", human_bytes(memory.at("in_use").get<uint64_t>()), " of ",       //
-                human_bytes(limits.at("host_memory").get<uint64_t>()), " in use, ",           //
-                human_bytes(memory.at("kept").get<uint64_t>()), " kept for the next load\n",  //
-                "replicas  ", status.at("replicas").get<uint64_t>(), ", ", loads,
-                loads == 1 ? " load" : " loads",
-                " running\n",                                                                       //
-                "reading   ", count_of(limits.at("read_threads").get<uint64_t>(), "thread"), "\n",  //
-                "clients   ", count_of(status.at("connections").get<uint64_t>(), "connection"), "\n");
+    return text("daemon    pid ", number(status, "pid"), ", tensord ", words(status, "version"), ", up ",
+                seconds(status.at("uptime_s").get<double>()),  //
+                "\nsocket    ", words(status, "socket"),       //
+                "\nstate     ", words(status, "state_dir"),    //
+                "\nmemory    ", size(memory, "in_use"), " of ", size(limits, "host_memory"), " in use, ",
+                size(memory, "kept"), " kept for the next load",  //
+                "\nreplicas  ", number(status, "replicas"), ", ",
+                count_of(number(status, "loads_running"), "load"), " running",       //
+                "\nreading   ", count_of(number(limits, "read_threads"), "thread"),  //
+                "\nclients   ", count_of(number(status, "connections"), "connection"), "\n");
   });
 }
 
@@ -245,14 +245,12 @@ Result<std::string> list_text(std::string_view report) {
                  {"path"}});
     std::string errors;
     for (const json& replica : list.at("replicas")) {
-      table.add({text(replica.at("replica").get<uint64_t>()), state_of(replica),
-                 human_bytes(replica.value("payload_bytes", uint64_t{0})), tensors_of(replica),
-                 string_or(replica.at("artifact"), "-").substr(0, 12), holders_of(replica),
-                 replica.at("path").get<std::string>()});
-      if (const json& error = replica.at("error"); !error.is_null()) {
-        errors += text("replica ", replica.at("replica").get<uint64_t>(),
-                       " failed: ", error.at("message").get<std::string>(), "\n");
-      }
+      const auto id = number(replica, "replica");
+      table.add({text(id), state_of(replica), human_bytes(replica.value("payload_bytes", uint64_t{0})),
+                 tensors_of(replica), string_or(replica.at("artifact"), "-").substr(0, 12),
+                 holders_of(replica), words(replica, "path")});
+      if (const json& error = replica.at("error"); !error.is_null())
+        errors += text("replica ", id, " failed: ", words(error, "message"), "\n");
     }
     return table.text() + errors;
   });
@@ -260,41 +258,37 @@ Result<std::string> list_text(std::string_view report) {
 
 Result<std::string> replica_text(std::string_view done, std::string_view report) {
   return read_report(report, [&](const json& replica) {
-    return text(done, " replica ", replica.at("replica").get<uint64_t>(), " (",
-                replica.at("path").get<std::string>(), ", ",
-                human_bytes(replica.at("memory_bytes").get<uint64_t>()), ")\n");
+    return text(done, " replica ", number(replica, "replica"), " (", words(replica, "path"), ", ",
+                size(replica, "memory_bytes"), ")\n");
   });
 }
 
 Result<std::string> load_text(std::string_view info) {
   return read_report(info, [](const json& model) {
-    const bool ready = model.at("state").get<std::string>() == "ready";
-    std::string out = text(model.at("path").get<std::string>(), ": ",
-                           human_bytes(model.at("payload_bytes").get<uint64_t>()), " in ",
-                           count_of(model.at("tensor_count").get<uint64_t>(), "tensor"), ", replica ",
-                           model.at("replica").get<uint64_t>());
-    out += ready ? ", artifact " + string_or(model.at("artifact"), "-") + "\n"
-                 : std::string(" (filling; `tensord load --wait` watches it)\n");
-    return out;
+    const bool ready = words(model, "state") == "ready";
+    return text(words(model, "path"), ": ", size(model, "payload_bytes"), " in ",
+                count_of(number(model, "tensor_count"), "tensor"), ", replica ", number(model, "replica"),
+                ready ? ", artifact " + string_or(model.at("artifact"), "-")
+                      : " (filling; `tensord load --wait` watches it)",
+                "\n");
   });
 }
 
 Result<Verified> verify_text(std::string_view report) {
   return read_report(report, [](const json& verify) {
     const json& faults = verify.at("faults");
-    const auto bytes = verify.at("bytes").get<uint64_t>();
+    const uint64_t bytes = number(verify, "bytes");
     const auto ns = verify.at("ns").get<int64_t>();
     std::string out;
     for (const json& fault : faults) {
-      out += text(fault.at("file").get<std::string>(), ": tensor ",
-                  base::quoted(fault.at("tensor").get<std::string>()), ", block ",
-                  fault.at("leaf").get<uint64_t>(), " (", fault.at("size_bytes").get<uint64_t>(), " B at ",
-                  fault.at("offset").get<uint64_t>(), "): not what was loaded first\n");
+      out += text(words(fault, "file"), ": tensor ", base::quoted(words(fault, "tensor")), ", block ",
+                  number(fault, "leaf"), " (", number(fault, "size_bytes"), " B at ", number(fault, "offset"),
+                  "): not what was loaded first\n");
     }
-    out += text(verify.at("path").get<std::string>(), ": ",
-                faults.empty() ? "sound" : count_of(faults.size(), "corrupt block"), "; ",
-                verify.at("leaf_count").get<uint64_t>(), " blocks, ", human_bytes(bytes), " checked in ",
-                human_ns(ns), bytes == 0 ? "" : text(", ", rate(bytes, ns), " GB/s"), "\n");
+    out +=
+        text(words(verify, "path"), ": ", faults.empty() ? "sound" : count_of(faults.size(), "corrupt block"),
+             "; ", number(verify, "leaf_count"), " blocks, ", human_bytes(bytes), " checked in ",
+             human_ns(ns), bytes == 0 ? "" : text(", ", rate(bytes, ns), " GB/s"), "\n");
     return Verified{.text = std::move(out), .sound = faults.empty()};
   });
 }

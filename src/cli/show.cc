@@ -57,72 +57,39 @@ json files_json(const Index& index) {
   return files;
 }
 
-// Where `from` lies when it is packed row-major at `offset`.
-Strided packed_at(const Strided& from, uint64_t offset) {
-  Strided to = from;
-  to.offset = offset;
-  auto stride = static_cast<int64_t>(from.element_bytes);
-  for (size_t at = to.shape.size(); at-- > 0;) {
-    to.strides[at] = stride;
-    stride *= static_cast<int64_t>(std::max<uint64_t>(to.shape[at], 1));
-  }
-  return to;
-}
-
-struct PackedView {
-  std::vector<tensor::ViewItem> items;
-  std::vector<const Tensor*> tensors;  // of the index, one an item
-  std::vector<Strided> regions;        // of the tensors' files
-  tensor::PackedLayout layout;
-  CopyPlan plan;  // sources are the index's files, target 0 is the buffer
+struct Slice {
+  tensor::ViewItem item;
+  const Tensor* tensor;  // of the index
+  Strided region;        // of the tensor's file
 };
 
-Result<PackedView> pack_views(const Index& index, const std::vector<std::string>& views) {
-  PackedView view;
-  for (const std::string& words : views) {
-    TRY_ASSIGN(tensor::ViewItem item, tensor::parse_view_item(words));
-    const Tensor* tensor = index.find(item.name);
-    if (tensor == nullptr) {
-      return fail(Code::not_found, text("there is no tensor ", base::quoted(item.name),
-                                        "; `tensord show PATH` lists all ", index.tensors.size()));
-    }
-    TRY_ASSIGN(Strided region, tensor::resolve(*tensor, item.items, tensor->offset));
-    view.items.push_back(std::move(item));
-    view.tensors.push_back(tensor);
-    view.regions.push_back(std::move(region));
+Result<Slice> slice_of(const Index& index, const std::string& words) {
+  TRY_ASSIGN(tensor::ViewItem item, tensor::parse_view_item(words));
+  const Tensor* tensor = index.find(item.name);
+  if (tensor == nullptr) {
+    return fail(Code::not_found, text("there is no tensor ", base::quoted(item.name),
+                                      "; `tensord show PATH` lists all ", index.tensors.size()));
   }
-  TRY_ASSIGN(view.layout, tensor::pack(view.regions));
-  std::vector<tensor::Wanted> wanted;
-  for (size_t at = 0; at < view.items.size(); ++at) {
-    wanted.push_back({.label = view.items[at].name,
-                      .source = view.tensors[at]->file,
-                      .from = view.regions[at],
-                      .to = packed_at(view.regions[at], view.layout.items[at].offset)});
-  }
-  TRY_ASSIGN(view.plan, tensor::compile(wanted));
-  const CopyPlan padding = tensor::pack_padding(view.layout, 0);
-  view.plan.records.insert(view.plan.records.end(), padding.records.begin(), padding.records.end());
-  return view;
+  TRY_ASSIGN(Strided region, tensor::resolve(*tensor, item.items, tensor->offset));
+  return Slice{std::move(item), tensor, std::move(region)};
 }
 
-std::string view_text(const PackedView& view) {
-  Table table({{"view"},
-               {"dtype"},
-               {"shape"},
-               {"size", Align::right},
-               {"of the tensor", Align::right},
-               {"at", Align::right}});
-  for (size_t at = 0; at < view.items.size(); ++at) {
-    const Tensor& tensor = *view.tensors[at];
-    const tensor::PackedItem& place = view.layout.items[at];
-    const double share = tensor.size_bytes == 0
-                             ? 1.0
-                             : static_cast<double>(place.size_bytes) / static_cast<double>(tensor.size_bytes);
-    table.add({shown_name(tensor::to_text(view.items[at])), tensor.dtype_text,
-               shape_text(view.regions[at].shape), human_bytes(place.size_bytes),
-               decimals(share * 100, 1) + " %", text(place.offset)});
+// Sources are the index's files, target 0 is the packed buffer.
+Result<CopyPlan> packed_plan(const std::vector<Slice>& slices, const tensor::PackedLayout& layout) {
+  std::vector<tensor::Wanted> wanted;
+  for (size_t at = 0; at < slices.size(); ++at) {
+    const auto& [item, tensor, region] = slices[at];
+    Tensor packed{.dtype = tensor->dtype, .shape = region.shape};
+    if (!tensor::dtype_bytes(packed.dtype)) packed.dtype = tensor::Dtype::u8;  // such a region is of bytes
+    wanted.push_back({.label = item.name,
+                      .source = tensor->file,
+                      .from = region,
+                      .to = tensor::whole(packed, layout.items[at].offset)});
   }
-  return table.text();
+  TRY_ASSIGN(CopyPlan plan, tensor::compile(wanted));
+  const CopyPlan padding = tensor::pack_padding(layout, 0);
+  plan.records.insert(plan.records.end(), padding.records.begin(), padding.records.end());
+  return plan;
 }
 
 json record_json(const Copy2D& record) {
@@ -141,22 +108,6 @@ json record_json(const Copy2D& record) {
           {"row_bytes", record.row_bytes},
           {"row_count", record.row_count},
           {"outer", std::move(outer)}};
-}
-
-json view_json(const PackedView& view) {
-  json items = json::array();
-  for (size_t at = 0; at < view.items.size(); ++at) {
-    items.push_back({{"view", tensor::to_text(view.items[at])},
-                     {"tensor", view.items[at].name},
-                     {"dtype", view.tensors[at]->dtype_text},
-                     {"shape", view.regions[at].shape},
-                     {"target_offset", view.layout.items[at].offset},
-                     {"size_bytes", view.layout.items[at].size_bytes}});
-  }
-  json records = json::array();
-  for (const Copy2D& record : view.plan.records) records.push_back(record_json(record));
-  return {
-      {"items", std::move(items)}, {"target_bytes", view.layout.size_bytes}, {"records", std::move(records)}};
 }
 
 }  // namespace
@@ -190,13 +141,45 @@ Output show_index(const Index& index, const std::string& path) {
 
 Result<Output> show_views(const Index& index, const std::string& path,
                           const std::vector<std::string>& views) {
-  TRY_ASSIGN(const PackedView view, pack_views(index, views));
-  const size_t records = view.plan.records.size();
-  std::string out = text(view_text(view), "\nplan of a packed copy: ", human_bytes(view.layout.size_bytes),
-                         " in ", records, records == 1 ? " record" : " records",
-                         " (source offset -> target offset; s1: is file 1)\n", tensor::to_text(view.plan));
+  std::vector<Slice> slices;
+  std::vector<Strided> regions;
+  for (const std::string& words : views) {
+    TRY_ASSIGN(slices.emplace_back(), slice_of(index, words));
+    regions.push_back(slices.back().region);
+  }
+  TRY_ASSIGN(const tensor::PackedLayout layout, tensor::pack(regions));
+  TRY_ASSIGN(const CopyPlan plan, packed_plan(slices, layout));
+
+  Table table({{"view"},
+               {"dtype"},
+               {"shape"},
+               {"size", Align::right},
+               {"of the tensor", Align::right},
+               {"at", Align::right}});
+  json items = json::array();
+  for (size_t at = 0; at < slices.size(); ++at) {
+    const auto& [item, tensor, region] = slices[at];
+    const auto& [offset, size_bytes] = layout.items[at];
+    const double share = static_cast<double>(size_bytes) / static_cast<double>(tensor->size_bytes);
+    table.add({shown_name(tensor::to_text(item)), tensor->dtype_text, shape_text(region.shape),
+               human_bytes(size_bytes), decimals(tensor->size_bytes == 0 ? 100 : share * 100, 1) + " %",
+               text(offset)});
+    items.push_back({{"view", tensor::to_text(item)},
+                     {"tensor", item.name},
+                     {"dtype", tensor->dtype_text},
+                     {"shape", region.shape},
+                     {"target_offset", offset},
+                     {"size_bytes", size_bytes}});
+  }
+  json records = json::array();
+  for (const Copy2D& record : plan.records) records.push_back(record_json(record));
+  std::string out = text(table.text(), "\nplan of a packed copy: ", human_bytes(layout.size_bytes), " in ",
+                         records.size(), records.size() == 1 ? " record" : " records",
+                         " (source offset -> target offset; s1: is file 1)\n", tensor::to_text(plan));
   if (index.files.size() > 1) out += "\n" + files_text(index);
-  const json document = {{"path", path}, {"files", files_json(index)}, {"view", view_json(view)}};
+  const json view = {
+      {"items", std::move(items)}, {"target_bytes", layout.size_bytes}, {"records", std::move(records)}};
+  const json document = {{"path", path}, {"files", files_json(index)}, {"view", view}};
   return Output{.json = dump(document), .text = std::move(out)};
 }
 

@@ -6,13 +6,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -84,17 +83,16 @@ Result<std::string> ask(protocol::Verb verb, const std::string& selector) {
 // ---- verbs
 // ------------------------------------------------------------------------------------------------------
 
-Result<Output> run_status(const Words&) {
-  TRY_ASSIGN(std::string report, ask(protocol::Verb::status, ""));
-  TRY_ASSIGN(std::string for_people, status_text(report));
-  return Output{.json = std::move(report), .text = std::move(for_people)};
+// A report as it is and as `for_people` says it.
+Result<Output> told(Result<std::string> report, Result<std::string> (*for_people)(std::string_view)) {
+  if (!report) return base::pass_on(report);
+  TRY_ASSIGN(std::string words, for_people(*report));
+  return Output{.json = std::move(*report), .text = std::move(words)};
 }
 
-Result<Output> run_ls(const Words&) {
-  TRY_ASSIGN(std::string report, ask(protocol::Verb::list, ""));
-  TRY_ASSIGN(std::string for_people, list_text(report));
-  return Output{.json = std::move(report), .text = std::move(for_people)};
-}
+Result<Output> run_status(const Words&) { return told(ask(protocol::Verb::status, ""), status_text); }
+
+Result<Output> run_ls(const Words&) { return told(ask(protocol::Verb::list, ""), list_text); }
 
 // By signal: also a daemon that speaks another version of the protocol can be stopped.
 Result<Output> run_stop(const Words&) {
@@ -127,9 +125,7 @@ Result<Output> run_load(const Words& words) {
   TRY_ASSIGN(const std::shared_ptr<Model> model, open_resident(words));
   if (words.pin) TRY(ask(pin, text(model->replica())));
   if (words.wait) TRY(watch_fill(*model, words.progress));
-  std::string info = model->info_json();
-  TRY_ASSIGN(std::string for_people, load_text(info));
-  return Output{.json = std::move(info), .text = std::move(for_people)};
+  return told(model->info_json(), load_text);
 }
 
 Result<Output> run_show(const Words& words) {
@@ -241,8 +237,6 @@ void draw(const std::string& screen) {
 // Prints all but the last look by itself.
 Result<Output> run_top(const Words& words) {
   const bool terminal = !words.json && isatty(STDOUT_FILENO) != 0;
-  const std::chrono::duration<double> interval(std::strtod(words.interval.c_str(), nullptr));
-  const uint64_t count = std::strtoull(words.count.c_str(), nullptr, 10);  // 0: without end
   std::string look;
   if (terminal) std::fputs("\x1b[2J", stdout);
   for (uint64_t number = 1;; ++number) {
@@ -252,21 +246,18 @@ Result<Output> run_top(const Words& words) {
     TRY_ASSIGN(look, take_look(status, list, look, static_cast<double>(base::monotonic_ns()) / 1e9));
     TRY_ASSIGN(LookText shown, look_text(look));
     if (terminal) draw(shown.screen);
-    if (number == count) return Output{std::move(look), terminal ? "\n" : std::move(shown.line)};
+    if (number == words.count) return Output{std::move(look), terminal ? "\n" : std::move(shown.line)};
     if (!terminal) std::fputs((words.json ? look + "\n" : shown.line).c_str(), stdout);
     if (std::fflush(stdout) != 0) return tl::unexpected(base::errno_error("write the look", errno));
-    std::this_thread::sleep_for(interval);
+    std::this_thread::sleep_for(std::chrono::duration<double>(words.interval_s));
   }
 }
 
 template <protocol::Verb kVerb>
 Result<Output> run_on_replica(const Words& words) {
-  TRY_ASSIGN(std::string report, ask(kVerb, selector_of(words.operand)));
-  TRY_ASSIGN(std::string for_people, replica_text(kVerb == evict ? "evicted"
-                                                  : kVerb == pin ? "pinned"
-                                                                 : "unpinned",
-                                                  report));
-  return Output{.json = std::move(report), .text = std::move(for_people)};
+  return told(ask(kVerb, selector_of(words.operand)), [](std::string_view report) {
+    return replica_text(kVerb == evict ? "evicted" : kVerb == pin ? "pinned" : "unpinned", report);
+  });
 }
 
 Result<Output> run_version(const Words&) {
@@ -275,189 +266,187 @@ Result<Output> run_version(const Words&) {
 }
 
 Result<Output> run_completion(const Words& words) {
-  TRY_ASSIGN(std::string script, completion_script(words.operand));
+  std::string script(completion_script(words.operand));
   return Output{.json = json{{"shell", words.operand}, {"script", script}}.dump(), .text = std::move(script)};
 }
 
 Result<Output> run_help(const Words& words) {
-  json described = json::array();
-  for (const Verb& verb : verbs()) {
-    if (!words.operand.empty() && words.operand != verb.name) continue;
-    described.push_back({{"name", verb.name}, {"summary", verb.summary}, {"example", verb.example}});
-  }
-  const Verb* verb = find_verb(words.operand);
+  Words unused;
+  const auto program = make_program(unused, words.serve_help);
+  const CLI::App* verb = find_verb(*program, words.operand);
   if (verb == nullptr && !words.operand.empty()) {
     return fail(Code::invalid_argument,
                 text("there is no verb ", base::quoted(words.operand), "; `tensord help` lists all"));
   }
+  json described = json::array();
+  for (const CLI::App* one : program->get_subcommands({})) {
+    if (verb != nullptr && verb != one) continue;
+    described.push_back(
+        {{"name", one->get_name()}, {"summary", one->get_description()}, {"example", one->get_footer()}});
+  }
   return Output{.json = json{{"verbs", std::move(described)}}.dump(),
-                .text = verb ? help_text(*verb) : help_text()};
+                .text = verb == nullptr ? program->help() : verb->help("tensord")};
+}
+
+Result<Output> run_serve(const Words&) {
+  return fail(Code::invalid_argument, "serve must be the first word");  // then main() takes it
 }
 
 // ---- the table
 // ---------------------------------------------------------------------------------------------------
 
-constexpr std::string_view kShells[] = {"bash", "zsh", "fish"};
-constexpr std::string_view kProgressModes[] = {"auto", "always", "never"};
-
-Status check_view(const std::string& view) {
-  TRY(tensor::parse_view_item(view));
-  return {};
-}
-
-Status check_interval(const std::string& seconds) {
-  char* rest = nullptr;
-  const double value = std::strtod(seconds.c_str(), &rest);
-  if (*rest == '\0' && value >= 0.001 && value <= 1000) return {};
-  return fail(Code::invalid_argument, text(base::quoted(seconds), " is no time from 0.001 to 1000 s"));
-}
-
-Status check_count(const std::string& count) {
-  if (is_made_of(count, "0123456789") && count.size() < 10 && count != "0") return {};
-  return fail(Code::invalid_argument, text(base::quoted(count), " is no count from 1"));
-}
-
-constexpr Flag kCommonFlags[] = {
-    {.name = "--json", .summary = "print one JSON document instead of text", .field = &Words::json},
-    {.name = "--help", .summary = "print this", .field = &Words::help},
-};
-constexpr Flag kProgress = {.name = "--progress",
-                            .summary = "show how far it is: auto (on a terminal), always, never",
-                            .field = &Words::progress,
-                            .value = "WHEN",
-                            .completes = Completes::choices,
-                            .choices = kProgressModes};
-constexpr Flag kOnly = {.name = "--only",
-                        .summary = "only tensors of this name, or that match; may be given many times",
-                        .field = &Words::only,
-                        .value = "PATTERN"};
-constexpr Flag kLoadFlags[] = {
-    kOnly,
-    {.name = "--wait", .summary = "return when every byte is there and checked", .field = &Words::wait},
-    {.name = "--pin", .summary = "keep it until it is unpinned", .field = &Words::pin},
-    kProgress,
-};
-constexpr Flag kVerifyFlags[] = {kProgress};
-constexpr Flag kShowFlags[] = {
-    kOnly,
-    {.name = "--view",
-     .summary = "print the plan that packs such slices; may be given many times",
-     .field = &Words::views,
-     .value = "VIEW",
-     .check = check_view},
-};
-constexpr Flag kTopFlags[] = {
-    {.name = "--interval",
-     .summary = "time between two looks (1)",
-     .field = &Words::interval,
-     .value = "SECONDS",
-     .check = check_interval},
-    {.name = "--count",
-     .summary = "end after so many looks",
-     .field = &Words::count,
-     .value = "COUNT",
-     .check = check_count},
-};
-constexpr Flag kDoctorFlags[] = {
-    {.name = "--quick",
-     .summary = "less of everything, once; the rates are not stored",
-     .field = &Words::quick},
-};
-constexpr Flag kExplainFlags[] = {
-    {.name = "--html",
-     .summary = "draw it in FILE, a page for any browser",
-     .field = &Words::html,
-     .value = "FILE",
-     .completes = Completes::files},
-    {.name = "--trace",
-     .summary = "write every read, check and copy to FILE, for chrome://tracing",
-     .field = &Words::trace,
-     .value = "FILE",
-     .completes = Completes::files},
-};
-
-constexpr Operand kPath = {.name = "PATH", .summary = "a .safetensors file, or a folder with a checkpoint"};
-constexpr Operand kMeasured = {
-    .name = "PATH",
-    .summary = "a folder whose disk is measured (default: the state folder), or a file",
-    .presence = Presence::optional};
-constexpr Operand kReplica = {.name = "REPLICA",
-                              .summary = "a path, an artifact id (4 digits or more), a replica's number"};
-constexpr Operand kLoad = {.name = "LOAD",
-                           .summary = "a path, an artifact id, a replica's number, or last (the default)",
-                           .presence = Presence::optional};
-constexpr Operand kShell = {
-    .name = "SHELL", .summary = "bash, zsh or fish", .completes = Completes::choices, .choices = kShells};
-constexpr Operand kHelpVerb = {
-    .name = "VERB", .summary = "", .presence = Presence::optional, .completes = Completes::nothing};
-
-constexpr Verb kVerbs[] = {
-    {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", {}, {}, nullptr},
-    {"doctor", "measure this machine and say what could be better", "tensord doctor /models", kMeasured,
-     kDoctorFlags, run_doctor},
-    {"stop", "stop the daemon and wait until it is gone", "tensord stop", {}, {}, run_stop},
-    {"status", "say which daemon runs, and its limits", "tensord status --json", {}, {}, run_status},
-    {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", kPath,
-     kLoadFlags, run_load},
-    {"ls", "list what is in memory and who holds it", "tensord ls", {}, {}, run_ls},
-    {"show", "list the tensors of a checkpoint, or plan a view",
-     "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", kPath, kShowFlags, run_show},
-    {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", kReplica,
-     kVerifyFlags, run_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --html load.html", kLoad,
-     kExplainFlags, run_explain},
-    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", {}, kTopFlags, run_top},
-    {"evict",
-     "give back the memory of a replica that nobody holds",
-     "tensord evict /models/Qwen3-14B",
-     kReplica,
-     {},
-     run_on_replica<evict>},
-    {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", kReplica, {}, run_on_replica<pin>},
-    {"unpin",
-     "let a replica be evicted again",
-     "tensord unpin /models/Qwen3-14B",
-     kReplica,
-     {},
-     run_on_replica<unpin>},
-    {"version", "print the version", "tensord version", {}, {}, run_version},
-    {"completion",
-     "print a script that completes words in a shell",
-     "source <(tensord completion bash)",
-     kShell,
-     {},
-     run_completion},
-    {"help", "print help on a verb", "tensord help load", kHelpVerb, {}, run_help},
-};
-
-// "  load PATH   summary" lines, aligned.
-std::string described(const std::vector<std::pair<std::string, std::string>>& lines) {
-  size_t width = 0;
-  for (const auto& [left, right] : lines) width = std::max(width, left.size());
-  std::string out;
-  for (const auto& [left, right] : lines)
-    out += text("  ", left, std::string(width - left.size() + 2, ' '), right, "\n");
-  return out;
-}
-
 constexpr std::string_view kExitHelp =
     "Exit status: 0 done; 1 it failed; 2 the command line makes no sense; 3 no daemon runs, or it does not\n"
-    "answer; 4 the bytes are corrupt or changed; 130 interrupted. Errors are on standard error.\n";
+    "answer; 4 the bytes are corrupt or changed; 130 interrupted. Errors are on standard error.";
 
-std::string shown_operand(const Operand& operand) {
-  if (operand.name.empty()) return "";
-  return operand.presence == Presence::optional ? text(" [", operand.name, "]") : text(" ", operand.name);
+// The footer of a verb is its example.
+class HelpFormatter final : public CLI::Formatter {
+ public:
+  std::string make_footer(const CLI::App* app) const override {
+    const std::string_view kind = app->get_parent() == nullptr ? "" : "Example: ";
+    return text(kind, app->get_footer(), "\n\n", kExitHelp, "\n");
+  }
+};
+
+CLI::Option* add_operand(CLI::App& verb, Words& words, const char* name, const char* summary) {
+  return verb.add_option(name, words.operand, summary)->option_text(" ");
 }
+
+// One that may be given many times: each time with one value, what follows is the operand or the next flag.
+CLI::Option* add_many(CLI::App& verb, std::vector<std::string>& values, const char* name, const char* value,
+                      const char* summary) {
+  return verb.add_option(name, values, text(summary, "; may be given many times"))
+      ->option_text(value)
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+}
+
+void add_path(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "PATH", "a .safetensors file, or a folder with a checkpoint")->required();
+  add_many(verb, words.only, "--only", "PATTERN", "only tensors of this name, or that match");
+}
+
+void add_replica(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "REPLICA", "a path, an artifact id (4 digits or more), a replica's number")
+      ->required();
+}
+
+void add_progress(CLI::App& verb, Words& words) {
+  verb.add_option("--progress", words.progress, "show how far it is: auto (on a terminal), always, never")
+      ->option_text("WHEN")
+      ->check(CLI::IsMember({"auto", "always", "never"}));
+}
+
+void add_load(CLI::App& verb, Words& words) {
+  add_path(verb, words);
+  verb.add_flag("--wait", words.wait, "return when every byte is there and checked");
+  verb.add_flag("--pin", words.pin, "keep it until it is unpinned");
+  add_progress(verb, words);
+}
+
+void add_show(CLI::App& verb, Words& words) {
+  add_path(verb, words);
+  add_many(verb, words.views, "--view", "VIEW", "print the plan that packs such slices")
+      ->check([](const std::string& view) {
+        const auto parsed = tensor::parse_view_item(view);
+        return parsed ? "" : parsed.error().message;
+      });
+}
+
+void add_verify(CLI::App& verb, Words& words) {
+  add_replica(verb, words);
+  add_progress(verb, words);
+}
+
+void add_explain(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "LOAD", "a path, an artifact id, a replica's number, or last (the default)");
+  verb.add_option("--trace", words.trace, "write every read, check and copy to FILE, for chrome://tracing")
+      ->option_text("FILE");
+  verb.add_option("--html", words.html, "draw it in FILE, a page for any browser")->option_text("FILE");
+}
+
+void add_doctor(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "PATH", "a folder whose disk is measured (default: the state folder), or a file");
+  verb.add_flag("--quick", words.quick, "less of everything, once; the rates are not stored");
+}
+
+void add_top(CLI::App& verb, Words& words) {
+  verb.add_option("--interval", words.interval_s, "time between two looks (1)")
+      ->option_text("SECONDS")
+      ->check(CLI::Range(0.001, 1000.0));
+  verb.add_option("--count", words.count, "end after so many looks")
+      ->option_text("COUNT")
+      ->check(CLI::Range(uint64_t{1}, UINT64_MAX));
+}
+
+void add_shell(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "SHELL", "bash, zsh or fish")
+      ->required()
+      ->check(CLI::IsMember({"bash", "zsh", "fish"}));
+}
+
+void add_verb_name(CLI::App& verb, Words& words) { add_operand(verb, words, "VERB", "any of them"); }
+
+struct Verb {
+  const char* name;
+  const char* summary;
+  const char* example;
+  Result<Output> (*run)(const Words&);
+  void (*add_words)(CLI::App&, Words&) = nullptr;  // its operand and flags, but for those that all have
+};
+
+constexpr Verb kVerbs[] = {
+    {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", run_serve},
+    {"stop", "stop the daemon and wait until it is gone", "tensord stop", run_stop},
+    {"status", "say which daemon runs, and its limits", "tensord status --json", run_status},
+    {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", run_load,
+     add_load},
+    {"ls", "list what is in memory and who holds it", "tensord ls", run_ls},
+    {"show", "list the tensors of a checkpoint, or plan a view",
+     "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", run_show, add_show},
+    {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", run_verify,
+     add_verify},
+    {"explain", "say where the time of a load went", "tensord explain last --html load.html", run_explain,
+     add_explain},
+    {"doctor", "measure this machine and say what could be better", "tensord doctor /models", run_doctor,
+     add_doctor},
+    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", run_top, add_top},
+    {"evict", "give back the memory of a replica that nobody holds", "tensord evict /models/Qwen3-14B",
+     run_on_replica<evict>, add_replica},
+    {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", run_on_replica<pin>, add_replica},
+    {"unpin", "let a replica be evicted again", "tensord unpin /models/Qwen3-14B", run_on_replica<unpin>,
+     add_replica},
+    {"version", "print the version", "tensord version", run_version},
+    {"completion", "print a script that completes words in a shell", "source <(tensord completion bash)",
+     run_completion, add_shell},
+    {"help", "print help on a verb", "tensord help load", run_help, add_verb_name},
+};
 
 }  // namespace
 
-std::span<const Verb> verbs() { return kVerbs; }
-std::span<const Flag> common_flags() { return kCommonFlags; }
+std::unique_ptr<CLI::App> make_program(Words& words, const std::string& serve_help) {
+  words.serve_help = serve_help;
+  auto program = std::make_unique<CLI::App>("tensord: the shared tensor layer of a machine\n", "tensord");
+  program->formatter(std::make_shared<HelpFormatter>());
+  program->get_formatter()->label("SUBCOMMAND", "VERB");
+  program->footer("`tensord VERB --help` tells more, with an example. All but serve have --json.");
+  program->set_help_flag("-h,--help", "print this");
+  program->set_version_flag("--version", text("tensord ", client::kVersion), "print the version");
+  program->require_subcommand(1);
+  for (const Verb& verb : kVerbs) {
+    CLI::App* app = program->add_subcommand(verb.name, verb.summary)->footer(verb.example)->group("Verbs");
+    app->callback([&words, &verb] { words.run = verb.run; });
+    if (verb.add_words != nullptr) verb.add_words(*app, words);
+    app->add_flag("--json", words.json, "print one JSON document instead of text");
+  }
+  program->get_subcommand("serve")->formatter_fn(
+      [=](const CLI::App*, std::string, CLI::AppFormatMode) { return serve_help; });
+  return program;
+}
 
-const Verb* find_verb(std::string_view name) {
-  const auto* found =
-      std::find_if(std::begin(kVerbs), std::end(kVerbs), [&](const Verb& verb) { return verb.name == name; });
-  return found == std::end(kVerbs) ? nullptr : found;
+const CLI::App* find_verb(const CLI::App& program, const std::string& name) {
+  const auto found = program.get_subcommands([&](const CLI::App* verb) { return verb->get_name() == name; });
+  return found.empty() ? nullptr : found.front();
 }
 
 ExitStatus exit_status(Code code) {
@@ -472,32 +461,6 @@ ExitStatus exit_status(Code code) {
     default:
       return kFailed;
   }
-}
-
-std::string help_text() {
-  std::vector<std::pair<std::string, std::string>> lines;
-  for (const Verb& verb : verbs())
-    lines.emplace_back(text(verb.name, shown_operand(verb.operand)), verb.summary);
-  return text(
-      "tensord: the shared tensor layer of a machine\n\nUsage: tensord VERB [words]\n\n", described(lines),
-      "\n`tensord VERB --help` tells more, with an example. All but serve have --json.\n\n", kExitHelp);
-}
-
-std::string help_text(const Verb& verb) {
-  std::vector<std::pair<std::string, std::string>> lines;
-  if (!verb.operand.summary.empty()) lines.emplace_back(verb.operand.name, verb.operand.summary);
-  const auto add = [&](const Flag& flag) {
-    lines.emplace_back(flag.takes_value() ? text(flag.name, " ", flag.value) : std::string(flag.name),
-                       flag.summary);
-  };
-  if (verb.run != nullptr) {
-    for (const Flag& flag : verb.flags) add(flag);
-    for (const Flag& flag : common_flags()) add(flag);
-  }
-  return text("tensord ", verb.name, ": ", verb.summary, "\n\nUsage: tensord ", verb.name, " [flags]",
-              shown_operand(verb.operand), "\n\n", described(lines),
-              verb.run == nullptr ? "`tensord serve --help` lists its flags.\n" : "",
-              "\nExample: ", verb.example, "\n\n", kExitHelp);
 }
 
 }  // namespace tensord::cli

@@ -354,7 +354,7 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
       }
       if (options->thread_count < 0)
         return keep(Code::invalid_argument, "load_into: thread_count is negative");
-      wishes = {.cast = options->cast != 0, .thread_count = options->thread_count};
+      wishes = {.cast = options->cast != 0, .thread_count = options->thread_count, .cancel = options->cancel};
     }
     if (copy_count > 0 && copies == nullptr) return keep(Code::invalid_argument, "copies is NULL");
     std::vector<client::CopyOrder> orders;

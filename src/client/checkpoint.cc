@@ -131,8 +131,15 @@ Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
 Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
   TRY_ASSIGN(Checkpoint checkpoint, find_files(paths));
   for (size_t at = 0; at < checkpoint.fds.size(); ++at) {
-    TRY_ASSIGN(checkpoint.identities.emplace_back(),
+    TRY_ASSIGN(const base::FileIdentity identity,
                base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
+    const auto& known = checkpoint.identities;
+    if (const auto twin = std::find(known.begin(), known.end(), identity); twin != known.end()) {
+      return fail(Code::invalid_argument,
+                  base::text("open ", checkpoint.files[at], ": it is the same file as ",
+                             checkpoint.files[twin - known.begin()], ", named before"));
+    }
+    checkpoint.identities.push_back(identity);
   }
   return checkpoint;
 }

@@ -25,6 +25,16 @@ tl::unexpected<base::Error> no_daemon(const base::Error& why) {
   return fail(Code::unavailable, why.message + "; start a daemon with `tensord serve`");
 }
 
+// Names the daemon that is silent.
+base::Error from_daemon(int socket, base::Error error) {
+  if (const auto peer = rpc::peer_of(socket); peer && error.code == Code::unavailable) {
+    error.message +=
+        base::text(" (daemon ", peer->process_id, " at ", rpc::socket_path(rpc::runtime_folder()),
+                   "; see its log, or end it with `kill ", peer->process_id, "`)");
+  }
+  return error;
+}
+
 bool may_start(Autostart autostart) {
   if (autostart != Autostart::from_environment) return autostart == Autostart::yes;
   const char* wish = std::getenv("TENSORD_AUTOSTART");
@@ -52,7 +62,9 @@ Result<protocol::HelloT> Connection::connect(Autostart autostart, int64_t timeou
   }
   if (!socket) return base::pass_on(socket);
   rpc::FrameReader reader;
-  TRY_ASSIGN(protocol::HelloT hello, rpc::greet(socket->get(), reader, kVersion, timeout_ms));
+  auto greeted = rpc::greet(socket->get(), reader, kVersion, timeout_ms);
+  if (!greeted) return tl::unexpected(from_daemon(socket->get(), greeted.error()));
+  const protocol::HelloT& hello = *greeted;
   socket_ = std::move(*socket);
   reader_ = std::move(reader);
   process_ = ::getpid();
@@ -89,6 +101,7 @@ Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base:
   const Status sent = send(std::move(request), std::move(fds), kAnswerTimeoutMs);
   Result<Answer> answer = sent ? receive(id) : base::pass_on(sent);
   if (!answer) {
+    answer = tl::unexpected(from_daemon(socket_.get(), answer.error()));
     socket_.reset();  // the next call begins anew
     return answer;
   }

@@ -126,6 +126,16 @@ Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype target, bool cas
   return {};
 }
 
+// The tensor that a record came from, for an error.
+std::string origin_of(const tensor::Copy2D& record, std::span<const tensor::Wanted> wanted) {
+  for (size_t at = 0; at < wanted.size(); ++at) {
+    const auto plan = tensor::compile(wanted.subspan(at, 1));
+    if (plan && std::count(plan->records.begin(), plan->records.end(), record) > 0)
+      return base::text("(", base::quoted(wanted[at].label), ") ");
+  }
+  return {};
+}
+
 std::vector<std::string> names_of(std::span<const CopyOrder> orders) {
   std::set<std::string> names;
   for (const CopyOrder& order : orders) names.emplace(order.name);
@@ -134,9 +144,10 @@ std::vector<std::string> names_of(std::span<const CopyOrder> orders) {
 
 }  // namespace
 
-bool Mapping::daemon_lives() const {
+Status Mapping::check_daemon() const {
   pollfd lease{lease_.get(), 0, 0};
-  return ::poll(&lease, 1, 0) == 0;  // an error event: the daemon's read end is closed
+  if (::poll(&lease, 1, 0) == 0) return {};  // an error event: the daemon's read end is closed
+  return fail(Code::unavailable, "the daemon went away while it was reading; open the model again");
 }
 
 Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths,
@@ -174,10 +185,13 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   }
   protocol::RequestUnion request;
   request.Set(std::move(body));
-  TRY_ASSIGN(Answer answer, connection->ask(std::move(request), std::move(fds)));
+  auto answer = connection->ask(std::move(request), std::move(fds));
+  if (!answer && answer.error().message.starts_with("only: "))
+    answer.error().message.insert(0, "open " + checkpoint.path + ": ");
+  if (!answer) return base::pass_on(answer);
   std::shared_ptr<Model> model(new Model);
   model->connection_ = std::move(connection);
-  TRY(model->adopt(checkpoint, options, std::move(answer)));
+  TRY(model->adopt(checkpoint, options, std::move(*answer)));
   return model;
 }
 
@@ -266,7 +280,8 @@ const tensor::ImageLayout& Model::layout() const {
   return *layout_;
 }
 
-Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms) const {
+Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms,
+                       const int32_t* cancel) const {
   if (!fill_) return fail(Code::invalid_argument, path_ + " was opened for its index only");
   if (fill_->state() == memory::FillState::ready || size_bytes == 0) return {};
   const tensor::ImageLayout& cut = layout();
@@ -277,10 +292,13 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
   if (fill_->has_blocks(first, last) && fill_->state() != memory::FillState::failed) return {};
   // What is read in file order comes soon; what is not there by then is asked for.
   constexpr int64_t kPatienceMs = 20;
-  const auto alive = [this] { return mapping_->daemon_lives(); };
+  const auto go_on = [&]() -> Status {
+    TRY(memory::check_cancel(cancel));
+    return mapping_->check_daemon();
+  };
   const bool patient = timeout_ms < 0 || timeout_ms > kPatienceMs;
-  Status there = fill_->wait(first, last, patient ? kPatienceMs : timeout_ms, alive);
-  if (there || fill_->state() != memory::FillState::filling || !alive() || !patient) return there;
+  Status there = fill_->wait(first, last, patient ? kPatienceMs : timeout_ms, go_on);
+  if (there || fill_->state() != memory::FillState::filling || !go_on() || !patient) return there;
   protocol::RequestUnion request;
   protocol::WantT want;
   want.replica = replica_;
@@ -288,14 +306,14 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
   want.last_block = last;
   request.Set(std::move(want));
   connection_->tell(std::move(request));
-  return fill_->wait(first, last, timeout_ms < 0 ? timeout_ms : timeout_ms - kPatienceMs, alive);
+  return fill_->wait(first, last, timeout_ms < 0 ? timeout_ms : timeout_ms - kPatienceMs, go_on);
 }
 
 Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
   if (resident_ == Resident::view) return {};
   if (tensor != nullptr) return wait_for(windows_.image_offset(*tensor), tensor->size_bytes, timeout_ms);
   if (!fill_) return fail(Code::invalid_argument, path_ + " was opened for its index only");
-  if (!granted_) return fill_->wait_ready(timeout_ms, [this] { return mapping_->daemon_lives(); });
+  if (!granted_) return fill_->wait_ready(timeout_ms, [this] { return mapping_->check_daemon(); });
   const int64_t begin_ns = base::monotonic_ns();
   for (const tensor::Tensor& one : index_.tensors) {
     const int64_t waited_ms = (base::monotonic_ns() - begin_ns) / 1'000'000;
@@ -346,7 +364,8 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
   if (!all.empty()) prepared.target = {reinterpret_cast<std::byte*>(all.begin), all.end - all.begin};
   const uint64_t source_bytes[] = {windows_.image_bytes};
   const uint64_t target_bytes[] = {prepared.target.size_bytes};
-  TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes, tensor::Coverage::any));
+  TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes, tensor::Coverage::any,
+                         [&](size_t record) { return origin_of(prepared.plan.records[record], wanted); }));
   return prepared;
 }
 
@@ -364,10 +383,12 @@ Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const C
   LoadReport report{.begin_ns = begin_ns};
   report.record_count = prepared.plan.records.size();
   report.plan_ns = base::monotonic_ns() - begin_ns;
-  memory::CopyOptions run{.thread_count = options.thread_count, .keep_spans = connection_->keep_spans()};
+  memory::CopyOptions run{.thread_count = options.thread_count,
+                          .cancel = options.cancel,
+                          .keep_spans = connection_->keep_spans()};
   if (fill_->state() != memory::FillState::ready) {
-    run.ready = [this](uint32_t, uint64_t offset, uint64_t size_bytes) {
-      return wait_for(offset, size_bytes, -1);
+    run.ready = [this, &options](uint32_t, uint64_t offset, uint64_t size_bytes) {
+      return wait_for(offset, size_bytes, -1, options.cancel);
     };
   }
   const memory::CopySource sources[] = {{mapping_->data(), mapping_->size_bytes()}};
@@ -437,7 +458,7 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
 }
 
 void Model::report_use(const LoadReport& report) {
-  if (!mapping_->daemon_lives()) return;  // a process with its pid may be there again
+  if (!mapping_->check_daemon()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
   used.begin_ns = report.begin_ns;

@@ -32,8 +32,8 @@ class Mapping {
   uint64_t size_bytes() const { return memory_.size_bytes(); }
   // False where strict overcommit refused so much private memory: a write into it is a SIGSEGV.
   bool writable() const { return writable_; }
-  // False once the daemon that holds the other end of the lease is gone.
-  bool daemon_lives() const;
+  // Code::unavailable once the daemon that holds the other end of the lease is gone.
+  Status check_daemon() const;
 
  private:
   memory::Mapped memory_;
@@ -78,6 +78,7 @@ struct CopyOrder {
 struct CopyOrderOptions {
   bool cast = false;
   int thread_count = 0;
+  const int32_t* cancel = nullptr;  // as memory::CopyOptions; waiting ends too, within a tenth of a second
 };
 
 struct LoadReport {
@@ -148,7 +149,8 @@ class Model {
     memory::CopyTarget target;  // the stretch of addresses that holds all orders' targets
   };
   Result<Prepared> prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
-  Status wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms) const;
+  Status wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms,
+                  const int32_t* cancel = nullptr) const;
   const tensor::ImageLayout& layout() const;  // computed at first need
   void report_use(const LoadReport& report);
 

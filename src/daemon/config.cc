@@ -181,33 +181,28 @@ uint64_t default_host_memory() {
 
 Result<CommandLine> parse_command_line(std::span<char*> arguments) {
   CommandLine line;
-  for (size_t at = 0; at < arguments.size(); ++at) {
-    std::string argument = arguments[at];
-    if (argument == "--help" || argument == "-h") {
+  for (auto argument = arguments.begin(); argument != arguments.end(); ++argument) {
+    const std::string word = *argument;
+    if (word == "--help" || word == "-h") {
       line.help = true;
       continue;
     }
-    if (argument == "--detach") {
+    if (word == "--detach") {
       line.detach = true;
       continue;
     }
-    std::string value;
-    const size_t equals = argument.find('=');
-    if (equals != std::string::npos) {
-      value = argument.substr(equals + 1);
-      argument.resize(equals);
-    }
+    const size_t equals = word.find('=');
+    const std::string flag = word.substr(0, equals);
     const auto* setting = std::find_if(std::begin(kSettings), std::end(kSettings),
-                                       [&](const Setting& one) { return flag_of(one) == argument; });
-    const bool known = setting != std::end(kSettings) || argument == "--config";
-    if (!known)
+                                       [&](const Setting& one) { return flag_of(one) == flag; });
+    if (setting == std::end(kSettings) && flag != "--config") {
       return fail(Code::invalid_argument,
-                  base::text("no flag ", base::quoted(argument), "; see `tensord serve --help`"));
-    if (equals == std::string::npos) {
-      if (++at == arguments.size()) return fail(Code::invalid_argument, argument + " needs a value");
-      value = arguments[at];
+                  base::text("no flag ", base::quoted(flag), "; see `tensord serve --help`"));
     }
-    if (argument == "--config") {
+    if (equals == std::string::npos && ++argument == arguments.end())
+      return fail(Code::invalid_argument, flag + " needs a value");
+    const std::string value = equals == std::string::npos ? *argument : word.substr(equals + 1);
+    if (flag == "--config") {
       line.config_path = value;
     } else {
       line.flags.emplace_back(setting, value);

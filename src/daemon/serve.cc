@@ -17,8 +17,7 @@
 #include "base/folders.h"
 #include "base/log.h"
 #include "base/text.h"
-#include "catalog/memory_catalog.h"
-#include "catalog/sqlite_catalog.h"
+#include "catalog/catalog.h"
 #include "daemon/config.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
@@ -61,16 +60,16 @@ Status detach() {
 }
 
 // Without a usable state folder the daemon still serves: loads are then not checked against earlier ones.
-std::unique_ptr<catalog::Catalog> open_catalog(const std::string& state_dir) {
+base::Result<std::unique_ptr<catalog::Catalog>> open_catalog(const std::string& state_dir) {
   Status folder = base::make_folders(state_dir);
   if (folder) {
-    auto opened = catalog::open_sqlite_catalog(state_dir + "/catalog.sqlite");
-    if (opened) return std::move(*opened);
+    auto opened = catalog::Catalog::open(state_dir + "/catalog.sqlite");
+    if (opened) return opened;
     folder = base::pass_on(opened);
   }
   log(LogLevel::warning, "catalog: ", folder.error().message,
       "; digests are kept in memory only, until the daemon ends");
-  return catalog::make_memory_catalog();
+  return catalog::Catalog::open(catalog::Catalog::kInMemory);
 }
 
 // Signals as a descriptor; blocked before any thread starts, so that all inherit it.
@@ -182,6 +181,8 @@ base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
   return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
 }
 
+constexpr int64_t kHungReadMs = 3000;
+
 // First call: no new loads, those that run may finish for a while. Second call: they are cancelled now.
 class Shutdown {
  public:
@@ -191,17 +192,26 @@ class Shutdown {
   void watch(rpc::Server& server) { server_ = &server; }
 
   void begin() {
-    if (begun_) return engine_.cancel_all();
+    if (begun_) return cancel();
     begun_ = true;
     log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_,
         " s");
     server_->stop_accepting();
-    loop_.call_after(drain_seconds_ * 1000, [this] { engine_.cancel_all(); });
+    loop_.call_after(drain_seconds_ * 1000, [this] { cancel(); });
     // Through the loop once more, so that the reply to `stop` is on its way first.
     engine_.drain([this] { loop_.post([this] { loop_.stop(); }); });
   }
 
  private:
+  void cancel() {
+    engine_.cancel_all();
+    // A read that hangs in the kernel cannot be cancelled. Nothing that stays behind needs an orderly end.
+    loop_.call_after(kHungReadMs, [] {
+      log(LogLevel::warning, "stopped while a read hangs");
+      ::_exit(1);
+    });
+  }
+
   rpc::Loop& loop_;
   engine::Engine& engine_;
   const int64_t drain_seconds_;
@@ -216,7 +226,7 @@ Status run(const Config& config) {
   raise_descriptor_limit();
   const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
-  const std::unique_ptr<catalog::Catalog> catalog = open_catalog(config.state_dir);
+  TRY_ASSIGN(const std::unique_ptr<catalog::Catalog> catalog, open_catalog(config.state_dir));
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> pool, storage::start_read_pool(config.read_threads));
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));

@@ -9,7 +9,7 @@
 #include <fstream>
 #include <random>
 
-#include "catalog/memory_catalog.h"
+#include "catalog/catalog_testing.h"
 
 namespace tensord::engine {
 
@@ -115,7 +115,9 @@ class EngineTest : public testing::Test {
   }
 
   TestOwner owner_;
-  std::unique_ptr<catalog::MemoryCatalog> catalog_ = catalog::make_memory_catalog();
+  catalog::ScratchFolder catalog_folder_;
+  std::unique_ptr<catalog::Catalog> catalog_ =
+      catalog::Catalog::open(catalog_folder_.file("catalog")).value();
   std::unique_ptr<storage::ReadPool> catalog_thread_;
   std::unique_ptr<storage::ReadPool> pool_;
   Engine engine_;
@@ -340,7 +342,8 @@ TEST_F(EngineTest, verify_finds_a_damaged_leaf_and_names_it) {
 }
 
 TEST_F(EngineTest, a_catalog_that_fails_does_not_fail_the_load) {
-  catalog_->set_fault(base::Error{Code::exhausted, "disk full"});
+  catalog::Stranger(catalog_folder_.file("catalog")).execute("DROP TABLE files; DROP TABLE artifacts");
+  ASSERT_EQ(catalog_->remember(std::nullopt, {}).error().code, Code::corrupt);
   EXPECT_EQ(engine_.replica(load(write("a", 1000)).value().replica).state, ReplicaState::ready);
 }
 

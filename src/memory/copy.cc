@@ -175,9 +175,7 @@ class Execution {
   Status run_one(const Task& task, uint32_t thread, CopyReport& mine) {
     const Copy2D& record = plan_.records[task.record];
     const bool reads = record.kind == Copy2D::Kind::copy;
-    if (options_.cancel && options_.cancel->load(std::memory_order_relaxed)) {
-      return fail(Code::cancelled, "copy: cancelled by the caller");
-    }
+    TRY(check_cancel(options_.cancel));
     if (reads && options_.ready) {
       const int64_t begin_ns = base::monotonic_ns();
       const tensor::Extent extent = source_extent(record, task);
@@ -220,6 +218,11 @@ class Execution {
 };
 
 }  // namespace
+
+Status check_cancel(const int32_t* cancel) {
+  if (cancel == nullptr || __atomic_load_n(cancel, __ATOMIC_RELAXED) == 0) return {};
+  return fail(Code::cancelled, "copy: cancelled by the caller");
+}
 
 Result<CopyReport> execute(const CopyPlan& plan, std::span<const CopySource> sources,
                            std::span<const CopyTarget> targets, const CopyOptions& options) {

@@ -56,10 +56,13 @@ struct CopyOptions {
   // Called before a task reads bytes [offset, offset + size_bytes) of a source; may block until they are there. Called
   // from several threads at once. Tasks come in the plan's order, so that copying follows a filling replica.
   std::function<Status(uint32_t source, uint64_t offset, uint64_t size_bytes)> ready;
-  const std::atomic<bool>* cancel = nullptr;  // checked between tasks: Code::cancelled
+  const int32_t* cancel = nullptr;  // any thread may set it; checked between tasks: Code::cancelled
   bool keep_spans = false;
   uint64_t task_bytes_max = kTaskBytes;
 };
+
+// Code::cancelled once `cancel` points to another number than 0.
+Status check_cancel(const int32_t* cancel);
 
 // `plan` must have passed check_plan with the sizes of these sources and targets (CHECK on numbers only). Threads are
 // started and ended within the call; after it returns, whatever the result, nothing touches the targets. The first

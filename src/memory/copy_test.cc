@@ -146,6 +146,20 @@ TEST(Copy, an_empty_plan_copies_nothing_and_succeeds) {
   EXPECT_EQ(report->task_count, 0u);
 }
 
+TEST(Copy, no_thread_count_is_one_a_core_and_no_plan_names_a_missing_source) {
+  const Bytes source = pattern(16 << 20);
+  Bytes target(16 << 20, kUntouched);
+  const std::array<CopySource, 1> sources = {source_of(source)};
+  const std::array<CopyTarget, 1> targets = {target_of(target)};
+  const CopyPlan plan{{strided(0, 0, 16 << 20, 1)}};
+  const auto report = execute(plan, sources, targets, {.thread_count = 0});
+  ASSERT_TRUE(report);
+  EXPECT_GE(report->thread_count, 1u);
+  EXPECT_TRUE(source == target);
+  EXPECT_EQ(check_plan(plan, {}, sizes_of(targets), Coverage::any).error().message,
+            "check plan: record 0 names source 0 of 0");
+}
+
 TEST(Copy, one_source_fills_several_targets) {
   expect_copies(parse_plan("0 -> 0  1 row x 4096 B\n0 -> t1:8  1 row x 4096 B\n"), {pattern(4096)},
                 {4096, 4104});
@@ -165,6 +179,19 @@ TEST(Copy, rows_of_every_size_around_the_thresholds) {
         const uint64_t pitch = row_bytes + gap;
         Copy2D record = strided(3, static_cast<int64_t>(pitch), row_bytes, row_count);
         expect_copies({{record}}, {pattern(3 + pitch * row_count)}, {row_bytes * row_count});
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(Copy, rows_far_apart) {
+  for (const uint64_t row_bytes : {1, 64, 513, 1280, 4096}) {
+    for (const uint64_t factor : {2, 8, 16, 128}) {
+      for (const uint64_t row_count : {1, 9, 40}) {
+        const auto pitch = static_cast<int64_t>(row_bytes * factor);
+        expect_copies({{strided(5, pitch, row_bytes, row_count)}},
+                      {pattern(5 + row_bytes * factor * row_count)}, {row_bytes * row_count});
         if (HasFatalFailure()) return;
       }
     }
@@ -338,6 +365,24 @@ TEST(Copy, rows_larger_than_any_task) {
   }
 }
 
+TEST(Copy, a_whole_matrix_of_a_real_model_in_tasks_of_any_size) {
+  constexpr uint64_t kPitch = 34816, kRow = 17408, kRows = 5120;
+  const Sparse source(kPitch * kRows), target(kRow * kRows);
+  for (uint64_t at = 0; at < kPitch * kRows; at += 509) source.data()[at] = static_cast<std::byte>(at / 509);
+  const std::array<CopySource, 1> sources = {CopySource{source.data(), kPitch * kRows}};
+  const std::array<CopyTarget, 1> targets = {CopyTarget{target.data(), kRow * kRows}};
+  const CopyPlan plan{{strided(kRow, kPitch, kRow, kRows)}};
+  ASSERT_TRUE(check_plan(plan, sizes_of(sources), sizes_of(targets), Coverage::complete));
+  for (const uint64_t task_bytes_max : {1 << 20, 2 << 20, 4 << 20, 32 << 20}) {
+    std::memset(target.data(), 0xee, kRow * kRows);
+    ASSERT_TRUE(execute(plan, sources, targets, {.thread_count = 2, .task_bytes_max = task_bytes_max}));
+    for (uint64_t row = 0; row < kRows; ++row) {
+      const std::byte* wanted = source.data() + row * kPitch + kRow;
+      ASSERT_EQ(std::memcmp(target.data() + row * kRow, wanted, kRow), 0) << row << " of " << task_bytes_max;
+    }
+  }
+}
+
 TEST(Copy, offsets_beyond_four_gibibytes) {
   constexpr uint64_t kPitch = (uint64_t{3} << 30) + 1;
   const Sparse source(2 * kPitch + 4096);
@@ -482,7 +527,7 @@ TEST(Copy, a_cancelled_copy_ends_and_its_memory_may_be_freed_at_once) {
   const std::array<CopySource, 1> sources = {source_of(source)};
   const CopyPlan plan{{strided(0, 0, 1 << 20, 1)}};
   for (int stop_after = 0; stop_after < 20; ++stop_after) {
-    std::atomic<bool> cancel{stop_after == 0};
+    int32_t cancel = stop_after == 0;
     auto target = std::make_unique<Bytes>(1 << 20, kUntouched);
     const std::array<CopyTarget, 1> targets = {target_of(*target)};
     std::atomic<int> call_count{0};
@@ -491,7 +536,7 @@ TEST(Copy, a_cancelled_copy_ends_and_its_memory_may_be_freed_at_once) {
     options.task_bytes_max = 16 << 10;
     options.cancel = &cancel;
     options.ready = [&](uint32_t, uint64_t, uint64_t) -> Status {
-      if (++call_count == stop_after) cancel = true;
+      if (++call_count == stop_after) __atomic_store_n(&cancel, 1, __ATOMIC_RELAXED);
       return {};
     };
     const auto report = execute(plan, sources, targets, options);

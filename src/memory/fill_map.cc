@@ -146,17 +146,17 @@ bool FillView::has_blocks(uint64_t first, uint64_t last) const {
 }
 
 Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms,
-                      const std::function<bool()>& alive) const {
+                      const std::function<Status()>& go_on) const {
   CHECK(first <= last && last <= block_count());
-  return wait_until([&] { return has_blocks(first, last); }, timeout_ms, alive);
+  return wait_until([&] { return has_blocks(first, last); }, timeout_ms, go_on);
 }
 
-Status FillView::wait_ready(int64_t timeout_ms, const std::function<bool()>& alive) const {
-  return wait_until([&] { return state() == FillState::ready; }, timeout_ms, alive);
+Status FillView::wait_ready(int64_t timeout_ms, const std::function<Status()>& go_on) const {
+  return wait_until([&] { return state() == FillState::ready; }, timeout_ms, go_on);
 }
 
 Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeout_ms,
-                            const std::function<bool()>& alive) const {
+                            const std::function<Status()>& go_on) const {
   const int64_t begin_ns = base::monotonic_ns();
   for (;;) {
     const uint32_t sequence = header().sequence.load(std::memory_order_acquire);
@@ -174,9 +174,7 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
       nap_ms = std::min(nap_ms, left_ms);
     }
     futex_wait(header().sequence, sequence, nap_ms);
-    if (!reached() && state() == FillState::filling && !alive()) {
-      return fail(Code::unavailable, "the daemon went away while it was reading; open the model again");
-    }
+    if (!reached() && state() == FillState::filling) TRY(go_on());
   }
 }
 

@@ -100,16 +100,16 @@ class FillView {
 
   // Waits until blocks [first, last) are there. Returns the load's own error once it has failed, also for blocks
   // that were there before: of a file that changed nobody knows which bytes are old and which are new; Code::unavailable
-  // when `timeout_ms` (-1: none) passes or `alive` (asked ten times a second) says that the daemon is gone.
-  Status wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<bool()>& alive) const;
+  // when `timeout_ms` (-1: none) passes; and the error of `go_on`, which is asked ten times a second.
+  Status wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<Status()>& go_on) const;
 
   // Waits until the whole replica is ready: also the files were found unchanged, and the artifact id is known.
-  Status wait_ready(int64_t timeout_ms, const std::function<bool()>& alive) const;
+  Status wait_ready(int64_t timeout_ms, const std::function<Status()>& go_on) const;
 
  private:
   FillView() = default;
   Status wait_until(const std::function<bool()>& reached, int64_t timeout_ms,
-                    const std::function<bool()>& alive) const;
+                    const std::function<Status()>& go_on) const;
   FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
   Mapped mapped_;
 };

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -110,6 +111,9 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted);
 // --- checking ----------------------------------------------------------------------------------------------------
 
 enum class Coverage : uint8_t { any, complete };
+// What to say of a record beside its number, with a space behind it; asked for records that overlap.
+using RecordName = std::function<std::string(size_t record)>;
+inline std::string no_name(size_t) { return {}; }
 
 // Source and target sizes by number. Refused with Code::invalid_argument, naming record and offsets: a number that is
 // out of range, reads or writes out of bounds, two records (or two rows of one) that write one byte, and, for
@@ -117,7 +121,8 @@ enum class Coverage : uint8_t { any, complete };
 // at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported). Records
 // that move 0 bytes are ignored wherever they point. Broadcast and overlapping reads are fine.
 Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
-                  std::span<const uint64_t> target_sizes, Coverage coverage);
+                  std::span<const uint64_t> target_sizes, Coverage coverage,
+                  const RecordName& name = no_name);
 
 // Drops records that do exactly what another one does or nothing, merges loops, joins contiguous records with equal
 // source-to-target distance that overlap or touch, and sorts. Takes plans that were not checked.

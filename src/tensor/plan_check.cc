@@ -108,6 +108,7 @@ Writes writes_of(uint32_t number, const Copy2D& record) {
 // Whether no two of several records, and no two rows of one, write the same byte. Tells at most one budget of work.
 class Overlap {
  public:
+  explicit Overlap(const RecordName& name) : name_(name) {}
   Status examine(std::span<Writes> all) {
     for (const Writes& one : all) TRY(examine_self(one));
     const auto before = [](const Writes& a, const Writes& b) {
@@ -227,12 +228,14 @@ class Overlap {
     return {};
   }
 
-  static tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) {
+  tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) const {
     if (a.record == b.record) {
-      return refuse(a.record, text("writes byte ", offset, " of target ", a.target, " more than once"));
+      return refuse(a.record, text(name_(a.record), "writes byte ", offset, " of target ", a.target,
+                                   " more than once"));
     }
-    return refuse(std::min(a.record, b.record), text("and record ", std::max(a.record, b.record),
-                                                     " both write byte ", offset, " of target ", a.target));
+    const auto [first, second] = std::minmax(a.record, b.record);
+    return refuse(first, text(name_(first), "and record ", second, " ", name_(second), "both write byte ",
+                              offset, " of target ", a.target));
   }
 
   Status spend(uint64_t amount) {
@@ -244,6 +247,7 @@ class Overlap {
                                         " interleaved rows would have to be looked at one by one"));
   }
 
+  const RecordName& name_;
   uint64_t budget_ = kExaminedMax;
 };
 
@@ -271,7 +275,7 @@ Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted,
 }  // namespace
 
 Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
-                  std::span<const uint64_t> target_sizes, Coverage coverage) {
+                  std::span<const uint64_t> target_sizes, Coverage coverage, const RecordName& name) {
   if (plan.records.size() > ~uint32_t{0})
     return fail(Code::unsupported, "check plan: more than 2^32 records");
   std::vector<Writes> writes;
@@ -290,7 +294,7 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
                      target_reach(nest)));
     writes.push_back(writes_of(static_cast<uint32_t>(number), record));
   }
-  TRY(Overlap().examine(writes));
+  TRY(Overlap(name).examine(writes));
   if (coverage == Coverage::complete) TRY(check_complete(plan, writes, target_sizes));
   return {};
 }

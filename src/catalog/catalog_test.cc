@@ -1,8 +1,7 @@
-#include "catalog/sqlite_catalog.h"
+#include "catalog/catalog.h"
 
 #include <gtest/gtest.h>
 #include <sched.h>
-#include <sqlite3.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,23 +20,6 @@ namespace {
 
 using base::Code;
 
-// Runs SQL as someone else who has the file open.
-class Stranger {
- public:
-  explicit Stranger(const std::string& path) { CHECK(sqlite3_open(path.c_str(), &database_) == SQLITE_OK); }
-  ~Stranger() { sqlite3_close(database_); }
-  Stranger(const Stranger&) = delete;
-  Stranger& operator=(const Stranger&) = delete;
-
-  void execute(const std::string& sql) {
-    ASSERT_EQ(sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr), SQLITE_OK)
-        << sql << ": " << sqlite3_errmsg(database_);
-  }
-
- private:
-  sqlite3* database_ = nullptr;
-};
-
 std::string read_bytes(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -47,9 +29,9 @@ void write_bytes(const std::string& path, const std::string& bytes) {
   std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
 }
 
-class SqliteCatalog : public testing::Test {
+class CatalogFile : public testing::Test {
  protected:
-  Result<std::unique_ptr<Catalog>> open() { return open_sqlite_catalog(path_, {.busy_timeout_ms = 0}); }
+  Result<std::unique_ptr<Catalog>> open() { return Catalog::open(path_, {.busy_timeout_ms = 0}); }
 
   // Remembers artifact 1 with files 1 and 2, and closes.
   void fill(size_t leaf_count = 3) {
@@ -74,14 +56,14 @@ class SqliteCatalog : public testing::Test {
 
 constexpr const char* kDeletable = "; it can be deleted, the next loads fill it again";
 
-TEST_F(SqliteCatalog, records_outlive_the_daemon) {
+TEST_F(CatalogFile, records_outlive_the_daemon) {
   fill();
   auto catalog = *open();
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), to_text(sample_file(2)));
   EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), to_text(sample_artifact(1)));
 }
 
-TEST_F(SqliteCatalog, its_files_are_for_their_user_alone) {
+TEST_F(CatalogFile, its_files_are_for_their_user_alone) {
   auto catalog = *open();
   ASSERT_TRUE(catalog->remember(sample_artifact(1), {}));
   for (const char* suffix : {"", "-wal", "-shm"}) {
@@ -91,22 +73,22 @@ TEST_F(SqliteCatalog, its_files_are_for_their_user_alone) {
   }
 }
 
-TEST_F(SqliteCatalog, a_missing_folder_is_not_found) {
+TEST_F(CatalogFile, a_missing_folder_is_not_found) {
   path_ = folder_.file("missing/catalog");
   EXPECT_EQ(failure(open()), "not_found: create the catalog PATH: No such file or directory");
 }
 
-TEST_F(SqliteCatalog, a_folder_in_its_place_is_refused) {
+TEST_F(CatalogFile, a_folder_in_its_place_is_refused) {
   ASSERT_EQ(::mkdir(path_.c_str(), 0700), 0);
   EXPECT_EQ(failure(open()).substr(0, 38), "invalid_argument: catalog PATH: open: ");
 }
 
-TEST_F(SqliteCatalog, garbage_is_corrupt_and_said_to_be_deletable) {
+TEST_F(CatalogFile, garbage_is_corrupt_and_said_to_be_deletable) {
   write_bytes(path_, std::string(8192, 'x'));
   EXPECT_EQ(failure(open()), base::text("corrupt: catalog PATH: open: file is not a database", kDeletable));
 }
 
-TEST_F(SqliteCatalog, a_database_of_another_program_is_left_alone) {
+TEST_F(CatalogFile, a_database_of_another_program_is_left_alone) {
   execute("CREATE TABLE songs(name TEXT)");
   const std::string before = read_bytes(path_);
   EXPECT_EQ(failure(open()),
@@ -114,7 +96,7 @@ TEST_F(SqliteCatalog, a_database_of_another_program_is_left_alone) {
   EXPECT_EQ(read_bytes(path_), before);
 }
 
-TEST_F(SqliteCatalog, a_newer_schema_is_unsupported) {
+TEST_F(CatalogFile, a_newer_schema_is_unsupported) {
   fill();
   execute("PRAGMA user_version = 2");
   EXPECT_EQ(failure(open()),
@@ -126,14 +108,14 @@ TEST_F(SqliteCatalog, a_newer_schema_is_unsupported) {
             base::text("corrupt: catalog PATH: open: there never was a version -1", kDeletable));
 }
 
-TEST_F(SqliteCatalog, a_schema_that_is_not_the_one_of_its_version_is_corrupt) {
+TEST_F(CatalogFile, a_schema_that_is_not_the_one_of_its_version_is_corrupt) {
   fill();
   execute("ALTER TABLE files DROP COLUMN leaves");
   EXPECT_EQ(failure(open()),
             base::text("corrupt: catalog PATH: read the schema: no such column: leaves", kDeletable));
 }
 
-TEST_F(SqliteCatalog, records_of_a_wrong_size_are_corrupt) {
+TEST_F(CatalogFile, records_of_a_wrong_size_are_corrupt) {
   fill();
   const std::string damaged = base::text("the record is damaged", kDeletable);
   for (const char* change : {"leaves = x'00112233'", "layout_digest = x''", "layout_digest = zeroblob(32)"}) {
@@ -150,7 +132,7 @@ TEST_F(SqliteCatalog, records_of_a_wrong_size_are_corrupt) {
             base::text("corrupt: catalog PATH: list the artifacts: ", damaged));
 }
 
-TEST_F(SqliteCatalog, columns_of_a_wrong_type_are_corrupt) {
+TEST_F(CatalogFile, columns_of_a_wrong_type_are_corrupt) {
   execute(
       "CREATE TABLE files(number INTEGER PRIMARY KEY, device, inode, size_bytes, mtime_ns, path, "
       "layout_digest, leaves);"
@@ -163,7 +145,7 @@ TEST_F(SqliteCatalog, columns_of_a_wrong_type_are_corrupt) {
   EXPECT_EQ(catalog->list_artifacts().error().code, Code::corrupt);
 }
 
-TEST_F(SqliteCatalog, triggers_in_the_file_are_not_run) {
+TEST_F(CatalogFile, triggers_in_the_file_are_not_run) {
   fill();
   execute("CREATE TRIGGER spoil AFTER INSERT ON files BEGIN DELETE FROM artifacts; END");
   auto catalog = *open();
@@ -171,7 +153,7 @@ TEST_F(SqliteCatalog, triggers_in_the_file_are_not_run) {
   EXPECT_EQ(catalog->list_artifacts()->size(), 2u);
 }
 
-TEST_F(SqliteCatalog, damage_anywhere_is_an_error_or_harmless) {
+TEST_F(CatalogFile, damage_anywhere_is_an_error_or_harmless) {
   const auto seed = static_cast<uint32_t>(GTEST_FLAG_GET(random_seed));
   SCOPED_TRACE("--gtest_random_seed=" + std::to_string(seed));
   std::mt19937 random(seed);
@@ -199,7 +181,7 @@ TEST_F(SqliteCatalog, damage_anywhere_is_an_error_or_harmless) {
   }
 }
 
-TEST_F(SqliteCatalog, a_full_disk_is_exhausted_and_leaves_what_was_known) {
+TEST_F(CatalogFile, a_full_disk_is_exhausted_and_leaves_what_was_known) {
   // The mount is seen by this thread alone and goes with it.
   std::string refused;
   std::thread([&] {
@@ -221,7 +203,7 @@ TEST_F(SqliteCatalog, a_full_disk_is_exhausted_and_leaves_what_was_known) {
   if (!refused.empty()) GTEST_SKIP() << "no tmpfs of 1 MiB to fill can be mounted here: " << refused;
 }
 
-TEST_F(SqliteCatalog, a_file_that_can_only_be_read_is_denied) {
+TEST_F(CatalogFile, a_file_that_can_only_be_read_is_denied) {
   fill();
   ASSERT_EQ(::chmod(path_.c_str(), 0444), 0);
   ASSERT_EQ(::chmod(folder_.path().c_str(), 0755), 0);
@@ -233,7 +215,7 @@ TEST_F(SqliteCatalog, a_file_that_can_only_be_read_is_denied) {
   EXPECT_EQ(failed, "denied: catalog PATH: open: it can only be read; it must be writable by this user");
 }
 
-TEST_F(SqliteCatalog, two_processes_may_have_it_open) {
+TEST_F(CatalogFile, two_processes_may_have_it_open) {
   auto first = *open();
   auto second = *open();
   ASSERT_TRUE(first->remember(sample_artifact(1), {sample_file(1)}));
@@ -242,7 +224,7 @@ TEST_F(SqliteCatalog, two_processes_may_have_it_open) {
   EXPECT_EQ(to_text(second->find_file(sample_identity(1))), to_text(sample_file(1)));
 }
 
-TEST_F(SqliteCatalog, a_busy_catalog_is_unavailable_for_writing_and_can_be_read) {
+TEST_F(CatalogFile, a_busy_catalog_is_unavailable_for_writing_and_can_be_read) {
   fill();
   auto catalog = *open();
   {
@@ -256,13 +238,13 @@ TEST_F(SqliteCatalog, a_busy_catalog_is_unavailable_for_writing_and_can_be_read)
   EXPECT_TRUE(catalog->remember(sample_artifact(2), {}));
 }
 
-TEST_F(SqliteCatalog, many_may_open_a_catalog_that_does_not_exist_yet) {
+TEST_F(CatalogFile, many_may_open_a_catalog_that_does_not_exist_yet) {
   for (int round = 0; round < 10; ++round) {
     path_ = folder_.file(std::to_string(round));
     std::vector<std::thread> threads;
     for (uint8_t i = 0; i < 8; ++i) {
       threads.emplace_back([this, i] {
-        auto catalog = open_sqlite_catalog(path_, {.busy_timeout_ms = 60'000});
+        auto catalog = Catalog::open(path_, {.busy_timeout_ms = 60'000});
         ASSERT_TRUE(catalog) << catalog.error().message;
         const Status status = (*catalog)->remember(sample_artifact(i), {sample_file(i)});
         EXPECT_TRUE(status) << status.error().message;

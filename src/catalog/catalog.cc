@@ -1,0 +1,385 @@
+// number: counts up with every record remembered, so the smallest are the oldest.
+// Integers are the two's complement of unsigned ones; digests lie end to end, 16 bytes each; identities are
+// (device, inode, size_bytes, mtime_ns), 8 bytes each in the order of this machine, whose files they are.
+#include "catalog/catalog.h"
+
+#include <sqlite3.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/text.h"
+
+namespace tensord::catalog {
+
+using base::Code;
+using base::Error;
+using base::text;
+
+namespace {
+
+constexpr int64_t kSchemaVersion = 1;
+// "TSND": whose file it is (sqlite.org/fileformat2.html, offset 68).
+constexpr uint64_t kApplicationId = 0x5453'4e44;
+
+constexpr const char* kSchema = R"(
+  CREATE TABLE files(
+    number INTEGER PRIMARY KEY,
+    device INTEGER NOT NULL,
+    inode INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    path TEXT NOT NULL,
+    layout_digest BLOB NOT NULL,
+    leaves BLOB NOT NULL,
+    UNIQUE(device, inode)) STRICT;
+  CREATE TABLE artifacts(
+    number INTEGER PRIMARY KEY,
+    id BLOB NOT NULL UNIQUE,
+    path TEXT NOT NULL,
+    payload_bytes INTEGER NOT NULL,
+    tensor_count INTEGER NOT NULL,
+    files BLOB NOT NULL) STRICT;
+)";
+
+constexpr const char* kFindFile =
+    "SELECT path, layout_digest, leaves FROM files"
+    " WHERE device = ?1 AND inode = ?2 AND size_bytes = ?3 AND mtime_ns = ?4";
+constexpr const char* kFindArtifact =
+    "SELECT id, path, payload_bytes, tensor_count, files FROM artifacts WHERE id = ?1";
+constexpr const char* kListArtifacts =
+    "SELECT id, path, payload_bytes, tensor_count, files FROM artifacts ORDER BY number DESC";
+constexpr const char* kInsertFile =
+    "INSERT OR REPLACE INTO files(device, inode, size_bytes, mtime_ns, path, layout_digest, leaves)"
+    " VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+constexpr const char* kInsertArtifact =
+    "INSERT OR REPLACE INTO artifacts(id, path, payload_bytes, tensor_count, files)"
+    " VALUES(?1, ?2, ?3, ?4, ?5)";
+constexpr const char* kForgetFiles =
+    "DELETE FROM files WHERE number <= (SELECT number FROM files ORDER BY number DESC LIMIT 1 OFFSET ?1)";
+constexpr const char* kForgetArtifacts =
+    "DELETE FROM artifacts"
+    " WHERE number <= (SELECT number FROM artifacts ORDER BY number DESC LIMIT 1 OFFSET ?1)";
+
+template <auto function>
+struct Release {
+  template <typename T>
+  void operator()(T* handle) const {
+    function(handle);
+  }
+};
+
+Code code_of(int extended, int errno_value) {
+  switch (extended & 0xff) {
+    case SQLITE_FULL:
+    case SQLITE_NOMEM:
+    case SQLITE_TOOBIG:
+      return Code::exhausted;
+    case SQLITE_PERM:
+    case SQLITE_AUTH:
+    case SQLITE_READONLY:
+      return Code::denied;
+    case SQLITE_BUSY:
+    case SQLITE_LOCKED:
+    case SQLITE_PROTOCOL:
+      return Code::unavailable;
+    case SQLITE_IOERR:
+    case SQLITE_CANTOPEN:
+      return base::errno_error("", errno_value).code;
+    default:
+      return Code::corrupt;  // also statements that fit no table: the schema is not the one of its version
+  }
+}
+
+constexpr std::string_view hint_of(Code code) {
+  switch (code) {
+    case Code::exhausted:
+      return "; free space there";
+    case Code::denied:
+      return "; it must be writable by this user";
+    case Code::unavailable:
+      return "; another process may hold it";
+    case Code::corrupt:
+      return "; it can be deleted, the next loads fill it again";
+    default:
+      return "";
+  }
+}
+
+}  // namespace
+
+// An open database and the words for its failures.
+struct Connection {
+  std::string path;
+  std::unique_ptr<sqlite3, Release<sqlite3_close_v2>> database;
+
+  tl::unexpected<Error> failed(std::string_view what, Code code, std::string_view why) const {
+    return fail(code, text("catalog ", path, ": ", what, ": ", why, hint_of(code)));
+  }
+  tl::unexpected<Error> failed(std::string_view what) const {
+    sqlite3* db = database.get();
+    return failed(what, code_of(sqlite3_extended_errcode(db), sqlite3_system_errno(db)), sqlite3_errmsg(db));
+  }
+  Status execute(std::string_view what, const std::string& sql) const {
+    if (sqlite3_exec(database.get(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK)
+      return failed(what);
+    return {};
+  }
+  // All of what `work` does, or nothing.
+  template <typename Work>
+  Status transact(std::string_view what, Work work) const {
+    TRY(execute(what, "BEGIN IMMEDIATE"));
+    Status done = work();
+    if (done) done = execute(what, "COMMIT");
+    if (!done) sqlite3_exec(database.get(), "ROLLBACK", nullptr, nullptr, nullptr);
+    return done;
+  }
+};
+
+namespace {
+
+// One run of a statement. `values` are bound to ?1, ?2, ...; they must stay until it ends.
+class Query {
+ public:
+  template <typename... Values>
+  Query(const Connection& connection, std::string_view what, const char* sql, const Values&... values)
+      : connection_(connection), what_(what) {
+    sqlite3_stmt* statement = nullptr;
+    ready_ = sqlite3_prepare_v2(connection.database.get(), sql, -1, &statement, nullptr) == SQLITE_OK;
+    statement_.reset(statement);
+    ready_ = ready_ && (bind(values) && ...);
+  }
+
+  // True when there is a row. Failures of the constructor are told here.
+  Result<bool> step() {
+    const int code = ready_ ? sqlite3_step(statement_.get()) : SQLITE_ERROR;
+    if (code != SQLITE_ROW && code != SQLITE_DONE) return connection_.failed(what_);
+    return code == SQLITE_ROW;
+  }
+  Status run() {
+    TRY(step());
+    return {};
+  }
+
+  // The columns of the row, left to right; Code::corrupt where one does not fit its target.
+  template <typename... Targets>
+  Status read(Targets&... targets) const {
+    int column = 0;
+    if ((take(column++, targets) && ...)) return {};
+    return connection_.failed(what_, Code::corrupt, "the record is damaged");
+  }
+
+ private:
+  bool bind(uint64_t value) {
+    return bound(sqlite3_bind_int64(statement_.get(), ++bound_count_, static_cast<int64_t>(value)));
+  }
+  bool bind(const std::string& value) {
+    return bound(sqlite3_bind_text64(statement_.get(), ++bound_count_, value.data(), value.size(),
+                                     SQLITE_STATIC, SQLITE_UTF8));
+  }
+  bool bind_raw(const void* data, size_t size_bytes) {
+    if (data == nullptr) data = "";  // an empty one must not become NULL
+    return bound(sqlite3_bind_blob64(statement_.get(), ++bound_count_, data, size_bytes, SQLITE_STATIC));
+  }
+  bool bind(const tensor::Digest& digest) { return bind_raw(&digest, sizeof digest); }
+  template <typename T>
+  bool bind(const std::vector<T>& values) {
+    static_assert(std::has_unique_object_representations_v<T>);
+    return bind_raw(values.data(), values.size() * sizeof(T));
+  }
+  bool bind(const base::FileIdentity& file) {
+    return bind(file.device) && bind(file.inode) && bind(file.size_bytes) &&
+           bind(static_cast<uint64_t>(file.mtime_ns));
+  }
+  static bool bound(int code) {
+    CHECK(code != SQLITE_RANGE && code != SQLITE_MISUSE);
+    return code == SQLITE_OK;
+  }
+
+  bool is(int type, int column) const { return sqlite3_column_type(statement_.get(), column) == type; }
+  std::string_view raw(int column) const {
+    const auto* data = static_cast<const char*>(sqlite3_column_blob(statement_.get(), column));
+    return {data, static_cast<size_t>(sqlite3_column_bytes(statement_.get(), column))};
+  }
+  bool take(int column, uint64_t& target) const {
+    if (!is(SQLITE_INTEGER, column)) return false;
+    target = static_cast<uint64_t>(sqlite3_column_int64(statement_.get(), column));
+    return true;
+  }
+  bool take(int column, std::string& target) const {
+    if (!is(SQLITE_TEXT, column)) return false;
+    target = raw(column);
+    return true;
+  }
+  template <typename T>
+  bool take(int column, std::vector<T>& target) const {
+    if (!is(SQLITE_BLOB, column) || raw(column).size() % sizeof(T) != 0) return false;
+    target.resize(raw(column).size() / sizeof(T));
+    if (!target.empty()) std::memcpy(target.data(), raw(column).data(), raw(column).size());
+    return true;
+  }
+  bool take(int column, tensor::Digest& target) const {
+    if (!is(SQLITE_BLOB, column) || raw(column).size() != sizeof target) return false;
+    std::memcpy(&target, raw(column).data(), sizeof target);
+    return true;
+  }
+
+  const Connection& connection_;
+  const std::string_view what_;
+  std::unique_ptr<sqlite3_stmt, Release<sqlite3_finalize>> statement_;
+  int bound_count_ = 0;
+  bool ready_ = false;
+};
+
+Status read_artifact(const Query& query, ArtifactRecord& artifact) {
+  return query.read(artifact.id, artifact.path, artifact.payload_bytes, artifact.tensor_count,
+                    artifact.files);
+}
+
+// The only column of the only row.
+template <typename T>
+Status read_value(const Connection& connection, std::string_view what, const char* sql, T& value) {
+  Query query(connection, what, sql);
+  TRY(query.run());
+  return query.read(value);
+}
+
+// Writes the schema into an empty database and refuses one that is not ours.
+Status adopt(const Connection& connection) {
+  constexpr std::string_view kWhat = "open";
+  constexpr std::string_view kRead = "read the schema";
+  uint64_t table_count = 0, application = 0, version = 0;
+  TRY(read_value(connection, kRead, "SELECT count(*) FROM sqlite_schema", table_count));
+  if (table_count == 0) {
+    TRY(connection.execute("write the schema", text(kSchema, "PRAGMA application_id = ", kApplicationId,
+                                                    "; PRAGMA user_version = ", kSchemaVersion)));
+  }
+  TRY(read_value(connection, kRead, "PRAGMA application_id", application));
+  TRY(read_value(connection, kRead, "PRAGMA user_version", version));
+  if (application != kApplicationId) {
+    return connection.failed(kWhat, Code::corrupt, "it is a database of another program");
+  }
+  if (static_cast<int64_t>(version) > kSchemaVersion) {
+    return connection.failed(kWhat, Code::unsupported,
+                             text("version ", version, " is of a newer tensord, this one knows ",
+                                  kSchemaVersion, "; use that tensord or another state folder"));
+  }
+  if (static_cast<int64_t>(version) < kSchemaVersion) {
+    return connection.failed(kWhat, Code::corrupt,
+                             text("there never was a version ", static_cast<int64_t>(version)));
+  }
+  return connection.execute(kRead, text(kFindFile, "; ", kFindArtifact));  // all columns are there
+}
+
+// A database may come with triggers and views of anyone's: none of them is run.
+Status distrust(const Connection& connection) {
+  for (const auto& [option, value] : {std::pair{SQLITE_DBCONFIG_DEFENSIVE, 1},
+                                      {SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0},
+                                      {SQLITE_DBCONFIG_ENABLE_TRIGGER, 0},
+                                      {SQLITE_DBCONFIG_ENABLE_VIEW, 0}}) {
+    CHECK(sqlite3_db_config(connection.database.get(), option, value, nullptr) == SQLITE_OK);
+  }
+  return connection.execute("set up", "PRAGMA cell_size_check = ON");
+}
+
+// While another process opens a fresh file this fails at once instead of waiting (SQLite cannot wait for a
+// stronger lock while it holds a weaker one), so the waiting is done here.
+Status use_wal(const Connection& connection, int busy_timeout_ms) {
+  std::string mode;
+  for (int waited_ms = 0;; ++waited_ms) {
+    const Status set = read_value(connection, "set up", "PRAGMA journal_mode = WAL", mode);
+    if (set) break;
+    if (set.error().code != Code::unavailable || waited_ms >= busy_timeout_ms) return set;
+    sqlite3_sleep(1);
+  }
+  if (mode != "wal" && connection.path != Catalog::kInMemory) {
+    base::log(base::LogLevel::warning, "the catalog ", connection.path, " stays in journal mode ", mode,
+              ": its file system has no shared memory");
+  }
+  return connection.execute("set up", "PRAGMA synchronous = NORMAL");
+}
+
+}  // namespace
+
+Catalog::Catalog(std::unique_ptr<Connection> connection, const CatalogLimits& limits)
+    : connection_(std::move(connection)), limits_(limits) {}
+
+Catalog::~Catalog() = default;
+
+Result<std::unique_ptr<Catalog>> Catalog::open(const std::string& path, const CatalogOptions& options) {
+  // Made before SQLite would make it readable for others. Not opened: a close would drop the locks that this
+  // process holds on it (sqlite.org/howtocorrupt.html, 2.2).
+  if (path != kInMemory && ::mknod(path.c_str(), S_IFREG | 0600, 0) != 0 && errno != EEXIST) {
+    return tl::unexpected(base::errno_error(text("create the catalog ", path), errno));
+  }
+  constexpr int kFlags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_EXRESCODE;
+  sqlite3* opened = nullptr;
+  const int code = sqlite3_open_v2(path.c_str(), &opened, kFlags, nullptr);
+  auto connection = std::make_unique<Connection>(Connection{path, decltype(Connection::database)(opened)});
+  if (opened == nullptr) return fail(Code::exhausted, text("catalog ", path, ": ", sqlite3_errstr(code)));
+  if (code != SQLITE_OK) return connection->failed("open");
+  if (sqlite3_db_readonly(opened, "main") == 1) {
+    return connection->failed("open", Code::denied, "it can only be read");
+  }
+  sqlite3_busy_timeout(opened, options.busy_timeout_ms);
+  TRY(distrust(*connection));
+  TRY(connection->transact("open",
+                           [&] { return adopt(*connection); }));  // another process may be at the same
+  TRY(use_wal(*connection, options.busy_timeout_ms));
+  return std::make_unique<Catalog>(std::move(connection), options.limits);
+}
+
+Result<std::optional<FileRecord>> Catalog::find_file(const base::FileIdentity& identity) {
+  Query query(*connection_, "find a file", kFindFile, identity);
+  TRY_ASSIGN(const bool found, query.step());
+  if (!found) return std::nullopt;
+  FileRecord file{.identity = identity};
+  TRY(query.read(file.path, file.layout_digest, file.leaves));
+  return file;
+}
+
+Result<std::optional<ArtifactRecord>> Catalog::find_artifact(const tensor::Digest& id) {
+  Query query(*connection_, "find an artifact", kFindArtifact, id);
+  TRY_ASSIGN(const bool found, query.step());
+  if (!found) return std::nullopt;
+  ArtifactRecord artifact;
+  TRY(read_artifact(query, artifact));
+  return artifact;
+}
+
+Result<std::vector<ArtifactRecord>> Catalog::list_artifacts() {
+  Query query(*connection_, "list the artifacts", kListArtifacts);
+  std::vector<ArtifactRecord> artifacts;
+  while (true) {
+    TRY_ASSIGN(const bool found, query.step());
+    if (!found) return artifacts;
+    TRY(read_artifact(query, artifacts.emplace_back()));
+  }
+}
+
+Status Catalog::remember(const std::optional<ArtifactRecord>& artifact,
+                         const std::vector<FileRecord>& files) {
+  const std::string what = artifact ? text("remember ", artifact->path) : "remember files";
+  const auto run = [&](const char* sql, const auto&... values) {
+    return Query(*connection_, what, sql, values...).run();
+  };
+  return connection_->transact(what, [&]() -> Status {
+    for (const FileRecord& file : files) {
+      TRY(run(kInsertFile, file.identity, file.path, file.layout_digest, file.leaves));
+    }
+    if (artifact) {
+      TRY(run(kInsertArtifact, artifact->id, artifact->path, artifact->payload_bytes, artifact->tensor_count,
+              artifact->files));
+    }
+    TRY(run(kForgetFiles, limits_.file_count_max));
+    return run(kForgetArtifacts, limits_.artifact_count_max);
+  });
+}
+
+}  // namespace tensord::catalog
