@@ -18,7 +18,7 @@ from conftest import DEADLINE_SECONDS, Daemon, counted
 
 VERBS = (
     *("serve", "stop", "status", "load", "ls", "show", "verify", "explain", "evict", "pin", "unpin"),
-    *("version", "completion", "help"),
+    *("version", "completion", "help", "doctor", "top"),
 )
 
 DONE, FAILED, USAGE, NO_DAEMON, CORRUPT, INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 
 #include "base/bytes.h"
+#include "base/text.h"
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
@@ -68,11 +69,16 @@ constexpr const char* kExplained =
  "error": null, "wall_ns": 500000000, "bytes": 2147483648, "gb_per_s": 4.29, "read_threads": 2, "disk_bytes": 0,
  "cached_bytes": 1073741824, "direct_bytes": 1073741824, "buffered_bytes": 0, "read_path": "io_uring, O_DIRECT",
  "notes": ["no huge pages"], "checked_against": "first_load",
- "phases": [{"name": "index", "ns": 100000, "thread_ns": 100000, "bytes": 0, "gb_per_s": 0, "share": 0.0},
-            {"name": "wait_for_memory", "ns": 2000000, "thread_ns": 2000000, "bytes": 0, "gb_per_s": 0, "share": 0.0},
-            {"name": "read", "ns": 450000000, "thread_ns": 900000000, "bytes": 2147483648, "gb_per_s": 4.77,
-             "share": 0.9},
-            {"name": "map", "ns": 0, "thread_ns": 0, "bytes": 0, "gb_per_s": 0, "share": 0}],
+ "served": "load", "origin_ns": 1000, "span_ns": 600000000, "moved_bytes": 2147483648, "moved_ns": 500000000,
+ "achieved_gb_per_s": 4.29, "possible_gb_per_s": null, "possible_by": "", "rates_known": false, "phases": [
+ {"lane": "daemon", "name": "index", "begin_ns": 0, "end_ns": 100000, "ns": 100000, "thread_ns": 100000, "bytes": 0},
+ {"lane": "daemon", "name": "touch", "begin_ns": 0, "end_ns": 0, "ns": 0, "thread_ns": 0, "bytes": 0},
+ {"lane": "daemon", "name": "read", "begin_ns": 60000000, "end_ns": 500000000, "ns": 396000000,
+  "thread_ns": 792000000, "bytes": 2147483648, "gb_per_s": 5.42},
+ {"lane": "daemon", "name": "check", "begin_ns": 60000000, "end_ns": 500000000, "ns": 44000000, "thread_ns": 88000000,
+  "bytes": 2147483648, "gb_per_s": 48.8},
+ {"lane": "python3 7", "name": "copy", "begin_ns": 450000000, "end_ns": 600000000, "ns": 75000000,
+  "thread_ns": 150000000, "bytes": 1000000000, "gb_per_s": 13.33}],
  "limited_by": "page cache", "advice": "More threads may help.",
  "uses": [{"pid": 7, "name": "python3", "map_ns": 50000, "plan_ns": 3000, "wait_ns": 0, "copy_ns": 100000000,
            "copy_bytes": 1000000000, "record_count": 3, "thread_count": 2}],
@@ -201,32 +207,83 @@ TEST(Progress, a_line_counts_only_what_it_saw_and_fits_narrow_terminals) {
   EXPECT_EQ(progress_line({}, 20), "100 %  0 B of 0 B");
 }
 
-TEST(Reports, explain_shows_phases_bars_advice_and_who_used_it) {
-  EXPECT_EQ(
-      explain_text(kExplained).value(),
-      "load 3 of /m: ready\n"
-      "2.00 GiB in 500.00 ms, 4.29 GB/s, by 2 threads; 1.00 GiB from the page cache, 1.00 GiB by io_uring, "
-      "O_DIRECT\n"
-      "the first load of these files: their digests were recorded\n"
-      "no huge pages\n"
-      "\n"
-      "phase                 time  threads' time     bytes  GB/s   share\n"
-      "index             100.0 us       100.0 us                   0.0 %  ....................\n"
-      "wait for memory    2.00 ms        2.00 ms                   0.0 %  ....................\n"
-      "read             450.00 ms      900.00 ms  2.00 GiB  4.77  90.0 %  ##################..\n"
-      "\n"
-      "limited by page cache. More threads may help.\n"
-      "\n"
-      "process        map    plan  wait       copy      copied   GB/s  records  threads\n"
-      "python3 7  50.0 us  3.0 us  0 ns  100.00 ms  953.67 MiB  10.00        3        2\n");
+TEST(Explain, draws_a_waterfall_over_one_time_axis) {
+  EXPECT_EQ(explain_text(kExplained).value(),
+            "load 3 of /m: ready\n"
+            "2.00 GiB in 500.00 ms, 4.29 GB/s\n"
+            "what is possible here is not known: run `tensord doctor` once\n"
+            "threads: 2; 1.00 GiB from the page cache, 1.00 GiB by io_uring, O_DIRECT\n"
+            "the first load of these files: their digests were recorded\n"
+            "no huge pages\n"
+            "\n"
+            "phase      0                              600.00 ms       time   GB/s\n"
+            "index      #                                          100.0 us\n"
+            "read           #############################         396.00 ms   5.42\n"
+            "check          -----------------------------          44.00 ms  48.80\n"
+            "python3 7\n"
+            "  copy                                   ==========   75.00 ms  13.33\n"
+            "\n"
+            "limited by: page cache. More threads may help.\n");
+  EXPECT_EQ(explain_text("{}").error().code, base::Code::internal);
 }
 
-TEST(Reports, spans_become_a_chrome_trace_with_a_track_for_each_thread) {
+TEST(Explain, says_what_is_possible_where_the_machine_was_measured) {
+  std::string known = kExplained;
+  known.replace(known.find("null, \"possible_by\": \"\""), 23, "5.5, \"possible_by\": \"disk\"");
+  EXPECT_NE(explain_text(known).value().find("4.29 GB/s, of 5.50 GB/s that are possible here (disk)"),
+            std::string::npos);
+}
+
+TEST(Explain, a_page_carries_the_report_and_no_name_ends_its_script) {
+  std::string hostile = kExplained;
+  hostile.replace(hostile.find("\"/m\""), 4, "\"</script><!--<b>\"");
+  const std::string page = explain_page(hostile).value();
+  EXPECT_EQ(page.find("</script><!--"), std::string::npos);
+  EXPECT_NE(page.find("\\u003c/script>\\u003c!--\\u003cb>"), std::string::npos);
+  EXPECT_EQ(page.find("@report@"), std::string::npos);
+  EXPECT_EQ(page.find("\"trace\":"), std::string::npos);  // spans stay out of it
+}
+
+TEST(Explain, phases_and_spans_become_a_chrome_trace_with_a_track_for_each) {
+  std::string one_phase = kExplained;
+  const size_t second = one_phase.find(",\n {\"lane\": \"daemon\", \"name\": \"touch\"");
+  one_phase.erase(second, one_phase.find("],\n \"limited_by\"") - second);
   EXPECT_EQ(
-      chrome_trace(kExplained).value(),
-      R"({"displayTimeUnit":"ms","traceEvents":[{"args":{"name":"read 0"},"name":"thread_name","ph":"M","pid":1,)"
-      R"("tid":1},{"args":{"block":4,"bytes":1048576},"dur":2.5,"name":"read","ph":"X","pid":1,"tid":1,"ts":1.0}]})");
+      chrome_trace(one_phase).value(),
+      R"({"displayTimeUnit":"ms","traceEvents":[)"
+      R"({"args":{"name":"daemon: index"},"name":"thread_name","ph":"M","pid":1,"tid":1},)"
+      R"({"args":{"bytes":0,"lane":"daemon","ns":100000,"thread_ns":100000},"dur":100.0,"name":"index","ph":"X",)"
+      R"("pid":1,"tid":1,"ts":1.0},)"
+      R"({"args":{"name":"read 0"},"name":"thread_name","ph":"M","pid":1,"tid":2},)"
+      R"({"args":{"block":4,"bytes":1048576},"dur":2.5,"name":"read","ph":"X","pid":1,"tid":2,"ts":1.0}]})");
   EXPECT_EQ(chrome_trace("{}").error().code, base::Code::not_found);
+}
+
+TEST(Top, a_look_has_rates_since_the_one_before_and_the_time_that_is_left) {
+  const auto status = [](int loaded) {
+    return base::text(R"({"pid": 1, "memory": {"in_use": 4096, "kept": 0}, "limits": {"host_memory": 8192},
+      "replicas": 1, "connections": 1, "loads_running": 1, "disk_bytes": 0, "loaded_bytes": )",
+                      loaded, "}");
+  };
+  const auto list = [](int ready) {
+    return base::text(R"({"replicas": [{"replica": 1, "path": "/m", "artifact": null, "state": "filling",
+      "error": null, "payload_bytes": 9, "memory_bytes": 4096, "total_bytes": 4000, "tensor_count": 1, "files": [],
+      "pinned": false, "leases": [], "idle_s": 0, "ready_bytes": )",
+                      ready, "}]}");
+  };
+  const std::string first = take_look(status(1000), list(1000), "", 10).value();
+  const std::string look = take_look(status(3000), list(3000), first, 12).value();
+  EXPECT_NE(look.find("\"loaded_bytes_per_s\":1000.0"), std::string::npos) << look;
+  EXPECT_NE(look.find("\"bytes_per_s\":1000.0"), std::string::npos) << look;
+  const LookText shown = look_text(look).value();
+  EXPECT_EQ(shown.line,
+            "1 replica, 1 load, 1 client, memory 4.00 KiB in use + 0 B kept of 8.00 KiB, loading 0.00 GB/s, "
+            "disk 0.00 GB/s\n");
+  EXPECT_NE(shown.screen.find("]  75 %  2.93 KiB of 3.91 KiB  0.00 GB/s  1.0 s left  /m\n"),
+            std::string::npos)
+      << shown.screen;
+  EXPECT_EQ(look_text("{}").error().code, base::Code::internal);
+  EXPECT_EQ(take_look("{}", "{}", "", 1).error().code, base::Code::internal);
 }
 
 TEST(Reports, an_answer_that_is_none_is_an_error) {

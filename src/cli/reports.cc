@@ -6,6 +6,8 @@
 
 #include "base/bytes.h"
 #include "base/text.h"
+#include "cli/explain_page.h"
+#include "cli/progress.h"
 #include "cli/table.h"
 
 namespace tensord::cli {
@@ -17,6 +19,8 @@ using base::text;
 using nlohmann::json;
 
 namespace {
+
+constexpr size_t kAxisWidth = 40;
 
 // Parses `report` and hands it to `read`. The library's exceptions (no JSON, a field missing or of another
 // type) end here.
@@ -84,87 +88,94 @@ std::string state_of(const json& replica) {
   return text(state, " ", replica.value("ready_bytes", uint64_t{0}) * 100 / total, " %");
 }
 
-std::string phases_table(const json& phases) {
-  Table table({{"phase"},
-               {"time", Align::right},
-               {"threads' time", Align::right},
-               {"bytes", Align::right},
-               {"GB/s", Align::right},
-               {"share", Align::right},
-               {""}});
-  for (const json& phase : phases) {
-    if (phase.at("thread_ns").get<int64_t>() == 0) continue;  // nobody mapped or copied yet
-    const auto bytes = phase.at("bytes").get<uint64_t>();
-    const double share = phase.at("share").get<double>();
+std::string rate_text(const json& gb_per_s) { return decimals(gb_per_s.get<double>(), 2); }
+
+// "   ======   ": where on the axis, and by its character how busy the phase kept its threads there.
+std::string axis_bar(const json& phase, double span_ns) {
+  const auto begin_ns = phase.at("begin_ns").get<double>(), end_ns = phase.at("end_ns").get<double>();
+  const auto column = [&](double ns) {
+    return static_cast<size_t>(std::clamp(ns / std::max(span_ns, 1.0), 0.0, 1.0) * kAxisWidth);
+  };
+  const double busy = phase.at("ns").get<double>() / std::max(end_ns - begin_ns, 1.0);
+  const char character = busy > 0.66 ? '#' : busy > 0.33 ? '=' : busy > 0.05 ? '-' : '.';
+  const size_t begin = std::min(column(begin_ns), kAxisWidth - 1);
+  return std::string(begin, ' ') + std::string(std::max(column(end_ns), begin + 1) - begin, character);
+}
+
+std::string waterfall(const json& report) {
+  constexpr size_t kLaneCountMax = 8, kLaneWidth = 40;
+  const auto span_ns = report.at("span_ns").get<int64_t>();
+  const std::string span = human_ns(span_ns);
+  const std::string axis =
+      "0" + std::string(kAxisWidth - 1 - std::min(span.size(), kAxisWidth - 1), ' ') + span;
+  Table table({{"phase"}, {axis}, {"time", Align::right}, {"GB/s", Align::right}});
+  std::string lane = "daemon";
+  size_t lane_count = 0;
+  for (const json& phase : report.at("phases")) {
+    if (phase.at("thread_ns").get<int64_t>() <= 0) continue;
+    const bool begins = phase.at("lane") != lane;
+    lane = phase.at("lane").get<std::string>();
+    if (begins && ++lane_count <= kLaneCountMax) table.add({lane.substr(0, kLaneWidth), "", "", ""});
+    if (lane_count > kLaneCountMax) continue;
     std::string name = phase.at("name").get<std::string>();
     std::replace(name.begin(), name.end(), '_', ' ');
-    table.add({name, human_ns(phase.at("ns").get<int64_t>()), human_ns(phase.at("thread_ns").get<int64_t>()),
-               bytes == 0 ? "" : human_bytes(bytes),
-               bytes == 0 ? "" : decimals(phase.at("gb_per_s").get<double>(), 2),
-               decimals(share * 100, 1) + " %", bar(share, 20)});
+    table.add({(lane_count == 0 ? "" : "  ") + name, axis_bar(phase, static_cast<double>(span_ns)),
+               human_ns(phase.at("ns").get<int64_t>()),
+               phase.at("bytes") == 0 ? "" : rate_text(phase.at("gb_per_s"))});
   }
+  if (lane_count > kLaneCountMax)
+    table.add({text("and ", lane_count - kLaneCountMax, " more clients"), "", "", ""});
   return table.text();
 }
 
-std::string uses_table(const json& uses) {
-  Table table({{"process"},
-               {"map", Align::right},
-               {"plan", Align::right},
-               {"wait", Align::right},
-               {"copy", Align::right},
-               {"copied", Align::right},
-               {"GB/s", Align::right},
-               {"records", Align::right},
-               {"threads", Align::right}});
-  for (const json& use : uses) {
-    const auto ns = [&](const char* field) { return human_ns(use.at(field).get<int64_t>()); };
-    const auto bytes = use.at("copy_bytes").get<uint64_t>();
-    table.add({text(string_or(use.at("name"), "?"), " ", use.at("pid").get<int64_t>()), ns("map_ns"),
-               ns("plan_ns"), ns("wait_ns"), ns("copy_ns"), human_bytes(bytes),
-               rate(bytes, use.at("copy_ns").get<int64_t>()), text(use.at("record_count").get<uint64_t>()),
-               text(use.at("thread_count").get<uint64_t>())});
-  }
-  return table.text();
-}
-
-// Where the bytes came from.
-std::string origins(const json& report) {
-  std::string out;
-  const auto add = [&](const char* name, const char* how) {
-    const auto bytes = report.at(name).get<uint64_t>();
-    if (bytes > 0) out += text(out.empty() ? "; " : ", ", human_bytes(bytes), how);
+std::string rates(const json& report) {
+  const auto field = [&](const char* name) { return report.at(name).get<uint64_t>(); };
+  std::string out =
+      text(human_bytes(field("moved_bytes")), " in ", human_ns(report.at("moved_ns").get<int64_t>()), ", ",
+           rate_text(report.at("achieved_gb_per_s")), " GB/s");
+  if (const json& possible = report.at("possible_gb_per_s"); !possible.is_null())
+    out += text(", of ", rate_text(possible), " GB/s that are possible here (",
+                report.at("possible_by").get<std::string>(), ")");
+  out += report.at("rates_known").get<bool>()
+             ? "\n"
+             : "\nwhat is possible here is not known: run `tensord doctor` once\n";
+  if (report.at("served") == "resident") return out;
+  std::string from;
+  const auto add = [&](const char* name, const std::string& how) {
+    if (field(name) > 0) from += text(from.empty() ? "" : ", ", human_bytes(field(name)), " ", how);
   };
-  add("cached_bytes", " from the page cache");
-  add("direct_bytes", text(" by ", report.at("read_path").get<std::string>()).c_str());
-  add("buffered_bytes", " from the disk through the page cache");
-  return out;
+  add("cached_bytes", "from the page cache");
+  add("direct_bytes", "by " + report.at("read_path").get<std::string>());
+  add("buffered_bytes", "through the page cache");
+  return text(out, "threads: ", field("read_threads"), "; ", from, "\n");
 }
 
 std::string explained(const json& report) {
-  const std::string checked = report.at("checked_against").get<std::string>();
-  std::string out = text(
-      "load ", report.at("load").get<uint64_t>(), " of ", report.at("path").get<std::string>(), ": ",
-      report.at("state").get<std::string>(), "\n", human_bytes(report.at("bytes").get<uint64_t>()), " in ",
-      human_ns(report.at("wall_ns").get<int64_t>()), ", ", decimals(report.at("gb_per_s").get<double>(), 2),
-      " GB/s, by ", count_of(report.at("read_threads").get<uint64_t>(), "thread"), origins(report), "\n",
-      checked == "recorded" ? "every byte is what it was at the first load\n"
-                            : "the first load of these files: their digests were recorded\n");
+  const bool resident = report.at("served") == "resident";
+  const std::string state = report.at("state").get<std::string>();
+  const auto load = report.at("load").get<uint64_t>();
+  std::string out =
+      text(load == 0 ? "the load" : text("load ", load), " of ", report.at("path").get<std::string>(), ": ",
+           resident ? "resident; what clients copied since it was opened last" : state, "\n");
+  if (report.at("moved_bytes") != 0) out += rates(report);
+  if (state == "ready" && !resident) {
+    out += report.at("checked_against") == "recorded"
+               ? "every byte is what it was at the first load\n"
+               : "the first load of these files: their digests were recorded\n";
+  }
   if (!report.value("only", json()).is_null())
     out += text("only ", tensors_of(report), " tensors: ", only_of(report), "\n");
   for (const json& note : report.at("notes")) out += note.get<std::string>() + "\n";
-  if (const json& error = report.at("error"); !error.is_null()) {
+  if (const json& error = report.at("error"); !error.is_null())
     out += text("error: ", error.at("code").get<std::string>(), ": ", error.at("message").get<std::string>(),
                 "\n");
-  }
-  out += "\n" + phases_table(report.at("phases"));
-  const std::string limit = string_or(report.at("limited_by"), "");
-  if (!limit.empty()) out += text("\nlimited by ", limit, ". ", string_or(report.at("advice"), ""), "\n");
-  if (!report.at("uses").empty()) out += "\n" + uses_table(report.at("uses"));
-  return out;
+  return text(out, "\n", waterfall(report), "\nlimited by: ", report.at("limited_by").get<std::string>(),
+              ". ", report.at("advice").get<std::string>(), "\n");
 }
 
+// Events of all phases and spans, a track for each name of `thread`.
 Result<std::string> traced(const json& report) {
-  if (!report.contains("trace") || report.at("trace").empty()) {
+  if (report.value("trace", json()).empty()) {
     return fail(
         Code::not_found,
         "the daemon kept no trace of this load: it does so at log level debug; stop it, start it with "
@@ -172,8 +183,7 @@ Result<std::string> traced(const json& report) {
   }
   json events = json::array();
   std::map<std::string, int> tracks;
-  for (const json& span : report.at("trace")) {
-    const std::string thread = span.at("thread").get<std::string>();
+  const auto add = [&](const json& span, const std::string& thread, int64_t origin_ns, json details) {
     const auto [track, added] = tracks.try_emplace(thread, static_cast<int>(tracks.size()) + 1);
     if (added) {
       events.push_back({{"name", "thread_name"},
@@ -182,18 +192,24 @@ Result<std::string> traced(const json& report) {
                         {"tid", track->second},
                         {"args", {{"name", thread}}}});
     }
-    const auto begin_ns = span.at("begin_ns").get<int64_t>();
-    json details = span;
+    const auto begin_ns = span.at("begin_ns").get<int64_t>(), end_ns = span.at("end_ns").get<int64_t>();
     for (const char* told : {"name", "thread", "begin_ns", "end_ns"}) details.erase(told);
     // "X" is a complete event; its times are microseconds.
     events.push_back({{"name", span.at("name")},
                       {"ph", "X"},
                       {"pid", 1},
                       {"tid", track->second},
-                      {"ts", static_cast<double>(begin_ns) / 1e3},
-                      {"dur", static_cast<double>(span.at("end_ns").get<int64_t>() - begin_ns) / 1e3},
+                      {"ts", static_cast<double>(origin_ns + begin_ns) / 1e3},
+                      {"dur", static_cast<double>(end_ns - begin_ns) / 1e3},
                       {"args", std::move(details)}});
+  };
+  for (const json& phase : report.at("phases")) {
+    if (phase.at("thread_ns").get<int64_t>() <= 0) continue;
+    const std::string track =
+        phase.at("lane").get<std::string>() + ": " + phase.at("name").get<std::string>();
+    add(phase, track, report.at("origin_ns").get<int64_t>(), phase);
   }
+  for (const json& span : report.at("trace")) add(span, span.at("thread").get<std::string>(), 0, span);
   return dump({{"displayTimeUnit", "ms"}, {"traceEvents", std::move(events)}});
 }
 
@@ -245,8 +261,6 @@ Result<std::string> list_text(std::string_view report) {
   });
 }
 
-Result<std::string> explain_text(std::string_view report) { return read_report(report, explained); }
-
 Result<std::string> replica_text(std::string_view done, std::string_view report) {
   return read_report(report, [&](const json& replica) {
     return text(done, " replica ", number(replica, "replica"), " (", words(replica, "path"), ", ",
@@ -284,6 +298,19 @@ Result<Verified> verify_text(std::string_view report) {
   });
 }
 
+Result<std::string> explain_text(std::string_view report) { return read_report(report, explained); }
+
+Result<std::string> explain_page(std::string_view report) {
+  return read_report(report, [](json document) {
+    document.erase("trace");
+    std::string safe;  // within <script>: nothing in it ends the element or begins a comment
+    for (const char c : dump(document)) safe += c == '<' ? "\\u003c" : std::string(1, c);
+    constexpr std::string_view kMark = "@report@";
+    std::string page(kExplainPage);
+    return page.replace(page.find(kMark), kMark.size(), safe);
+  });
+}
+
 Result<std::string> chrome_trace(std::string_view report) {
   TRY_ASSIGN(auto trace, read_report(report, traced));
   return trace;
@@ -294,6 +321,60 @@ Result<std::string> without_trace(std::string_view report, const std::string& tr
     document.erase("trace");
     document["trace_file"] = trace_path;
     return dump(document);
+  });
+}
+
+Result<std::string> take_look(std::string_view status, std::string_view list, std::string_view before,
+                              double now_s) {
+  return read_report(status, [&](json look) {
+    const json last = before.empty() ? look : json::parse(before);
+    const double passed_s = before.empty() ? 0 : now_s - last.at("at_s").get<double>();
+    const auto per_s = [&](const json& now, const json& then) {
+      const auto bytes = now.get<double>() - then.get<double>();
+      return passed_s > 0 && bytes > 0 ? bytes / passed_s : 0.0;
+    };
+    for (const std::string name : {"loaded_bytes", "disk_bytes"})
+      look[name + "_per_s"] = per_s(look.at(name), last.at(name));
+    look["at_s"] = now_s;
+    look["replicas"] = json::parse(list).at("replicas");
+    for (json& replica : look["replicas"]) {
+      if (replica.at("state") != "filling" || before.empty()) continue;
+      for (const json& one : last.at("replicas")) {
+        if (one.at("replica") == replica.at("replica") && one.contains("ready_bytes"))
+          replica["bytes_per_s"] = per_s(replica.at("ready_bytes"), one.at("ready_bytes"));
+      }
+    }
+    return dump(look);
+  });
+}
+
+Result<LookText> look_text(std::string_view look) {
+  TRY_ASSIGN(const std::string list, list_text(look));
+  return read_report(look, [&](const json& told) {
+    const json& memory = told.at("memory");
+    const auto bytes = [](const json& value) { return human_bytes(value.get<uint64_t>()); };
+    const auto rate = [&](const char* name) {
+      return decimals(told.at(name).get<double>() / 1e9, 2) + " GB/s";
+    };
+    LookText out;
+    out.line = text(count_of(told.at("replicas").size(), "replica"), ", ",
+                    count_of(told.at("loads_running").get<uint64_t>(), "load"), ", ",
+                    count_of(told.at("connections").get<uint64_t>(), "client"), ", memory ",
+                    bytes(memory.at("in_use")), " in use + ", bytes(memory.at("kept")), " kept of ",
+                    bytes(told.at("limits").at("host_memory")), ", loading ", rate("loaded_bytes_per_s"),
+                    ", disk ", rate("disk_bytes_per_s"), "\n");
+    out.screen = out.line + "\n";
+    for (const json& replica : told.at("replicas")) {
+      if (replica.at("state") != "filling") continue;
+      constexpr int kWidth = 90;
+      const auto ready = replica.at("ready_bytes").get<uint64_t>();
+      const auto second = std::min(static_cast<uint64_t>(replica.value("bytes_per_s", 0.0)), ready);
+      const FillProgress progress{ready, replica.at("total_bytes").get<uint64_t>(), ready - second,
+                                  1'000'000'000};
+      out.screen += progress_line(progress, kWidth) + "  " + replica.at("path").get<std::string>() + "\n";
+    }
+    out.screen += "\n" + list;
+    return out;
   });
 }
 

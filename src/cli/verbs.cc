@@ -2,27 +2,34 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "base/bytes.h"
+#include "base/clock.h"
 #include "base/fd.h"
+#include "base/folders.h"
 #include "base/text.h"
 #include "cli/completion.h"
 #include "cli/progress.h"
 #include "cli/reports.h"
 #include "cli/show.h"
+#include "cli/table.h"
 #include "client/connection.h"
 #include "client/model.h"
 #include "client/version.h"
+#include "doctor/doctor.h"
 #include "tensor/view.h"
 
 namespace tensord::cli {
@@ -170,7 +177,80 @@ Result<Output> run_explain(const Words& words) {
     TRY_ASSIGN(report, without_trace(report, absolute(words.trace)));
     for_people += text("\ntrace in ", words.trace, "; ui.perfetto.dev and chrome://tracing show it\n");
   }
+  if (!words.html.empty()) {
+    TRY_ASSIGN(const std::string page, explain_page(report));
+    TRY(write_file(words.html, page));
+    for_people += text("\npicture in ", words.html, "; any browser shows it\n");
+  }
   return Output{.json = std::move(report), .text = std::move(for_people)};
+}
+
+// Needs no daemon.
+Result<Output> run_doctor(const Words& words) {
+  static constexpr const char* kVerdicts[] = {"good", "could be better", "missing"};
+  const std::string state_dir = base::state_folder();
+  TRY(base::make_folders(state_dir));
+  if (isatty(STDERR_FILENO) != 0) std::fputs("measuring, this takes 5 to 20 s\n", stderr);
+  const std::vector<doctor::Check> facts = doctor::look_around();
+  TRY_ASSIGN(const doctor::Rates rates,
+             doctor::measure(words.operand.empty() ? state_dir : words.operand,
+                             words.quick ? doctor::Effort::quick : doctor::Effort::whole));
+  const std::string machine = doctor::this_machine(), saved = doctor::machine_file(state_dir);
+  if (!words.quick) TRY(doctor::save_rates(state_dir, machine, rates));
+  std::vector<doctor::Check> checks = doctor::judge(rates);
+  checks.insert(checks.end(), facts.begin(), facts.end());
+  Table table({{"what"}, {"value", Align::right}, {"verdict"}, {"what to do"}});
+  json lines = json::array();
+  for (const doctor::Check& check : checks) {
+    const char* verdict = kVerdicts[static_cast<size_t>(check.verdict)];
+    table.add({check.name, check.value, verdict, check.advice});
+    lines.push_back(
+        {{"name", check.name}, {"value", check.value}, {"verdict", verdict}, {"advice", check.advice}});
+  }
+  const json report = {{"machine", machine},
+                       {"bytes_per_s", rates.bytes_per_s},
+                       {"checks", std::move(lines)},
+                       {"saved", words.quick ? json() : json(saved)}};
+  std::string for_people = text(machine, "\n\n", table.text());
+  if (!words.quick)
+    for_people +=
+        text("\nrates in ", saved, ", for `tensord explain`, and for daemons that start from now on\n");
+  return Output{.json = report.dump(-1, ' ', false, json::error_handler_t::replace),
+                .text = std::move(for_people)};
+}
+
+// Over what is there, so that nothing flickers. Lines end at the screen's edge.
+void draw(const std::string& screen) {
+  winsize size = {};
+  const bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_row > 1;
+  int lines_left = known ? size.ws_row - 1 : 23;
+  std::string out = "\x1b[?7l\x1b[H";
+  for (const char c : screen) {
+    if (c == '\n' && lines_left-- == 0) break;
+    if (c == '\n') out += "\x1b[K\n";
+    if (c != '\n') out += static_cast<unsigned char>(c) < ' ' ? '?' : c;  // a name must not move the cursor
+  }
+  out += "\x1b[K\x1b[J\x1b[?7h";
+  std::fwrite(out.data(), 1, out.size(), stdout);
+}
+
+// Prints all but the last look by itself.
+Result<Output> run_top(const Words& words) {
+  const bool terminal = !words.json && isatty(STDOUT_FILENO) != 0;
+  std::string look;
+  if (terminal) std::fputs("\x1b[2J", stdout);
+  for (uint64_t number = 1;; ++number) {
+    TRY_ASSIGN(const std::string status,
+               ask(protocol::Verb::status, ""));  // ends it when the daemon has ended
+    TRY_ASSIGN(const std::string list, ask(protocol::Verb::list, ""));
+    TRY_ASSIGN(look, take_look(status, list, look, static_cast<double>(base::monotonic_ns()) / 1e9));
+    TRY_ASSIGN(LookText shown, look_text(look));
+    if (terminal) draw(shown.screen);
+    if (number == words.count) return Output{std::move(look), terminal ? "\n" : std::move(shown.line)};
+    if (!terminal) std::fputs((words.json ? look + "\n" : shown.line).c_str(), stdout);
+    if (std::fflush(stdout) != 0) return tl::unexpected(base::errno_error("write the look", errno));
+    std::this_thread::sleep_for(std::chrono::duration<double>(words.interval_s));
+  }
 }
 
 template <protocol::Verb kVerb>
@@ -282,6 +362,21 @@ void add_explain(CLI::App& verb, Words& words) {
   add_operand(verb, words, "LOAD", "a path, an artifact id, a replica's number, or last (the default)");
   verb.add_option("--trace", words.trace, "write every read, check and copy to FILE, for chrome://tracing")
       ->option_text("FILE");
+  verb.add_option("--html", words.html, "draw it in FILE, a page for any browser")->option_text("FILE");
+}
+
+void add_doctor(CLI::App& verb, Words& words) {
+  add_operand(verb, words, "PATH", "a folder whose disk is measured (default: the state folder), or a file");
+  verb.add_flag("--quick", words.quick, "less of everything, once; the rates are not stored");
+}
+
+void add_top(CLI::App& verb, Words& words) {
+  verb.add_option("--interval", words.interval_s, "time between two looks (1)")
+      ->option_text("SECONDS")
+      ->check(CLI::Range(0.001, 1000.0));
+  verb.add_option("--count", words.count, "end after so many looks")
+      ->option_text("COUNT")
+      ->check(CLI::Range(uint64_t{1}, UINT64_MAX));
 }
 
 void add_shell(CLI::App& verb, Words& words) {
@@ -311,8 +406,11 @@ constexpr Verb kVerbs[] = {
      "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", run_show, add_show},
     {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", run_verify,
      add_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --trace load.json", run_explain,
+    {"explain", "say where the time of a load went", "tensord explain last --html load.html", run_explain,
      add_explain},
+    {"doctor", "measure this machine and say what could be better", "tensord doctor /models", run_doctor,
+     add_doctor},
+    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", run_top, add_top},
     {"evict", "give back the memory of a replica that nobody holds", "tensord evict /models/Qwen3-14B",
      run_on_replica<evict>, add_replica},
     {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", run_on_replica<pin>, add_replica},

@@ -234,6 +234,7 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
                                     windows_.image_bytes));
   }
   mapping_ = std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
+  map_begin_ns_ = begin_ns;
   map_ns_ = base::monotonic_ns() - begin_ns;
   return {};
 }
@@ -380,7 +381,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
 Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
   const int64_t begin_ns = base::monotonic_ns();
   TRY_ASSIGN(const Prepared prepared, prepare(orders, options));
-  LoadReport report;
+  LoadReport report{.begin_ns = begin_ns};
   report.record_count = prepared.plan.records.size();
   report.plan_ns = base::monotonic_ns() - begin_ns;
   memory::CopyOptions run{.thread_count = options.thread_count,
@@ -461,6 +462,8 @@ void Model::report_use(const LoadReport& report) {
   if (!mapping_->check_daemon()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
+  used.begin_ns = report.begin_ns;
+  used.map_begin_ns = map_begin_ns_;
   used.map_ns = map_ns_;
   used.plan_ns = report.plan_ns;
   used.wait_ns = report.copy.wait_ns;

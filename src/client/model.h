@@ -85,6 +85,7 @@ struct CopyOrderOptions {
 struct LoadReport {
   memory::CopyReport copy;
   uint64_t record_count = 0;
+  int64_t begin_ns = 0;
   int64_t plan_ns = 0;
   int64_t copy_ns = 0;
 };
@@ -165,6 +166,7 @@ class Model {
   uint64_t replica_ = 0;
   uint64_t batch_bytes_ = 0;
   uint64_t memory_bytes_max_ = 0;
+  int64_t map_begin_ns_ = 0;
   int64_t map_ns_ = 0;
   std::shared_ptr<Connection> connection_;
   std::shared_ptr<Mapping> mapping_;

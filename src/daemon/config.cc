@@ -1,7 +1,6 @@
 #include "daemon/config.h"
 
 #include <fcntl.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include <toml++/toml.h>
@@ -19,6 +18,7 @@
 #include "base/folders.h"
 #include "base/text.h"
 #include "daemon/memory_limit.h"
+#include "doctor/machine.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::daemon {
@@ -173,9 +173,7 @@ std::string usual_config_path() {
 
 int default_read_threads() {
   constexpr int kEnough = 16;  // page cache reads of a 16-core server no longer gain from more
-  cpu_set_t cores;
-  const int count = ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-  return std::clamp(count, 1, kEnough);
+  return std::clamp(doctor::core_count(), 1, kEnough);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
+#include "daemon/explain.h"
 
 namespace tensord::daemon {
 
@@ -71,72 +72,19 @@ json replica_value(const engine::Replica& replica) {
   return value;
 }
 
-struct Phase {
-  const char* name;
-  int64_t ns;         // wall clock
-  int64_t thread_ns;  // summed over threads
-  uint64_t bytes;
-};
-
-std::vector<Phase> phases_of(const engine::LoadReport& report) {
-  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
-  const engine::LoadCounters& counters = report.counters;
-  std::vector<Phase> phases = {
-      {"index", report.index_ns, report.index_ns, 0},
-      {"wait_for_memory", report.memory_ns, report.memory_ns, 0},
-      {"touch", counters.touch_ns / threads, counters.touch_ns, 0},
-      {"read", counters.read_ns / threads, counters.read_ns, counters.bytes},
-      {"check", counters.check_ns / threads, counters.check_ns, counters.bytes},
-  };
-  Phase map{"map", 0, 0, 0}, plan{"plan", 0, 0, 0}, wait{"wait", 0, 0, 0}, copy{"copy", 0, 0, 0};
-  for (const engine::Use& use : report.uses) {
-    const int64_t use_threads = std::max<int64_t>(use.thread_count, 1);
-    const int64_t copying_ns = std::max<int64_t>(use.copy_ns * use_threads - use.wait_ns, 0);
-    map.ns = std::max(map.ns, use.map_ns);  // told again with every use of one mapping
-    plan.ns += use.plan_ns;
-    wait.thread_ns += use.wait_ns;
-    wait.ns += use.wait_ns / use_threads;
-    copy.thread_ns += copying_ns;
-    copy.ns += copying_ns / use_threads;
-    copy.bytes += use.copy_bytes;
+json phases_value(const std::vector<Phase>& phases) {
+  json values = json::array();
+  for (const Phase& phase : phases) {
+    values.push_back({{"lane", phase.lane},
+                      {"name", phase.name},
+                      {"begin_ns", phase.begin_ns},
+                      {"end_ns", phase.end_ns},
+                      {"ns", phase.ns()},
+                      {"thread_ns", phase.thread_ns},
+                      {"bytes", phase.bytes},
+                      {"gb_per_s", gb_per_s(phase.bytes, phase.ns())}});
   }
-  map.thread_ns = map.ns;
-  plan.thread_ns = plan.ns;
-  for (const Phase& phase : {map, plan, wait, copy}) phases.push_back(phase);
-  return phases;
-}
-
-// What the load itself waited for most, and what may help.
-std::pair<std::string, std::string> verdict(const engine::LoadReport& report) {
-  const int64_t threads = std::max<int64_t>(report.thread_count, 1);
-  const int64_t reading_ns = report.counters.read_ns / threads;
-  const int64_t check_ns = report.counters.check_ns / threads;
-  const int64_t touch_ns = report.counters.touch_ns / threads;
-  const int64_t most = std::max({report.index_ns, report.memory_ns, reading_ns, check_ns, touch_ns});
-  constexpr int64_t kWorthNamingNs = 1'000'000;
-  if (most < kWorthNamingNs) return {"none", "It was over before anything could hold it up."};
-  if (most == report.index_ns) {
-    return {"index",
-            "Most of the time went into reading headers: the files are many, small, or on a slow disk."};
-  }
-  if (most == report.memory_ns) {
-    return {"memory", "Most of the time went into waiting for room: raise host_memory."};
-  }
-  if (most == touch_ns) {
-    return {"fresh memory",
-            "Most of the time went into memory touched for the first time: `prefault` does that beforehand."};
-  }
-  if (most == check_ns)
-    return {"hashing", "Hashing took longer than reading: more read_threads or cores would help."};
-  if (report.direct_bytes + report.buffered_bytes > report.cached_bytes) {
-    return {
-        "disk",
-        "The bytes came from the disk: a faster disk, or keeping the replica resident (pin), would help."};
-  }
-  return {"page cache",
-          "The bytes came from the page cache: more read_threads or cores, or keeping the replica resident "
-          "(pin), "
-          "would help."};
+  return values;
 }
 
 // Keeps the report below what a frame can carry (64 MiB): about 130 bytes a span.
@@ -204,6 +152,8 @@ std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, 
        {"replicas", engine.replicas().size()},
        {"loads_running", engine.running_count() - engine.waiting_count()},
        {"waiting", waiting_value(engine)},
+       {"loaded_bytes", engine.loaded_bytes()},
+       {"disk_bytes", engine::disk_bytes_read()},
        {"connections", connection_count}});
 }
 
@@ -237,21 +187,9 @@ std::string verify_json(const engine::VerifyReport& report) {
                {"faults", faults}});
 }
 
-std::string explain_json(const engine::LoadReport& report) {
+std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
   static constexpr const char* kStates[] = {"waiting", "filling", "ready", "failed"};
-  const std::vector<Phase> phases = phases_of(report);
-  int64_t all_ns = 0;
-  for (const Phase& phase : phases) all_ns += phase.thread_ns;
-  json phase_values = json::array();
-  for (const Phase& phase : phases) {
-    phase_values.push_back(
-        {{"name", phase.name},
-         {"ns", phase.ns},
-         {"thread_ns", phase.thread_ns},
-         {"bytes", phase.bytes},
-         {"gb_per_s", gb_per_s(phase.bytes, phase.ns)},
-         {"share", all_ns == 0 ? 0.0 : static_cast<double>(phase.thread_ns) / static_cast<double>(all_ns)}});
-  }
+  const Explanation explained = explain(report, rates);
   json uses = json::array();
   for (const engine::Use& use : report.uses) {
     uses.push_back({{"pid", use.process_id},
@@ -264,7 +202,6 @@ std::string explain_json(const engine::LoadReport& report) {
                     {"record_count", use.record_count},
                     {"thread_count", use.thread_count}});
   }
-  const auto [limited_by, advice] = verdict(report);
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
@@ -278,6 +215,7 @@ std::string explain_json(const engine::LoadReport& report) {
                 {"bytes", report.counters.bytes},
                 {"gb_per_s", gb_per_s(report.counters.bytes, report.wall_ns)},
                 {"read_threads", report.thread_count},
+                {"cpu_ns", report.cpu_ns},
                 {"disk_bytes", report.disk_bytes},
                 {"cached_bytes", report.cached_bytes},
                 {"direct_bytes", report.direct_bytes},
@@ -285,9 +223,18 @@ std::string explain_json(const engine::LoadReport& report) {
                 {"read_path", report.read_path},
                 {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
-                {"phases", phase_values},
-                {"limited_by", limited_by},
-                {"advice", advice},
+                {"served", explained.resident ? "resident" : "load"},
+                {"origin_ns", explained.origin_ns},
+                {"span_ns", explained.span_ns},
+                {"phases", phases_value(explained.phases)},
+                {"moved_bytes", explained.moved_bytes},
+                {"moved_ns", explained.moved_ns},
+                {"achieved_gb_per_s", gb_per_s(explained.moved_bytes, explained.moved_ns)},
+                {"possible_gb_per_s", explained.possible > 0 ? json(explained.possible / 1e9) : json()},
+                {"possible_by", explained.possible_by},
+                {"rates_known", rates.has_value()},
+                {"limited_by", explained.limited_by},
+                {"advice", explained.advice},
                 {"uses", uses}};
   json trace = trace_value(report);
   if (!trace.empty()) value["trace"] = std::move(trace);

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "doctor/machine.h"
 #include "engine/engine.h"
 
 namespace tensord::daemon {
@@ -24,6 +25,6 @@ std::string list_json(const engine::Engine& engine);
 std::string replica_json(const engine::Replica& replica);
 std::string stop_json();
 std::string verify_json(const engine::VerifyReport& report);
-std::string explain_json(const engine::LoadReport& report);
+std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates);
 
 }  // namespace tensord::daemon

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
 #include "daemon/config.h"
@@ -136,14 +137,8 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
     case Verb::stop:
       return stop_json();
     case Verb::explain: {
-      const auto replica = engine_.find(selector);
-      const auto report = replica              ? engine_.load_report(*replica)
-                          : selector == "last" ? engine_.last_load_report()
-                                               : std::nullopt;
-      if (!report && !replica) return base::pass_on(replica);
-      if (!report)
-        return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
-      return explain_json(*report);
+      TRY_ASSIGN(const engine::LoadReport report, engine_.explain(selector));
+      return explain_json(report, doctor::load_rates(facts_.state_dir, doctor::this_machine()));
     }
     case Verb::evict: {
       TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
@@ -165,6 +160,10 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
 void Requests::used(const rpc::Request& request) {
   const protocol::Used& used = *request.frame().request_as_Used();
   engine::Use use{.process_id = request.client.process_id, .process_name = request.client.process_name};
+  const int64_t now_ns = base::monotonic_ns();
+  const auto when_ns = [&](int64_t told_ns) { return std::clamp(told_ns, facts_.started_ns, now_ns); };
+  use.begin_ns = when_ns(used.begin_ns());
+  use.map_begin_ns = when_ns(used.map_begin_ns());
   use.map_ns = sane_ns(used.map_ns());
   use.plan_ns = sane_ns(used.plan_ns());
   use.wait_ns = sane_ns(used.wait_ns());

@@ -130,6 +130,14 @@ base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
   return reads;
 }
 
+// What was faster when the doctor measured this machine; else by the instructions that its CPU has.
+storage::CachedPath faster_path(const std::string& state_dir) {
+  const auto rates = doctor::load_rates(state_dir, doctor::this_machine());
+  if (!rates || rates->of("cache_pread") == 0) return storage::FileSourceOptions().cached_path;
+  const bool streams = base::can_stream() && rates->of("cache_stream") > rates->of("cache_pread");
+  return streams ? storage::CachedPath::stream : storage::CachedPath::plain;
+}
+
 // Touches memory for loads to come, piece by piece: the loop claims room, a thread of its own touches it.
 class Prefaulter {
  public:
@@ -250,16 +258,18 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
-  engine::Engine engine(
-      {.host_memory_bytes = config.host_memory,
-       .keep_spans = keep_spans,
-       .encode_index = encode_index,
-       .reads = {.direct = direct.reader.get(), .direct_note = direct.note, .cache_left = config.cache},
-       .huge_pages = config.huge_pages,
-       .memory_wait_ms = config.memory_wait_seconds * 1000,
-       .descriptor_count_max = shares.replicas,
-       .lease_count_max = shares.leases},
-      *catalog, *catalog_thread, *pool, owner_over(*loop));
+  engine::Engine engine({.host_memory_bytes = config.host_memory,
+                         .keep_spans = keep_spans,
+                         .encode_index = encode_index,
+                         .reads = {.direct = direct.reader.get(),
+                                   .direct_note = direct.note,
+                                   .cached_path = faster_path(config.state_dir),
+                                   .cache_left = config.cache},
+                         .huge_pages = config.huge_pages,
+                         .memory_wait_ms = config.memory_wait_seconds * 1000,
+                         .descriptor_count_max = shares.replicas,
+                         .lease_count_max = shares.leases},
+                        *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
                     .protocol = rpc::kProtocolVersion,

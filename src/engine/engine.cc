@@ -69,6 +69,9 @@ void Engine::open(OpenOrder order, GrantDone done) {
       replica.waiters.push_back(std::move(waiter));
       return room_changed();  // it may have no patience
     }
+    LoadReport* report = report_of(replica.number);
+    if (report != nullptr && !order.index_only && replica.state == ReplicaState::ready)
+      report->reopened_ns = base::monotonic_ns();
     return waiter.done(grant(replica, waiter));
   }
   auto made = std::make_unique<Replica>();
@@ -188,6 +191,7 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   log(LogLevel::warning, "not opened: ", error.message);
+  keep_failed(replica, error);
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
@@ -259,8 +263,10 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
   report.state = LoadState::filling;
+  report.fill_ns = base::monotonic_ns();
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
+  report.cpu_ns = cpu_time_ns();
   size_t known_count = 0;
   for (const auto& leaves : known) {
     known_count += leaves.size() - static_cast<size_t>(std::count_if(leaves.begin(), leaves.end(), is_zero));
@@ -285,8 +291,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   });
   replica.state = ReplicaState::filling;
   replica.load_number = report.load;
-  reports_.push_back(std::move(report));
-  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
+  keep_report(std::move(report));
   log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
       base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
   // Kept segments go for descriptors too.
@@ -322,6 +327,7 @@ Engine::Digests Engine::known_digests(const Content& content) {
 }
 
 void Engine::loaded(uint64_t number, LoadResult result) {
+  loaded_bytes_ += result.counters.bytes;
   Replica& replica = *replicas_.at(number);
   if (LoadReport* report = report_of(number)) {
     note_progress(replica, *report);

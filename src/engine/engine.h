@@ -139,9 +139,10 @@ class Engine {
 
   const Replica& replica(uint64_t number) const;
   const std::map<uint64_t, std::unique_ptr<Replica>>& replicas() const { return replicas_; }
-  // Of the load that filled a replica (also one that is gone), newest first; nullopt when forgotten.
-  std::optional<LoadReport> load_report(uint64_t replica) const;
-  std::optional<LoadReport> last_load_report() const;
+  // Of the replica that `selector` names as for find(); else of the newest load that did not come to one, or still waits.
+  // Code::not_found when it is forgotten.
+  Result<LoadReport> explain(const std::string& selector) const;
+  uint64_t loaded_bytes() const;  // read and checked since the start
   const memory::SegmentPool& memory() const { return pool_memory_; }
   // Of requests and loads that are not done, and of results the catalog has not taken yet.
   size_t running_count() const;
@@ -206,6 +207,8 @@ class Engine {
   std::string holders_text() const;
   static LoadReport waiting_report(const Replica& replica);
   static void note_progress(const Replica& replica, LoadReport& report);
+  void keep_report(LoadReport report);
+  void keep_failed(const Replica& replica, const base::Error& error);  // what waits for it ends with `error`
   LoadReport* report_of(uint64_t replica);
   const LoadReport* report_of(uint64_t replica) const;
 
@@ -230,6 +233,7 @@ class Engine {
   bool room_changed_ = false;       // and the line is about to hear of it
   uint64_t claimed_bytes_ = 0;      // for segments that are pre-faulted
   uint64_t leaving_bytes_ = 0;      // of segments on their way back to the kernel
+  uint64_t loaded_bytes_ = 0;       // by loads that have ended
   std::deque<LoadReport> reports_;  // newest last
   uint64_t next_replica_ = 1;
   uint64_t next_load_ = 1;
@@ -246,5 +250,7 @@ class Engine {
 
 // Bytes that block devices delivered to this process so far; 0 where the kernel does not count them.
 uint64_t disk_bytes_read();
+// What its threads ran so far.
+int64_t cpu_time_ns();
 
 }  // namespace tensord::engine

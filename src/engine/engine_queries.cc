@@ -5,6 +5,7 @@
 #include <atomic>
 #include <charconv>
 #include <cstdio>
+#include <ctime>
 #include <utility>
 
 #include "base/check.h"
@@ -76,6 +77,7 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
   report.wall_ns = base::monotonic_ns() - report.begin_ns;
   report.counters = replica.load->counters();
   report.disk_bytes = disk_bytes_read() - report.disk_bytes;
+  report.cpu_ns = cpu_time_ns() - report.cpu_ns;
   report.cached_bytes = counters.cached_bytes;
   report.direct_bytes = counters.direct_bytes;
   report.buffered_bytes = counters.buffered_bytes;
@@ -86,43 +88,75 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
   }
 }
 
-// Of a load that has not begun.
+// Of a replica that has not come to a load: how long it has waited for its headers and for memory.
 LoadReport Engine::waiting_report(const Replica& replica) {
-  const Content& content = *replica.content;
-  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
   const int64_t now_ns = base::monotonic_ns();
+  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
   report.only = replica.key.only;
+  report.begin_ns = replica.asked_ns;
+  report.wall_ns = report.index_ns = now_ns - replica.asked_ns;
+  if (replica.room_ns == 0) return report;
+  const Content& content = *replica.content;
   report.tensor_count = content.index.tensors.size();
   report.whole_tensor_count = (content.whole == nullptr ? content : *content.whole).index.tensors.size();
-  report.begin_ns = replica.asked_ns;
-  report.wall_ns = now_ns - replica.asked_ns;
   report.index_ns = content.index_ns;
   report.memory_ns = now_ns - replica.room_ns;
   return report;
 }
 
-std::optional<LoadReport> Engine::load_report(uint64_t number) const {
-  const auto replica = replicas_.find(number);
-  const LoadReport* found = report_of(number);
-  if (found == nullptr && replica != replicas_.end() && replica->second->state == ReplicaState::waiting) {
-    return waiting_report(*replica->second);
+void Engine::keep_report(LoadReport report) {
+  reports_.push_back(std::move(report));
+  if (reports_.size() > kLoadReportCountMax) reports_.pop_front();
+}
+
+void Engine::keep_failed(const Replica& replica, const base::Error& error) {
+  const auto index_only = [](const Waiter& waiter) { return waiter.index_only; };
+  if (std::all_of(replica.waiters.begin(), replica.waiters.end(), index_only)) return;
+  LoadReport report = waiting_report(replica);
+  report.load = next_load_++;
+  report.state = LoadState::failed;
+  report.error = error;
+  keep_report(std::move(report));
+}
+
+Result<LoadReport> Engine::explain(const std::string& selector) const {
+  const Result<uint64_t> resident = find(selector);
+  const bool last = selector == "last";
+  const auto is_meant = [&](uint64_t number, const std::string& path) {
+    if (resident) return number == *resident;
+    return last ? number == last_opened_ : path == selector || std::to_string(number) == selector;
+  };
+  for (const auto& [number, replica] : replicas_) {
+    const bool waits = replica->state == ReplicaState::indexing || replica->state == ReplicaState::waiting;
+    if (waits && is_meant(number, replica->path())) return waiting_report(*replica);
   }
-  if (found == nullptr) return std::nullopt;
+  auto found = std::find_if(reports_.rbegin(), reports_.rend(),
+                            [&](const LoadReport& report) { return is_meant(report.replica, report.path); });
+  if (found == reports_.rend() && last) found = reports_.rbegin();
+  if (found == reports_.rend() && !resident) return base::pass_on(resident);
+  if (found == reports_.rend())
+    return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
   LoadReport report = *found;
-  if (replica != replicas_.end() && replica->second->load) {
-    note_progress(*replica->second, report);
-  }
+  const auto replica = replicas_.find(report.replica);
+  if (replica != replicas_.end() && replica->second->load) note_progress(*replica->second, report);
   return report;
 }
 
-std::optional<LoadReport> Engine::last_load_report() const {
-  if (reports_.empty()) return std::nullopt;
-  return load_report(reports_.back().replica);
+uint64_t Engine::loaded_bytes() const {
+  uint64_t bytes = loaded_bytes_;
+  for (const auto& [number, replica] : replicas_) {
+    if (replica->load) bytes += replica->load->counters().bytes;
+  }
+  return bytes;
 }
 
 void Engine::note_use(uint64_t number, Use use) {
   LoadReport* report = report_of(number);
-  if (report == nullptr || report->uses.size() == kUseCountMax) return;
+  if (report == nullptr) return;
+  if (report->uses.size() == kUseCountMax) {
+    if (report->uses.front().begin_ns >= report->reopened_ns) return;
+    report->uses.erase(report->uses.begin());  // of those before it was opened again
+  }
   size_t span_count = report->spans.size();
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
@@ -139,6 +173,12 @@ uint64_t disk_bytes_read() {
   }
   std::fclose(file);
   return bytes;
+}
+
+int64_t cpu_time_ns() {
+  timespec now = {};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
 // A check of all leaves, in portions that leave the pool's threads to others in between.

@@ -115,12 +115,15 @@ bool Engine::turn_away(Replica& replica, Room room) {
   };
   const auto refused = std::stable_partition(replica.waiters.begin(), replica.waiters.end(), waits_on);
   if (refused == replica.waiters.end()) return true;
+  const base::Error error = refusal(replica);
+  const auto asks_again = [](const Waiter& waiter) { return waiter.stay == Stay::batch_ahead; };
+  if (!std::all_of(refused, replica.waiters.end(), asks_again)) {
+    log(LogLevel::warning, error.message);
+    keep_failed(replica, error);
+  }
   const std::vector<Waiter> gone(std::make_move_iterator(refused),
                                  std::make_move_iterator(replica.waiters.end()));
   replica.waiters.erase(refused, replica.waiters.end());
-  const base::Error error = refusal(replica);
-  const auto asks_again = [](const Waiter& waiter) { return waiter.stay == Stay::batch_ahead; };
-  if (!std::all_of(gone.begin(), gone.end(), asks_again)) log(LogLevel::warning, error.message);
   for (const Waiter& waiter : gone) waiter.done(tl::unexpected(error));
   if (!replica.waiters.empty()) return true;
   forget(replica.number);

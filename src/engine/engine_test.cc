@@ -9,7 +9,7 @@ TEST_F(EngineTest, a_load_ends_ready_with_an_artifact_id_and_a_report) {
   const Replica& replica = engine_.replica(grant.replica);
   EXPECT_EQ(replica.state, ReplicaState::ready);
   EXPECT_TRUE(replica.artifact.has_value());
-  const LoadReport report = engine_.load_report(grant.replica).value();
+  const LoadReport report = engine_.explain(std::to_string(grant.replica)).value();
   EXPECT_EQ(report.state, LoadState::ready);
   EXPECT_EQ(report.counters.bytes, engine_.replica(grant.replica).content->identities[0].size_bytes);
   EXPECT_FALSE(report.checked_against_record);
@@ -25,7 +25,7 @@ TEST_F(EngineTest, two_requests_for_the_same_files_share_one_replica_and_one_loa
   EXPECT_EQ(replicas[0], replicas[1]);
   EXPECT_EQ(replicas[1], replicas[2]);
   EXPECT_EQ(engine_.replica(replicas[0]).leases.size(), 3u);
-  EXPECT_EQ(engine_.last_load_report()->load, 1u);
+  EXPECT_EQ(engine_.explain("last")->load, 1u);
 }
 
 TEST_F(EngineTest, a_file_that_changed_since_last_time_becomes_another_artifact) {
@@ -45,7 +45,7 @@ TEST_F(EngineTest, a_second_load_is_checked_against_the_first) {
   const uint64_t first = load(path).value().replica;
   owner_.hang_up_all();
   ASSERT_TRUE(engine_.evict(first));
-  EXPECT_TRUE(engine_.load_report(load(path).value().replica)->checked_against_record);
+  EXPECT_TRUE(engine_.explain(std::to_string(load(path).value().replica))->checked_against_record);
 }
 
 TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {

@@ -15,7 +15,7 @@ namespace tensord::engine {
 
 // Spans are kept only when asked for, and no more than this many of a load (256 GiB in blocks of 1 MiB, two each).
 inline constexpr size_t kSpanCountMax = 1 << 19;
-inline constexpr size_t kUseCountMax = 256;  // of one load; the oldest stay
+inline constexpr size_t kUseCountMax = 256;  // of one load; the oldest since it was opened last stay
 
 struct LoadSpan {
   enum class Kind : uint8_t { read, check };
@@ -46,6 +46,8 @@ struct UseSpan {
 struct Use {
   pid_t process_id = 0;
   std::string process_name;
+  int64_t begin_ns = 0;      // base::monotonic_ns, as the next
+  int64_t map_begin_ns = 0;  // of the mapping that it copied out of
   int64_t map_ns = 0;
   int64_t plan_ns = 0;
   int64_t wait_ns = 0;
@@ -56,10 +58,10 @@ struct Use {
   std::vector<UseSpan> spans;
 };
 
-enum class LoadState : uint8_t { waiting, filling, ready, failed };
+enum class LoadState : uint8_t { waiting, filling, ready, failed };  // waiting: for headers or memory
 
 struct LoadReport {
-  uint64_t load = 0;
+  uint64_t load = 0;  // 0: it only waits so far
   uint64_t replica = 0;
   std::string path;
   std::vector<std::string> only;  // what was asked for; empty: all tensors
@@ -69,10 +71,13 @@ struct LoadReport {
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;
   int64_t begin_ns = 0;
-  int64_t wall_ns = 0;  // from the request to the last checked block; so far, while it fills
+  int64_t fill_ns = 0;      // when reading began; 0: it has not come to that
+  int64_t reopened_ns = 0;  // when somebody last found the replica resident
+  int64_t wall_ns = 0;      // from the request to the last checked block; so far, while it fills
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // waiting in line, and until what had to go for it has left memory
   LoadCounters counters;
+  int64_t cpu_ns = 0;              // that the whole daemon ran meanwhile
   uint64_t disk_bytes = 0;         // what devices delivered meanwhile, to the whole daemon
   uint64_t cached_bytes = 0;       // taken from the page cache
   uint64_t direct_bytes = 0;       // read past the page cache (O_DIRECT)

@@ -1,0 +1,108 @@
+#include "doctor/machine.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "base/fd.h"
+#include "base/log.h"
+#include "base/text.h"
+
+namespace tensord::doctor {
+
+using base::Code;
+using base::fail;
+using nlohmann::json;
+
+namespace {
+
+constexpr uint64_t kFileBytesMax = 64 << 10;
+constexpr double kRateMax = 1e14;  // 100 TB/s: no memory is that fast
+
+base::Result<Rates> parse_rates(const std::string& text, const std::string& machine) try {
+  const json file = json::parse(text);
+  if (file.at("machine") != machine) return fail(Code::changed, "it is of another machine or kernel");
+  Rates rates;
+  rates.bytes_per_s = file.at("bytes_per_s").get<decltype(rates.bytes_per_s)>();
+  for (const auto& [name, rate] : rates.bytes_per_s) {
+    if (!(rate >= 0 && rate <= kRateMax)) return fail(Code::corrupt, base::quoted(name) + " is no rate");
+  }
+  return rates;
+} catch (const json::exception& exception) {
+  return fail(Code::corrupt, exception.what());
+}
+
+}  // namespace
+
+double Rates::of(std::string_view name) const {
+  const auto found = bytes_per_s.find(name);
+  return found == bytes_per_s.end() ? 0 : found->second;
+}
+
+int core_count() {
+  cpu_set_t cores;
+  return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
+std::string this_machine() {
+  std::string cpu;
+  std::ifstream cpus("/proc/cpuinfo");
+  while (!cpu.starts_with("model name") && std::getline(cpus, cpu)) {
+  }
+  utsname kernel = {};
+  ::uname(&kernel);
+  return base::text(cpu.substr(cpu.find(": ") + 2), ", ", core_count(), " cores, Linux ",
+                    std::string_view(kernel.release));
+}
+
+uint64_t cgroup_memory(const char* file_name) {
+  std::ifstream own("/proc/self/cgroup");
+  std::string line;
+  std::string path;
+  while (std::getline(own, line)) {
+    if (line.starts_with("0::")) path = line.substr(3);
+  }
+  uint64_t lowest = UINT64_MAX;
+  while (true) {
+    std::ifstream file("/sys/fs/cgroup" + path + "/" + file_name);
+    uint64_t limit = 0;
+    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos || path.empty()) return lowest;
+    path.resize(slash);
+  }
+}
+
+std::string machine_file(const std::string& state_dir) { return state_dir + "/machine.json"; }
+
+std::optional<Rates> load_rates(const std::string& state_dir, const std::string& machine) {
+  const std::string path = machine_file(state_dir);
+  const base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd.valid()) return std::nullopt;
+  auto text = base::read_file(fd.get(), kFileBytesMax, path);
+  const auto rates = text ? parse_rates(*text, machine) : base::Result<Rates>(base::pass_on(text));
+  if (rates) return *rates;
+  base::log(base::LogLevel::warning, path, " is ignored: ", rates.error().message,
+            "; `tensord doctor` writes it anew");
+  return std::nullopt;
+}
+
+base::Status save_rates(const std::string& state_dir, const std::string& machine, const Rates& rates) {
+  json file = {{"machine", machine}, {"bytes_per_s", json::object()}};
+  for (const auto& [name, rate] : rates.bytes_per_s) file["bytes_per_s"][name] = std::round(rate);
+  const std::string path = machine_file(state_dir), part = path + ".part";
+  std::ofstream out(part);
+  out << file.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
+  out.close();
+  if (out && ::rename(part.c_str(), path.c_str()) == 0) return {};
+  return tl::unexpected(base::errno_error("write " + path, errno));
+}
+
+}  // namespace tensord::doctor
