@@ -52,8 +52,8 @@ def test_top_draws_over_its_last_look_on_a_terminal(daemon: Daemon, make_file: C
         shown = b""
         while shown.count(b"\x1b[?7h") < 2:
             shown += os.read(ours, 1 << 16)
-        top.send_signal(signal.SIGINT)
-        assert top.wait(DEADLINE_SECONDS) == -signal.SIGINT
+        top.send_signal(signal.SIGTERM)
+        assert top.wait(DEADLINE_SECONDS) == -signal.SIGTERM
     assert b"held by" in shown and b"bell?.safetensors" in shown and b"\x07" not in shown
     assert shown.count(b"\x1b[?7l") - shown.count(b"\x1b[?7h") in (0, 1)
     os.close(ours)

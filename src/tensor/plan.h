@@ -134,12 +134,6 @@ CopyPlan canonical(CopyPlan plan);
 // without casts (CHECK).
 CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes);
 
-// `outer` reads as source 0 what `inner` writes as target 0: the plan from inner's sources straight to outer's targets.
-// Fills of inner that outer reads become fills. Both are checked plans. Slices of slices stay one record each where
-// their loops move in step, else they are taken apart row by row. Code::invalid_argument where outer reads what inner
-// does not write; Code::unsupported for casts and beyond kRecordsMax.
-Result<CopyPlan> compose(const CopyPlan& outer, const CopyPlan& inner);
-
 // A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
 // outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,
 // source bytes [byte_begin, byte_begin + byte_count) of it.

@@ -20,8 +20,8 @@ namespace {
 //   model   [sN:]NAME DTYPE [SHAPE] @OFFSET                 a tensor; row-major, or `strides A,B` in bytes
 //   view    NAME[ITEMS] [swap A B].. [-> [tN:]OFFSET [strides A,B]] [as DTYPE]     without `->`: packed into target 0
 //   pad     zero what packing leaves free
-//   given   a record as text, taken as it is; `inner` likewise, for compose
-//   do      canonical | window OFFSET SIZE | compose | check SOURCE,SIZES TARGET,SIZES [complete]
+//   given   a record as text, taken as it is
+//   do      canonical | window OFFSET SIZE | check SOURCE,SIZES TARGET,SIZES [complete]
 //   plan    the expected records, one a line; `error` a part of the expected message; `ok` no error is all
 struct Stanza {
   struct Line {
@@ -77,7 +77,6 @@ class Play {
       if (line.verb == "view") add_view(line.rest);
       if (line.verb == "pad") pads_ = true;
       if (line.verb == "given") given_ += plan_line;
-      if (line.verb == "inner") inner_ += plan_line;
       if (line.verb == "plan") expected_ += plan_line;
       if (line.verb == "error") error_ = line.rest;
       if (line.verb == "do") steps_.push_back(line.rest);
@@ -212,9 +211,6 @@ class Play {
       std::string verb, sources, targets, coverage;
       words >> verb;
       if (verb == "canonical") plan = canonical(plan);
-      if (verb == "compose") {
-        TRY_ASSIGN(plan, compose(plan, parse_plan(inner_)));
-      }
       if (verb == "window") {
         uint64_t offset = 0, size_bytes = 0;
         words >> offset >> size_bytes;
@@ -231,7 +227,7 @@ class Play {
 
   std::map<std::string, Model> models_;
   std::vector<std::string> views_, steps_;
-  std::string given_, inner_, expected_, error_;
+  std::string given_, expected_, error_;
   bool pads_ = false;
 };
 
@@ -382,42 +378,6 @@ TEST(Plan, a_window_paints_what_the_plan_paints_there) {
         << offset << " + " << size_bytes << " of\n"
         << to_text(plan);
   });
-}
-
-TEST(Plan, composed_plans_paint_what_they_paint_one_after_the_other) {
-  int good_count = 0;
-  for_seeds(10000, [&](uint64_t seed) {
-    constexpr uint64_t kSource = 150, kMiddle = 60, kTarget = 150;
-    RandomPlan random(seed);
-    CopyPlan inner = random.make_good(kSource, kMiddle);
-    const CopyPlan outer = random.make_good(kMiddle, kTarget);
-    if (random.below(2) == 0) {  // leave no hole
-      const std::vector<int64_t> painted = paint(inner, kSource, kMiddle).bytes;
-      for (uint64_t at = 0; at < kMiddle; ++at) {
-        if (painted[at] != kNothing) continue;
-        Copy2D byte;
-        byte.source_offset = at;
-        byte.target_offset = at;
-        byte.row_bytes = 1;
-        inner.records.push_back(byte);
-      }
-    }
-    const Painted first = paint(inner, kSource, kMiddle);
-    Painted expected = paint(outer, kMiddle, kTarget);
-    bool reads_holes = false;
-    for (int64_t& byte : expected.bytes) {
-      if (byte < 0) continue;
-      byte = first.bytes[static_cast<size_t>(byte)];
-      reads_holes |= byte == kNothing;
-    }
-    const auto direct = compose(outer, inner);
-    ASSERT_EQ(direct.has_value(), !reads_holes) << to_text(outer) << "of\n" << to_text(inner);
-    if (!direct) return;
-    ++good_count;
-    ASSERT_EQ(paint(*direct, kSource, kTarget).bytes, expected.bytes) << to_text(outer) << "of\n"
-                                                                      << to_text(inner);
-  });
-  EXPECT_TRUE(good_count > 1000 || std::getenv("TENSORD_SEED"));
 }
 
 TEST(Plan, thousands_of_experts_are_one_record_for_each_matrix) {
