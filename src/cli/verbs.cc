@@ -191,32 +191,24 @@ Result<Output> run_doctor(const Words& words) {
   const std::string state_dir = base::state_folder();
   TRY(base::make_folders(state_dir));
   if (isatty(STDERR_FILENO) != 0) std::fputs("measuring, this takes 5 to 20 s\n", stderr);
-  const std::vector<doctor::Check> facts = doctor::look_around();
-  TRY_ASSIGN(const doctor::Rates rates,
-             doctor::measure(words.operand.empty() ? state_dir : words.operand,
-                             words.quick ? doctor::Effort::quick : doctor::Effort::whole));
+  std::vector<doctor::Check> facts = doctor::look_around();
+  TRY_ASSIGN(const doctor::Rates rates, doctor::measure(words.operand.empty() ? state_dir : words.operand));
   const std::string machine = doctor::this_machine(), saved = doctor::machine_file(state_dir);
-  if (!words.quick) TRY(doctor::save_rates(state_dir, machine, rates));
-  std::vector<doctor::Check> checks = doctor::judge(rates);
-  checks.insert(checks.end(), facts.begin(), facts.end());
+  TRY(doctor::save_rates(state_dir, machine, rates));
   Table table({{"what"}, {"value", Align::right}, {"verdict"}, {"what to do"}});
   json lines = json::array();
-  for (const doctor::Check& check : checks) {
-    const char* verdict = kVerdicts[static_cast<size_t>(check.verdict)];
-    table.add({check.name, check.value, verdict, check.advice});
-    lines.push_back(
-        {{"name", check.name}, {"value", check.value}, {"verdict", verdict}, {"advice", check.advice}});
+  for (const auto& checks : {doctor::judge(rates), std::move(facts)}) {
+    for (const auto& [name, value, verdict, advice] : checks) {
+      const char* word = kVerdicts[static_cast<size_t>(verdict)];
+      table.add({name, value, word, advice});
+      lines.push_back({{"name", name}, {"value", value}, {"verdict", word}, {"advice", advice}});
+    }
   }
-  const json report = {{"machine", machine},
-                       {"bytes_per_s", rates.bytes_per_s},
-                       {"checks", std::move(lines)},
-                       {"saved", words.quick ? json() : json(saved)}};
-  std::string for_people = text(machine, "\n\n", table.text());
-  if (!words.quick)
-    for_people +=
-        text("\nrates in ", saved, ", for `tensord explain`, and for daemons that start from now on\n");
+  const json report = {
+      {"machine", machine}, {"bytes_per_s", rates.bytes_per_s}, {"checks", lines}, {"saved", saved}};
   return Output{.json = report.dump(-1, ' ', false, json::error_handler_t::replace),
-                .text = std::move(for_people)};
+                .text = text(machine, "\n\n", table.text(), "\nrates in ", saved,
+                             ", for `tensord explain`, and for daemons that start from now on\n")};
 }
 
 // Over what is there, so that nothing flickers. Lines end at the screen's edge.
@@ -367,7 +359,6 @@ void add_explain(CLI::App& verb, Words& words) {
 
 void add_doctor(CLI::App& verb, Words& words) {
   add_operand(verb, words, "PATH", "a folder whose disk is measured (default: the state folder), or a file");
-  verb.add_flag("--quick", words.quick, "less of everything, once; the rates are not stored");
 }
 
 void add_top(CLI::App& verb, Words& words) {

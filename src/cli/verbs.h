@@ -41,7 +41,6 @@ struct Words {
   std::vector<std::string> only;
   std::string trace;
   std::string html;
-  bool quick = false;
   double interval_s = 1;
   uint64_t count = 0;      // 0: without end
   std::string serve_help;  // what `serve` accepts is the daemon's to say

@@ -17,7 +17,6 @@
 #include "base/fd.h"
 #include "base/folders.h"
 #include "base/text.h"
-#include "daemon/memory_limit.h"
 #include "doctor/machine.h"
 #include "rpc/unix_socket.h"
 
@@ -216,7 +215,7 @@ Result<Config> make_config(const CommandLine& command_line) {
   Config config;
   config.runtime_dir = rpc::runtime_folder();
   config.state_dir = base::state_folder();
-  config.host_memory = default_host_memory();
+  config.host_memory = doctor::default_host_memory();
   config.read_threads = default_read_threads();
   const char* variable = std::getenv("TENSORD_CONFIG");
   const bool by_variable = command_line.config_path.empty() && variable != nullptr && *variable != '\0';

@@ -21,7 +21,6 @@
 #include "base/text.h"
 #include "catalog/catalog.h"
 #include "daemon/config.h"
-#include "daemon/memory_limit.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -62,8 +61,8 @@ DescriptorShares raise_descriptor_limit() {
 // The default follows the limit it comes from; what was set stays below it.
 void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
   engine.set_host_memory(config.host_memory_is_default
-                             ? default_host_memory()
-                             : std::min(config.host_memory, most_within(cgroup_memory_limit())));
+                             ? doctor::default_host_memory()
+                             : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 

@@ -17,12 +17,15 @@ struct Check {
   std::string advice;  // what to do; empty where it is good
 };
 
-enum class Effort { whole, quick };  // quick: less of everything, once
+struct Effort {
+  uint64_t size_bytes = 256 << 20;  // of each memory and of the file; less where memory is short
+  int round_count = 5;
+};
 
 // The median of several short runs of each measurement, in turn; at most 15 s. `path` is a folder, for a scratch file
 // in it that is gone at once, or a file to read, whose pages leave the cache. Code::exhausted when not even the least
 // memory can be had.
-base::Result<Rates> measure(const std::string& path, Effort effort);
+base::Result<Rates> measure(const std::string& path, const Effort& effort = {});
 
 // A line for each rate. Pure.
 std::vector<Check> judge(const Rates& rates);

@@ -2,15 +2,18 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/sysinfo.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "base/bytes.h"
 #include "base/fd.h"
 #include "base/log.h"
 #include "base/text.h"
@@ -62,22 +65,39 @@ std::string this_machine() {
                     std::string_view(kernel.release));
 }
 
-uint64_t cgroup_memory(const char* file_name) {
-  std::ifstream own("/proc/self/cgroup");
-  std::string line;
-  std::string path;
-  while (std::getline(own, line)) {
-    if (line.starts_with("0::")) path = line.substr(3);
-  }
+uint64_t cgroup_memory_limit(const std::string& groups_path, const std::string& cgroup_root) {
+  constexpr std::string_view kFirst = ":memory:", kSecond = "0::";  // versions
+  std::ifstream groups(groups_path);
   uint64_t lowest = UINT64_MAX;
-  while (true) {
-    std::ifstream file("/sys/fs/cgroup" + path + "/" + file_name);
-    uint64_t limit = 0;
-    if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
-    const size_t slash = path.rfind('/');
-    if (slash == std::string::npos || path.empty()) return lowest;
-    path.resize(slash);
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(kFirst);
+    const bool second = line.starts_with(kSecond);
+    if (!second && first == std::string::npos) continue;
+    std::string group = second ? line.substr(kSecond.size()) : "/memory" + line.substr(first + kFirst.size());
+    // In a container the tree may begin at its own group, and the names above it not exist: those are passed over.
+    while (true) {
+      for (const char* name : {"memory.max", "memory.high", "memory.limit_in_bytes"}) {
+        std::ifstream file(cgroup_root + group + "/" + name);
+        uint64_t limit = 0;
+        if (file >> limit) lowest = std::min(lowest, limit);  // "max" is no number
+      }
+      const size_t slash = group.rfind('/');
+      if (slash == std::string::npos) break;
+      group.resize(slash);
+    }
   }
+  return lowest;
+}
+
+uint64_t most_within(uint64_t limit_bytes) {
+  return limit_bytes - std::min(limit_bytes / 2, std::max(64 * base::kMiB, limit_bytes / 16));
+}
+
+uint64_t default_host_memory() {
+  struct sysinfo machine;
+  uint64_t bytes = UINT64_MAX;
+  if (::sysinfo(&machine) == 0) bytes = static_cast<uint64_t>(machine.totalram) * machine.mem_unit;
+  return std::min(bytes, cgroup_memory_limit()) / 2;
 }
 
 std::string machine_file(const std::string& state_dir) { return state_dir + "/machine.json"; }

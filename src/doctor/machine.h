@@ -1,4 +1,10 @@
-// What this machine can do, as `tensord doctor` measured it: STATE/machine.json.
+// This machine: the memory it leaves for weights, and what it can do as `tensord doctor` measured it: STATE/machine.json.
+//
+//   cgroup limit   [ host_memory, at most                              | headroom ]
+//                                                                      headroom: 1/16 of the limit, at least 64 MiB
+//
+// The headroom is for what is charged to the same cgroup and is no weight: the daemon itself (some 10 MiB, and 1/512 of
+// host_memory in page tables), and what the clients use. It is at most half of the limit.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +28,17 @@ struct Rates {
 std::string this_machine();
 int core_count();
 
-// The lowest limit in files of that name (memory.max, memory.high) from this process's cgroup (v2) up to the root;
-// UINT64_MAX where there is none.
-uint64_t cgroup_memory(const char* file_name);
+// The lowest of memory.max and memory.high (version 2) and memory.limit_in_bytes (version 1) from the groups named in
+// `groups_path` up to the root, below the mounted tree `cgroup_root`; UINT64_MAX where nothing limits. What cannot be
+// read limits nothing.
+uint64_t cgroup_memory_limit(const std::string& groups_path = "/proc/self/cgroup",
+                             const std::string& cgroup_root = "/sys/fs/cgroup");
+
+// The most that host_memory may be within such a limit.
+uint64_t most_within(uint64_t limit_bytes);
+
+// Half of what the cgroup or the machine allows.
+uint64_t default_host_memory();
 
 std::string machine_file(const std::string& state_dir);
 

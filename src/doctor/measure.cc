@@ -31,15 +31,12 @@ using storage::SourceCounters;
 
 namespace {
 
-constexpr uint64_t kSizeBytes = 256 * kMiB;  // of each memory and of the file
-constexpr uint64_t kQuickBytes = 16 * kMiB;
 constexpr uint64_t kReadBytes = 4 * kMiB;
 constexpr int kReadsAtOnce = 16;
 constexpr int64_t kRunNs = 600'000'000;  // a slow disk is read for so long, not to the end
 constexpr int64_t kTotalNs = 14'000'000'000;
-constexpr int kRoundCount = 5;
-// Source, target, fresh memory and the cached file take a quarter of it at most.
-constexpr uint64_t kMemoryShare = 16;
+// Source, target, fresh memory and the cached file take half of it at most.
+constexpr uint64_t kMemoryShare = 8;
 
 // Bytes a second of `work(at, size)` over [0, size_bytes), in pieces that threads take in turn.
 template <typename Work>
@@ -209,9 +206,7 @@ base::Status open_file(const std::string& path, Bench& bench) {
 }
 
 base::Status prepare(const std::string& path, uint64_t size_bytes, Bench& bench) {
-  const uint64_t memory_bytes =
-      std::min(cgroup_memory("memory.max"), static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) * 4096);
-  bench.size_bytes = std::bit_floor(std::min(size_bytes, memory_bytes / kMemoryShare));
+  bench.size_bytes = std::bit_floor(std::min(size_bytes, default_host_memory() / kMemoryShare));
   if (bench.size_bytes < kReadBytes)
     return base::fail(base::Code::exhausted, "64 MiB of memory are too little to measure");
   bench.thread_count = core_count();
@@ -235,13 +230,12 @@ base::Status prepare(const std::string& path, uint64_t size_bytes, Bench& bench)
 
 }  // namespace
 
-Result<Rates> measure(const std::string& path, Effort effort) {
-  const bool quick = effort == Effort::quick;
+Result<Rates> measure(const std::string& path, const Effort& effort) {
   Bench bench;
-  TRY(prepare(path, quick ? kQuickBytes : kSizeBytes, bench));
+  TRY(prepare(path, effort.size_bytes, bench));
   std::vector<double> runs[std::size(kMeasurements)];
   const int64_t end_ns = base::monotonic_ns() + kTotalNs;
-  for (int round = 0; round < (quick ? 1 : kRoundCount) && base::monotonic_ns() < end_ns; ++round) {
+  for (int round = 0; round < effort.round_count && base::monotonic_ns() < end_ns; ++round) {
     for (size_t at = 0; at < std::size(kMeasurements); ++at)
       runs[at].push_back((bench.*kMeasurements[at].run)());
   }
