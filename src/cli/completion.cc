@@ -75,7 +75,9 @@ void add_values(const CLI::Option& option, Candidates& found) {
     return;
   }
   const std::string name = option.get_positional() ? option.get_name(true) : option.get_option_text();
-  if (name == "PATH" || name == "REPLICA" || name == "LOAD" || name == "FILE") found.emplace_back(kFiles, "");
+  for (const char* path : {"PATH", "REPLICA", "LOAD", "FOLDER", "FILE"}) {
+    if (name == path) found.emplace_back(kFiles, "");
+  }
 }
 
 }  // namespace

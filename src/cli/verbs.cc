@@ -1,6 +1,5 @@
 #include "cli/verbs.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -13,6 +12,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -49,9 +49,6 @@ namespace {
 // How long `stop` waits for the daemon to end: it lets running loads and answers come to an end first.
 constexpr int kStopTimeoutMs = 30'000;
 
-// ---- words
-// ------------------------------------------------------------------------------------------------------
-
 bool is_made_of(std::string_view word, std::string_view letters) {
   return !word.empty() && word.find_first_not_of(letters) == std::string_view::npos;
 }
@@ -79,9 +76,6 @@ std::string selector_of(const std::string& word) { return is_path(word) ? absolu
 Result<std::string> ask(protocol::Verb verb, const std::string& selector) {
   return client::call(verb, selector, Autostart::no);
 }
-
-// ---- verbs
-// ------------------------------------------------------------------------------------------------------
 
 // A report as it is and as `for_people` says it.
 Result<Output> told(Result<std::string> report, Result<std::string> (*for_people)(std::string_view)) {
@@ -157,14 +151,10 @@ Result<Output> run_verify(const Words& words) {
 }
 
 Status write_file(const std::string& path, const std::string& content) {
-  const base::Fd fd(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-  if (!fd.valid()) return tl::unexpected(base::errno_error(text("write ", path), errno));
-  for (std::string_view left = content; !left.empty();) {
-    const ssize_t written = write(fd.get(), left.data(), left.size());
-    if (written < 0 && errno != EINTR) return tl::unexpected(base::errno_error(text("write ", path), errno));
-    if (written > 0) left.remove_prefix(static_cast<size_t>(written));
-  }
-  return {};
+  std::ofstream file(path);
+  file << content;
+  file.close();
+  return file ? Status() : tl::unexpected(base::errno_error(text("write ", path), errno));
 }
 
 Result<Output> run_explain(const Words& words) {
@@ -284,9 +274,6 @@ Result<Output> run_serve(const Words&) {
   return fail(Code::invalid_argument, "serve must be the first word");  // then main() takes it
 }
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------------
-
 constexpr std::string_view kExitHelp =
     "Exit status: 0 done; 1 it failed; 2 the command line makes no sense; 3 no daemon runs, or it does not\n"
     "answer; 4 the bytes are corrupt or changed; 130 interrupted. Errors are on standard error.";
@@ -300,117 +287,109 @@ class HelpFormatter final : public CLI::Formatter {
   }
 };
 
-CLI::Option* add_operand(CLI::App& verb, Words& words, const char* name, const char* summary) {
-  return verb.add_option(name, words.operand, summary)->option_text(" ");
+// One word that a verb takes: its operand, or a flag.
+void add_word(CLI::App& verb, Words& words, std::string_view name) {
+  const auto add = [&](auto& target, const char* value, const std::string& summary) {
+    return verb.add_option(std::string(name), target, summary)->option_text(value);
+  };
+  const auto add_operand = [&](const char* summary) { return add(words.operand, " ", summary); };
+  // Each time with one value: what follows is the operand or the next flag.
+  const auto add_many = [&](std::vector<std::string>& values, const char* value, const char* summary) {
+    return add(values, value, text(summary, "; may be given many times"))
+        ->expected(1)
+        ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  };
+  const auto is_view = [](const std::string& view) {
+    const auto parsed = tensor::parse_view_item(view);
+    return parsed ? "" : parsed.error().message;
+  };
+  if (name == "PATH") add_operand("a .safetensors file, or a folder with a checkpoint")->required();
+  if (name == "REPLICA")
+    add_operand("a path, an artifact id (4 digits or more), a replica's number")->required();
+  if (name == "LOAD") add_operand("a path, an artifact id, a replica's number, or last (the default)");
+  if (name == "FOLDER") add_operand("whose disk is measured (default: the state folder), or a file");
+  if (name == "SHELL")
+    add_operand("bash, zsh or fish")->required()->check(CLI::IsMember({"bash", "zsh", "fish"}));
+  if (name == "VERB") add_operand("any of them");
+  if (name == "--only") add_many(words.only, "PATTERN", "only tensors of this name, or that match");
+  if (name == "--view")
+    add_many(words.views, "VIEW", "print the plan that packs such slices")->check(is_view);
+  if (name == "--wait") verb.add_flag("--wait", words.wait, "return when every byte is there and checked");
+  if (name == "--pin") verb.add_flag("--pin", words.pin, "keep it until it is unpinned");
+  if (name == "--progress")
+    add(words.progress, "WHEN", "show how far it is: auto (on a terminal), always, never")
+        ->check(CLI::IsMember({"auto", "always", "never"}));
+  if (name == "--trace")
+    add(words.trace, "FILE", "write every read, check and copy to FILE, for chrome://tracing");
+  if (name == "--html") add(words.html, "FILE", "draw it in FILE, a page for any browser");
+  if (name == "--interval")
+    add(words.interval_s, "SECONDS", "time between two looks (1)")->check(CLI::Range(0.001, 1000.0));
+  if (name == "--count")
+    add(words.count, "COUNT", "end after so many looks")->check(CLI::Range(uint64_t{1}, UINT64_MAX));
+  if (name == "--json") verb.add_flag("--json", words.json, "print one JSON document instead of text");
 }
-
-// One that may be given many times: each time with one value, what follows is the operand or the next flag.
-CLI::Option* add_many(CLI::App& verb, std::vector<std::string>& values, const char* name, const char* value,
-                      const char* summary) {
-  return verb.add_option(name, values, text(summary, "; may be given many times"))
-      ->option_text(value)
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-}
-
-void add_path(CLI::App& verb, Words& words) {
-  add_operand(verb, words, "PATH", "a .safetensors file, or a folder with a checkpoint")->required();
-  add_many(verb, words.only, "--only", "PATTERN", "only tensors of this name, or that match");
-}
-
-void add_replica(CLI::App& verb, Words& words) {
-  add_operand(verb, words, "REPLICA", "a path, an artifact id (4 digits or more), a replica's number")
-      ->required();
-}
-
-void add_progress(CLI::App& verb, Words& words) {
-  verb.add_option("--progress", words.progress, "show how far it is: auto (on a terminal), always, never")
-      ->option_text("WHEN")
-      ->check(CLI::IsMember({"auto", "always", "never"}));
-}
-
-void add_load(CLI::App& verb, Words& words) {
-  add_path(verb, words);
-  verb.add_flag("--wait", words.wait, "return when every byte is there and checked");
-  verb.add_flag("--pin", words.pin, "keep it until it is unpinned");
-  add_progress(verb, words);
-}
-
-void add_show(CLI::App& verb, Words& words) {
-  add_path(verb, words);
-  add_many(verb, words.views, "--view", "VIEW", "print the plan that packs such slices")
-      ->check([](const std::string& view) {
-        const auto parsed = tensor::parse_view_item(view);
-        return parsed ? "" : parsed.error().message;
-      });
-}
-
-void add_verify(CLI::App& verb, Words& words) {
-  add_replica(verb, words);
-  add_progress(verb, words);
-}
-
-void add_explain(CLI::App& verb, Words& words) {
-  add_operand(verb, words, "LOAD", "a path, an artifact id, a replica's number, or last (the default)");
-  verb.add_option("--trace", words.trace, "write every read, check and copy to FILE, for chrome://tracing")
-      ->option_text("FILE");
-  verb.add_option("--html", words.html, "draw it in FILE, a page for any browser")->option_text("FILE");
-}
-
-void add_doctor(CLI::App& verb, Words& words) {
-  add_operand(verb, words, "PATH", "a folder whose disk is measured (default: the state folder), or a file");
-}
-
-void add_top(CLI::App& verb, Words& words) {
-  verb.add_option("--interval", words.interval_s, "time between two looks (1)")
-      ->option_text("SECONDS")
-      ->check(CLI::Range(0.001, 1000.0));
-  verb.add_option("--count", words.count, "end after so many looks")
-      ->option_text("COUNT")
-      ->check(CLI::Range(uint64_t{1}, UINT64_MAX));
-}
-
-void add_shell(CLI::App& verb, Words& words) {
-  add_operand(verb, words, "SHELL", "bash, zsh or fish")
-      ->required()
-      ->check(CLI::IsMember({"bash", "zsh", "fish"}));
-}
-
-void add_verb_name(CLI::App& verb, Words& words) { add_operand(verb, words, "VERB", "any of them"); }
 
 struct Verb {
   const char* name;
   const char* summary;
   const char* example;
   Result<Output> (*run)(const Words&);
-  void (*add_words)(CLI::App&, Words&) = nullptr;  // its operand and flags, but for those that all have
+  const char* words[5] = {};  // its operand and flags, but for --json, which all have
 };
 
 constexpr Verb kVerbs[] = {
     {"serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", run_serve},
     {"stop", "stop the daemon and wait until it is gone", "tensord stop", run_stop},
     {"status", "say which daemon runs, and its limits", "tensord status --json", run_status},
-    {"load", "load a checkpoint into memory", "tensord load /models/Qwen3-14B --wait --pin", run_load,
-     add_load},
+    {"load",
+     "load a checkpoint into memory",
+     "tensord load /models/Qwen3-14B --wait --pin",
+     run_load,
+     {"PATH", "--only", "--wait", "--pin", "--progress"}},
     {"ls", "list what is in memory and who holds it", "tensord ls", run_ls},
-    {"show", "list the tensors of a checkpoint, or plan a view",
-     "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'", run_show, add_show},
-    {"verify", "check every block against its digest", "tensord verify /models/Qwen3-14B", run_verify,
-     add_verify},
-    {"explain", "say where the time of a load went", "tensord explain last --html load.html", run_explain,
-     add_explain},
-    {"doctor", "measure this machine and say what could be better", "tensord doctor /models", run_doctor,
-     add_doctor},
-    {"top", "watch loads, replicas, memory and rates", "tensord top --interval 0.5", run_top, add_top},
-    {"evict", "give back the memory of a replica that nobody holds", "tensord evict /models/Qwen3-14B",
-     run_on_replica<evict>, add_replica},
-    {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", run_on_replica<pin>, add_replica},
-    {"unpin", "let a replica be evicted again", "tensord unpin /models/Qwen3-14B", run_on_replica<unpin>,
-     add_replica},
+    {"show",
+     "list the tensors of a checkpoint, or plan a view",
+     "tensord show /models/Qwen3-14B --view 'lm_head.weight[:, 0:2560]'",
+     run_show,
+     {"PATH", "--only", "--view"}},
+    {"verify",
+     "check every block against its digest",
+     "tensord verify /models/Qwen3-14B",
+     run_verify,
+     {"REPLICA", "--progress"}},
+    {"explain",
+     "say where the time of a load went",
+     "tensord explain last --html load.html",
+     run_explain,
+     {"LOAD", "--trace", "--html"}},
+    {"doctor",
+     "measure this machine and say what could be better",
+     "tensord doctor /models",
+     run_doctor,
+     {"FOLDER"}},
+    {"top",
+     "watch loads, replicas, memory and rates",
+     "tensord top --interval 0.5",
+     run_top,
+     {"--interval", "--count"}},
+    {"evict",
+     "give back the memory of a replica that nobody holds",
+     "tensord evict /models/Qwen3-14B",
+     run_on_replica<evict>,
+     {"REPLICA"}},
+    {"pin", "keep a replica in memory", "tensord pin /models/Qwen3-14B", run_on_replica<pin>, {"REPLICA"}},
+    {"unpin",
+     "let a replica be evicted again",
+     "tensord unpin /models/Qwen3-14B",
+     run_on_replica<unpin>,
+     {"REPLICA"}},
     {"version", "print the version", "tensord version", run_version},
-    {"completion", "print a script that completes words in a shell", "source <(tensord completion bash)",
-     run_completion, add_shell},
-    {"help", "print help on a verb", "tensord help load", run_help, add_verb_name},
+    {"completion",
+     "print a script that completes words in a shell",
+     "source <(tensord completion bash)",
+     run_completion,
+     {"SHELL"}},
+    {"help", "print help on a verb", "tensord help load", run_help, {"VERB"}},
 };
 
 }  // namespace
@@ -427,8 +406,10 @@ std::unique_ptr<CLI::App> make_program(Words& words, const std::string& serve_he
   for (const Verb& verb : kVerbs) {
     CLI::App* app = program->add_subcommand(verb.name, verb.summary)->footer(verb.example)->group("Verbs");
     app->callback([&words, &verb] { words.run = verb.run; });
-    if (verb.add_words != nullptr) verb.add_words(*app, words);
-    app->add_flag("--json", words.json, "print one JSON document instead of text");
+    for (const char* word : verb.words) {
+      if (word != nullptr) add_word(*app, words, word);
+    }
+    add_word(*app, words, "--json");
   }
   program->get_subcommand("serve")->formatter_fn(
       [=](const CLI::App*, std::string, CLI::AppFormatMode) { return serve_help; });

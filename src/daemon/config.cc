@@ -8,7 +8,6 @@
 #include <cctype>
 #include <charconv>
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <iterator>
 #include <string_view>
@@ -28,20 +27,26 @@ using base::Status;
 
 namespace {
 
+template <std::string Config::*kField>
+Status set_text(Config& config, const std::string& value) {
+  config.*kField = value;
+  return {};
+}
+
 Status set_bytes(uint64_t& target, const std::string& value) {
   TRY_ASSIGN(target, base::parse_bytes(value));
   return {};
 }
 
-template <typename Number>
-Status set_number(Number& target, const std::string& value, Number least, Number most) {
-  Number number = 0;
+template <auto kField, int64_t kLeast, int64_t kMost>
+Status set_number(Config& config, const std::string& value) {
+  int64_t number = 0;
   const auto [rest, problem] = std::from_chars(value.data(), value.data() + value.size(), number);
-  if (problem != std::errc() || rest != value.data() + value.size() || number < least || number > most) {
+  if (problem != std::errc() || rest != value.data() + value.size() || number < kLeast || number > kMost) {
     return fail(Code::invalid_argument,
-                base::text(base::quoted(value), " is no whole number from ", least, " to ", most));
+                base::text(base::quoted(value), " is no whole number from ", kLeast, " to ", kMost));
   }
-  target = number;
+  config.*kField = static_cast<std::remove_reference_t<decltype(config.*kField)>>(number);
   return {};
 }
 
@@ -64,10 +69,10 @@ constexpr int64_t kDrainSecondsMax = 3600;
 constexpr Setting kSettings[] = {
     {"runtime_dir", "FOLDER",
      "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
-     [](Config& config, const std::string& value) -> Status { return config.runtime_dir = value, Status(); }},
+     set_text<&Config::runtime_dir>},
     {"state_dir", "FOLDER",
      "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
-     [](Config& config, const std::string& value) -> Status { return config.state_dir = value, Status(); }},
+     set_text<&Config::state_dir>},
     {"host_memory", "SIZE",
      "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's, also as it "
      "changes)",
@@ -76,16 +81,12 @@ constexpr Setting kSettings[] = {
        return set_bytes(config.host_memory, value);
      }},
     {"memory_wait_seconds", "COUNT", "how long an open waits for memory that others hold (default: 30)",
-     [](Config& config, const std::string& value) {
-       return set_number(config.memory_wait_seconds, value, int64_t{0}, kMemoryWaitSecondsMax);
-     }},
+     set_number<&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax>},
     {"prefault", "SIZE",
      "memory to touch in the background at start, so that loads find it warm (default: 0)",
      [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
     {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
-     [](Config& config, const std::string& value) {
-       return set_number(config.read_threads, value, 1, kReadThreadsMax);
-     }},
+     set_number<&Config::read_threads, 1, kReadThreadsMax>},
     {"disk_reads", "WAY",
      "best, io_uring, pread (both with O_DIRECT), or buffered: how what is not cached is read (default: "
      "best)",
@@ -107,11 +108,9 @@ constexpr Setting kSettings[] = {
        return {};
      }},
     {"log_file", "FILE", "where log lines go, rotated at 10 MiB (default: standard error)",
-     [](Config& config, const std::string& value) -> Status { return config.log_file = value, Status(); }},
+     set_text<&Config::log_file>},
     {"drain_seconds", "COUNT", "how long SIGTERM lets running loads finish (default: 10)",
-     [](Config& config, const std::string& value) {
-       return set_number(config.drain_seconds, value, int64_t{0}, kDrainSecondsMax);
-     }},
+     set_number<&Config::drain_seconds, 0, kDrainSecondsMax>},
 };
 
 const Setting* find_setting(std::string_view name) {
@@ -163,11 +162,8 @@ Status apply_file(Config& config, const std::string& path) try {
 }
 
 std::string usual_config_path() {
-  if (const char* home = std::getenv("XDG_CONFIG_HOME"); home != nullptr && *home != '\0') {
-    return std::string(home) + "/tensord/tensord.toml";
-  }
-  const char* home = std::getenv("HOME");
-  return home == nullptr ? "" : std::string(home) + "/.config/tensord/tensord.toml";
+  const std::string home = base::environment("XDG_CONFIG_HOME");
+  return (home.empty() ? base::environment("HOME") + "/.config" : home) + "/tensord/tensord.toml";
 }
 
 int default_read_threads() {
@@ -217,8 +213,8 @@ Result<Config> make_config(const CommandLine& command_line) {
   config.state_dir = base::state_folder();
   config.host_memory = doctor::default_host_memory();
   config.read_threads = default_read_threads();
-  const char* variable = std::getenv("TENSORD_CONFIG");
-  const bool by_variable = command_line.config_path.empty() && variable != nullptr && *variable != '\0';
+  const std::string variable = base::environment("TENSORD_CONFIG");
+  const bool by_variable = command_line.config_path.empty() && !variable.empty();
   const std::string named = by_variable ? variable : command_line.config_path;
   const std::string path = named.empty() ? usual_config_path() : named;
   const base::Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
@@ -230,8 +226,8 @@ Result<Config> make_config(const CommandLine& command_line) {
   }
   for (const Setting& setting : kSettings) {
     const std::string name = variable_of(setting);
-    const char* value = std::getenv(name.c_str());
-    if (value != nullptr && *value != '\0') TRY(apply(config, setting, value, "$" + name));
+    const std::string value = base::environment(name.c_str());
+    if (!value.empty()) TRY(apply(config, setting, value, "$" + name));
   }
   for (const auto& [setting, value] : command_line.flags)
     TRY(apply(config, *setting, value, flag_of(*setting)));

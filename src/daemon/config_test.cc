@@ -100,7 +100,7 @@ TEST_F(ConfigTest, relative_folders_are_those_of_the_place_it_was_started_at) {
 TEST_F(ConfigTest, the_default_memory_is_at_most_half_of_the_machine) {
   EXPECT_GT(doctor::default_host_memory(), 0u);
   EXPECT_LE(doctor::default_host_memory(), static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-                                       static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) / 2);
+                                               static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) / 2);
 }
 
 TEST_F(ConfigTest, help_names_every_setting) {

@@ -60,9 +60,10 @@ DescriptorShares raise_descriptor_limit() {
 
 // The default follows the limit it comes from; what was set stays below it.
 void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
-  engine.set_host_memory(config.host_memory_is_default
-                             ? doctor::default_host_memory()
-                             : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
+  engine.set_host_memory(
+      config.host_memory_is_default
+          ? doctor::default_host_memory()
+          : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
@@ -137,58 +138,37 @@ storage::CachedPath faster_path(const std::string& state_dir) {
   return streams ? storage::CachedPath::stream : storage::CachedPath::plain;
 }
 
-// Touches memory for loads to come, piece by piece: the loop claims room, a thread of its own touches it.
-class Prefaulter {
- public:
-  Prefaulter(rpc::Loop& loop, engine::Engine& engine, memory::HugePages huge)
-      : loop_(loop), engine_(engine), huge_(huge) {}
+std::optional<memory::Segment> touched_segment(uint64_t size, memory::HugePages huge) {
+  auto segment = memory::make_segment(size, ::getuid());
+  if (!segment) return std::nullopt;
+  memory::SegmentRun run;
+  run.segments.push_back(std::move(*segment));
+  memory::FreshPages(run, size, huge).prepare(0, size);
+  if (::madvise(run.data(), size, MADV_POPULATE_WRITE) != 0) return std::nullopt;
+  run.segments.front().set_touched(size);
+  return std::move(run.segments.front());
+}
 
-  Status start(uint64_t bytes) {
-    TRY_ASSIGN(thread_, storage::start_read_pool(1));
-    sizes_ = memory::segment_sizes(bytes);
-    touch_next();
-    return {};
-  }
-
- private:
-  void touch_next() {
-    if (sizes_.empty()) return;
-    const uint64_t size = sizes_.back();
-    sizes_.pop_back();
-    if (!engine_.claim_memory(size)) {
-      log(LogLevel::info, "prefault: ends early, loads need the memory");
-      return;
-    }
-    thread_->post(this, [this, size] {
-      auto segment = memory::make_segment(size, ::getuid());
-      const bool touched = segment && touch(*segment);
-      auto shared = std::make_shared<std::optional<memory::Segment>>();
-      if (touched) *shared = std::move(*segment);
-      loop_.post([this, size, touched, shared] {
-        engine_.settle_claim(size, std::move(*shared));
-        if (touched) return touch_next();
-        log(LogLevel::warning, "prefault: ", base::human_bytes(size),
-            " could not be had; the rest is left out");
-      });
+// Touches memory for loads to come, segment by segment: the loop claims room, `thread` touches it. `sizes` are still to
+// be touched, the largest first.
+void prefault(rpc::Loop& loop, engine::Engine& engine, storage::ReadPool& thread, memory::HugePages huge,
+              std::vector<uint64_t> sizes) {
+  if (sizes.empty()) return;
+  const uint64_t size = sizes.back();
+  sizes.pop_back();
+  if (!engine.claim_memory(size)) return log(LogLevel::info, "prefault: ends early, loads need the memory");
+  thread.post(&engine, [&, huge, size, sizes = std::move(sizes)] {
+    // Shared, because work can be copied.
+    auto segment = std::make_shared<std::optional<memory::Segment>>(touched_segment(size, huge));
+    loop.post([&, huge, size, sizes, segment] {
+      const bool touched = segment->has_value();
+      engine.settle_claim(size, std::move(*segment));
+      if (touched) return prefault(loop, engine, thread, huge, sizes);
+      log(LogLevel::warning, "prefault: ", base::human_bytes(size),
+          " could not be had; the rest is left out");
     });
-  }
-
-  bool touch(memory::Segment& segment) const {
-    memory::SegmentRun run;
-    run.segments.push_back(std::move(segment));
-    memory::FreshPages(run, run.size_bytes(), huge_).prepare(0, run.size_bytes());
-    segment = std::move(run.segments.front());
-    if (::madvise(segment.data(), segment.size_bytes(), MADV_POPULATE_WRITE) != 0) return false;
-    segment.set_touched(segment.size_bytes());
-    return true;
-  }
-
-  rpc::Loop& loop_;
-  engine::Engine& engine_;
-  const memory::HugePages huge_;
-  std::vector<uint64_t> sizes_;                // still to be touched, the largest first
-  std::unique_ptr<storage::ReadPool> thread_;  // last: it ends before what it uses
-};
+  });
+}
 
 engine::Owner owner_over(rpc::Loop& loop) {
   return {.post = [&loop](std::function<void()> work) { loop.post(std::move(work)); },
@@ -295,9 +275,12 @@ Status run(const Config& config) {
     signalfd_siginfo info;
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();
   }));
-  Prefaulter prefaulter(*loop, engine, config.huge_pages);
   follow_limit(*loop, engine, config);
-  if (config.prefault > 0) TRY(prefaulter.start(config.prefault));
+  std::unique_ptr<storage::ReadPool> prefault_thread;
+  if (config.prefault > 0) {
+    TRY_ASSIGN(prefault_thread, storage::start_read_pool(1));
+    prefault(*loop, engine, *prefault_thread, config.huge_pages, memory::segment_sizes(config.prefault));
+  }
   log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
       base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
   loop->run();
