@@ -381,11 +381,6 @@ void Engine::note_catalog(const Status& status) {
 void Engine::remember(const Replica& replica) {
   const Content& content = *replica.content;
   if (!replica.stays && replica.checked) return;  // a batch that taught nothing
-  std::optional<catalog::ArtifactRecord> artifact;
-  if (replica.stays) {
-    artifact = {*replica.artifact, replica.path(), content.index.payload_bytes(),
-                content.index.tensors.size(), content.identities};
-  }
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
@@ -398,7 +393,7 @@ void Engine::remember(const Replica& replica) {
       leaves[content.number_of(content.layout.leaves[at])] = replica.leaves[at];
   }
   ++remembering_count_;
-  catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)]() mutable {
+  catalog_thread_.post(this, [this, files = std::move(files)]() mutable {
     for (catalog::FileRecord& file : files) {
       if (std::none_of(file.leaves.begin(), file.leaves.end(), is_zero)) continue;
       const auto older = catalog_.find_file(file.identity);
@@ -409,7 +404,7 @@ void Engine::remember(const Replica& replica) {
         if (is_zero(file.leaves[at])) file.leaves[at] = (*older)->leaves[at];
       }
     }
-    note_catalog(catalog_.remember(artifact, files));
+    note_catalog(catalog_.remember(files));
     owner_.post([this] {
       --remembering_count_;
       end_drain();
