@@ -66,12 +66,16 @@ class [[nodiscard]] Result {
   std::variant<T, Error> state_;
 };
 
+// What a call of the C ABI gave, or its error.
+template <typename T>
+Result<T> result_of(int code, T value) {
+  if (code != TENSORD_OK) return last_error(code);
+  return value;
+}
+
 // Done, or why not.
 using Status = Result<std::monostate>;
-inline Status status_of(int code) {
-  if (code != TENSORD_OK) return last_error(code);
-  return std::monostate{};
-}
+inline Status status_of(int code) { return result_of(code, std::monostate{}); }
 
 // ---- slices ------------------------------------------------------------------------------------------------
 
@@ -305,16 +309,14 @@ inline Result<Model> Model::open(const std::vector<std::string>& paths, const Op
                                        options.memory_wait_ms};
   tensord_model* model = nullptr;
   const int code = tensord_open(names.data(), names.size(), &wishes, &model);
-  if (code != TENSORD_OK) return last_error(code);
-  return Model(model);
+  return result_of(code, Model(model));
 }
 
 inline Result<Model> Model::open_part(const std::vector<std::string>& names) const {
   const std::vector<const char*> wanted = pointers_to(names);
   tensord_model* part = nullptr;
   const int code = tensord_open_part(model_.get(), wanted.data(), wanted.size(), &part);
-  if (code != TENSORD_OK) return last_error(code);
-  return Model(part);
+  return result_of(code, Model(part));
 }
 
 inline std::vector<Tensor> Model::tensors() const {
@@ -368,10 +370,9 @@ inline Result<std::string> Model::info() const {
 }
 
 inline Result<tensord_region> Model::resolve(const std::string& name, const Index& index) const {
-  tensord_region region;
+  tensord_region region = {};
   const int code = tensord_resolve(model_.get(), name.c_str(), index.data(), index.size(), &region);
-  if (code != TENSORD_OK) return last_error(code);
-  return region;
+  return result_of(code, region);
 }
 
 inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& copies,
@@ -391,10 +392,9 @@ inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& cop
   }
   const tensord_copy_options wishes = {sizeof wishes, options.cast == Cast::convert, options.thread_count, 0,
                                        options.cancel};
-  tensord_copy_report report;
+  tensord_copy_report report = {};
   const int code = tensord_load_into(model_.get(), raw.data(), raw.size(), &wishes, &report);
-  if (code != TENSORD_OK) return last_error(code);
-  return report;
+  return result_of(code, report);
 }
 
 inline Result<std::string> call(const std::string& verb, const std::string& selector, Autostart autostart) {

@@ -1,6 +1,5 @@
 // number: counts up with every record remembered, so the smallest are the oldest.
-// Integers are the two's complement of unsigned ones; digests lie end to end, 16 bytes each; identities are
-// (device, inode, size_bytes, mtime_ns), 8 bytes each in the order of this machine, whose files they are.
+// Integers are the two's complement of unsigned ones; digests lie end to end, 16 bytes each.
 #include "catalog/catalog.h"
 
 #include <sqlite3.h>
@@ -39,34 +38,16 @@ constexpr const char* kSchema = R"(
     layout_digest BLOB NOT NULL,
     leaves BLOB NOT NULL,
     UNIQUE(device, inode)) STRICT;
-  CREATE TABLE artifacts(
-    number INTEGER PRIMARY KEY,
-    id BLOB NOT NULL UNIQUE,
-    path TEXT NOT NULL,
-    payload_bytes INTEGER NOT NULL,
-    tensor_count INTEGER NOT NULL,
-    files BLOB NOT NULL) STRICT;
 )";
 
 constexpr const char* kFindFile =
     "SELECT path, layout_digest, leaves FROM files"
     " WHERE device = ?1 AND inode = ?2 AND size_bytes = ?3 AND mtime_ns = ?4";
-constexpr const char* kFindArtifact =
-    "SELECT id, path, payload_bytes, tensor_count, files FROM artifacts WHERE id = ?1";
-constexpr const char* kListArtifacts =
-    "SELECT id, path, payload_bytes, tensor_count, files FROM artifacts ORDER BY number DESC";
 constexpr const char* kInsertFile =
     "INSERT OR REPLACE INTO files(device, inode, size_bytes, mtime_ns, path, layout_digest, leaves)"
     " VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7)";
-constexpr const char* kInsertArtifact =
-    "INSERT OR REPLACE INTO artifacts(id, path, payload_bytes, tensor_count, files)"
-    " VALUES(?1, ?2, ?3, ?4, ?5)";
 constexpr const char* kForgetFiles =
     "DELETE FROM files WHERE number <= (SELECT number FROM files ORDER BY number DESC LIMIT 1 OFFSET ?1)";
-constexpr const char* kForgetArtifacts =
-    "DELETE FROM artifacts"
-    " WHERE number <= (SELECT number FROM artifacts ORDER BY number DESC LIMIT 1 OFFSET ?1)";
-
 template <auto function>
 struct Release {
   template <typename T>
@@ -237,11 +218,6 @@ class Query {
   bool ready_ = false;
 };
 
-Status read_artifact(const Query& query, ArtifactRecord& artifact) {
-  return query.read(artifact.id, artifact.path, artifact.payload_bytes, artifact.tensor_count,
-                    artifact.files);
-}
-
 // The only column of the only row.
 template <typename T>
 Status read_value(const Connection& connection, std::string_view what, const char* sql, T& value) {
@@ -274,7 +250,7 @@ Status adopt(const Connection& connection) {
     return connection.failed(kWhat, Code::corrupt,
                              text("there never was a version ", static_cast<int64_t>(version)));
   }
-  return connection.execute(kRead, text(kFindFile, "; ", kFindArtifact));  // all columns are there
+  return connection.execute(kRead, kFindFile);  // all columns are there
 }
 
 // A database may come with triggers and views of anyone's: none of them is run.
@@ -307,8 +283,8 @@ Status use_wal(const Connection& connection, int busy_timeout_ms) {
 
 }  // namespace
 
-Catalog::Catalog(std::unique_ptr<Connection> connection, const CatalogLimits& limits)
-    : connection_(std::move(connection)), limits_(limits) {}
+Catalog::Catalog(std::unique_ptr<Connection> connection, size_t file_count_max)
+    : connection_(std::move(connection)), file_count_max_(file_count_max) {}
 
 Catalog::~Catalog() = default;
 
@@ -332,7 +308,7 @@ Result<std::unique_ptr<Catalog>> Catalog::open(const std::string& path, const Ca
   TRY(connection->transact("open",
                            [&] { return adopt(*connection); }));  // another process may be at the same
   TRY(use_wal(*connection, options.busy_timeout_ms));
-  return std::make_unique<Catalog>(std::move(connection), options.limits);
+  return std::make_unique<Catalog>(std::move(connection), options.file_count_max);
 }
 
 Result<std::optional<FileRecord>> Catalog::find_file(const base::FileIdentity& identity) {
@@ -344,28 +320,8 @@ Result<std::optional<FileRecord>> Catalog::find_file(const base::FileIdentity& i
   return file;
 }
 
-Result<std::optional<ArtifactRecord>> Catalog::find_artifact(const tensor::Digest& id) {
-  Query query(*connection_, "find an artifact", kFindArtifact, id);
-  TRY_ASSIGN(const bool found, query.step());
-  if (!found) return std::nullopt;
-  ArtifactRecord artifact;
-  TRY(read_artifact(query, artifact));
-  return artifact;
-}
-
-Result<std::vector<ArtifactRecord>> Catalog::list_artifacts() {
-  Query query(*connection_, "list the artifacts", kListArtifacts);
-  std::vector<ArtifactRecord> artifacts;
-  while (true) {
-    TRY_ASSIGN(const bool found, query.step());
-    if (!found) return artifacts;
-    TRY(read_artifact(query, artifacts.emplace_back()));
-  }
-}
-
-Status Catalog::remember(const std::optional<ArtifactRecord>& artifact,
-                         const std::vector<FileRecord>& files) {
-  const std::string what = artifact ? text("remember ", artifact->path) : "remember files";
+Status Catalog::remember(const std::vector<FileRecord>& files) {
+  const std::string what = text("remember ", files.empty() ? "no files" : files.front().path);
   const auto run = [&](const char* sql, const auto&... values) {
     return Query(*connection_, what, sql, values...).run();
   };
@@ -373,12 +329,7 @@ Status Catalog::remember(const std::optional<ArtifactRecord>& artifact,
     for (const FileRecord& file : files) {
       TRY(run(kInsertFile, file.identity, file.path, file.layout_digest, file.leaves));
     }
-    if (artifact) {
-      TRY(run(kInsertArtifact, artifact->id, artifact->path, artifact->payload_bytes, artifact->tensor_count,
-              artifact->files));
-    }
-    TRY(run(kForgetFiles, limits_.file_count_max));
-    return run(kForgetArtifacts, limits_.artifact_count_max);
+    return run(kForgetFiles, file_count_max_);
   });
 }
 

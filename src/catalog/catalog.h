@@ -1,4 +1,4 @@
-// Catalog: what is known about artifacts beyond the life of a daemon, in one SQLite file in WAL mode.
+// Catalog: what is known about files beyond the life of a daemon, in one SQLite file in WAL mode.
 #pragma once
 
 #include <cstdint>
@@ -25,23 +25,9 @@ struct FileRecord {
   std::vector<tensor::Digest> leaves;  // in file order; zeros where a leaf was never read
 };
 
-struct ArtifactRecord {
-  tensor::Digest id;
-  std::string path;  // the last path it was opened from
-  uint64_t payload_bytes = 0;
-  uint64_t tensor_count = 0;
-  std::vector<base::FileIdentity> files;
-};
-
-// What is not remembered again while so many others are is forgotten. A record of a file is some 16 KiB a
-// GiB.
-struct CatalogLimits {
-  size_t file_count_max = 100'000;
-  size_t artifact_count_max = 10'000;
-};
-
 struct CatalogOptions {
-  CatalogLimits limits;
+  // What is not remembered again while so many others are is forgotten. A record is some 16 KiB a GiB.
+  size_t file_count_max = 100'000;
   int busy_timeout_ms = 1000;  // how long a call waits for another process; then Code::unavailable
 };
 
@@ -58,21 +44,17 @@ class Catalog {
   // one is Code::unsupported, a damaged file or another program's database Code::corrupt, one that cannot be
   // written Code::denied. Several processes may have it open.
   static Result<std::unique_ptr<Catalog>> open(const std::string& path, const CatalogOptions& options = {});
-  Catalog(std::unique_ptr<Connection> connection, const CatalogLimits& limits);  // open's
+  Catalog(std::unique_ptr<Connection> connection, size_t file_count_max);  // open's
   ~Catalog();
 
   // Of exactly this identity: a file that was written to since is absent.
   Result<std::optional<FileRecord>> find_file(const base::FileIdentity& identity);
-  // All or nothing. Replaces the older records of the same artifact and of the same files (equal device and
-  // inode). nullopt: files alone.
-  Status remember(const std::optional<ArtifactRecord>& artifact, const std::vector<FileRecord>& files);
-  Result<std::optional<ArtifactRecord>> find_artifact(const tensor::Digest& id);
-  // The last remembered first.
-  Result<std::vector<ArtifactRecord>> list_artifacts();
+  // All or nothing. Replaces the older records of the same files (equal device and inode).
+  Status remember(const std::vector<FileRecord>& files);
 
  private:
   const std::unique_ptr<Connection> connection_;
-  const CatalogLimits limits_;
+  const size_t file_count_max_;
 };
 
 }  // namespace tensord::catalog

@@ -8,10 +8,9 @@ namespace {
 
 class FileOrMemory : public testing::TestWithParam<const char*> {
  protected:
-  std::unique_ptr<Catalog> make(const CatalogLimits& limits = {}) {
+  std::unique_ptr<Catalog> make(const CatalogOptions& options = {}) {
     const bool in_memory = GetParam() == std::string("memory");
-    return Catalog::open(in_memory ? Catalog::kInMemory : folder_.file("catalog"), {.limits = limits})
-        .value();
+    return Catalog::open(in_memory ? Catalog::kInMemory : folder_.file("catalog"), options).value();
   }
 
  private:
@@ -24,38 +23,29 @@ INSTANTIATE_TEST_SUITE_P(Catalog, FileOrMemory, testing::Values("file", "memory"
 TEST_P(FileOrMemory, an_empty_catalog_knows_nothing) {
   auto catalog = make();
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), "absent");
-  EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), "absent");
-  EXPECT_TRUE(catalog->list_artifacts()->empty());
 }
 
 TEST_P(FileOrMemory, what_is_remembered_is_found_as_it_was) {
   auto catalog = make();
-  const auto artifact = sample_artifact(1, {sample_identity(1), sample_identity(2)});
-  ASSERT_TRUE(catalog->remember(artifact, {sample_file(1), sample_file(2, 1000)}));
+  ASSERT_TRUE(catalog->remember({sample_file(1), sample_file(2, 1000)}));
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))),
             "42/1/1001/1700000000000000000 /models/1 layout 0708090a0b0c0d0e0f10111213141516\n"
             "  0102030405060708090a0b0c0d0e0f10\n"
             "  02030405060708090a0b0c0d0e0f1011\n"
             "  030405060708090a0b0c0d0e0f101112");
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), to_text(sample_file(2, 1000)));
-  EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))),
-            "0102030405060708090a0b0c0d0e0f10 /models/1 1001 B 1 tensors\n"
-            "  42/1/1001/1700000000000000000\n"
-            "  42/2/1002/1700000000000000000");
 }
 
 TEST_P(FileOrMemory, every_value_of_every_field_survives) {
   auto catalog = make();
   FileRecord file{{UINT64_MAX, UINT64_MAX - 1, UINT64_MAX - 2, INT64_MIN}, "/\xff\n'\";--", {}, {}};
-  ArtifactRecord artifact{tensor::Digest{}, "", UINT64_MAX, UINT64_MAX, {}};
-  ASSERT_TRUE(catalog->remember(artifact, {file}));
+  ASSERT_TRUE(catalog->remember({file}));
   EXPECT_EQ(to_text(catalog->find_file(file.identity)), to_text(file));
-  EXPECT_EQ(to_text(catalog->find_artifact(artifact.id)), to_text(artifact));
 }
 
 TEST_P(FileOrMemory, a_file_is_found_by_its_whole_identity_only) {
   auto catalog = make();
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1)}));
+  ASSERT_TRUE(catalog->remember({sample_file(1)}));
   for (const auto field :
        {&base::FileIdentity::device, &base::FileIdentity::inode, &base::FileIdentity::size_bytes}) {
     base::FileIdentity other = sample_identity(1);
@@ -71,8 +61,8 @@ TEST_P(FileOrMemory, a_later_record_of_a_file_replaces_the_older_one) {
   auto catalog = make();
   FileRecord rewritten = sample_file(1, 2);
   ++rewritten.identity.mtime_ns;
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1), sample_file(2)}));
-  ASSERT_TRUE(catalog->remember(sample_artifact(2), {rewritten}));
+  ASSERT_TRUE(catalog->remember({sample_file(1), sample_file(2)}));
+  ASSERT_TRUE(catalog->remember({rewritten}));
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), "absent");
   EXPECT_EQ(to_text(catalog->find_file(rewritten.identity)), to_text(rewritten));
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), to_text(sample_file(2)));
@@ -80,35 +70,24 @@ TEST_P(FileOrMemory, a_later_record_of_a_file_replaces_the_older_one) {
 
 TEST_P(FileOrMemory, of_equal_files_in_one_call_the_last_counts) {
   auto catalog = make();
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1, 1), sample_file(1, 2)}));
+  ASSERT_TRUE(catalog->remember({sample_file(1, 1), sample_file(1, 2)}));
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1, 2)));
 }
 
-TEST_P(FileOrMemory, artifacts_are_listed_last_remembered_first_and_once) {
-  auto catalog = make();
-  for (const uint8_t id : {1, 2, 3, 1}) ASSERT_TRUE(catalog->remember(sample_artifact(id), {}));
-  std::string listed;
-  const auto artifacts = catalog->list_artifacts().value();
-  for (const ArtifactRecord& artifact : artifacts) listed += artifact.path + " ";
-  EXPECT_EQ(listed, "/models/1 /models/3 /models/2 ");
-}
-
 TEST_P(FileOrMemory, the_oldest_are_forgotten_above_the_limits) {
-  auto catalog = make({.file_count_max = 3, .artifact_count_max = 2});
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1), sample_file(2), sample_file(3)}));
-  ASSERT_TRUE(catalog->remember(sample_artifact(2), {sample_file(1)}));
-  ASSERT_TRUE(catalog->remember(sample_artifact(3), {sample_file(4)}));
+  auto catalog = make({.file_count_max = 3});
+  ASSERT_TRUE(catalog->remember({sample_file(1), sample_file(2), sample_file(3)}));
+  ASSERT_TRUE(catalog->remember({sample_file(1)}));
+  ASSERT_TRUE(catalog->remember({sample_file(4)}));
   std::string known;
   for (const uint64_t inode : {1, 2, 3, 4})
     known += to_text(catalog->find_file(sample_identity(inode))) == "absent" ? "-" : "x";
   EXPECT_EQ(known, "x-xx");
-  EXPECT_EQ(catalog->list_artifacts()->size(), 2u);
-  EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), "absent");
 }
 
 TEST(CatalogInMemory, each_is_its_own_and_leaves_no_file) {
   auto catalog = Catalog::open(Catalog::kInMemory).value();
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1)}));
+  ASSERT_TRUE(catalog->remember({sample_file(1)}));
   EXPECT_EQ(to_text(Catalog::open(Catalog::kInMemory).value()->find_file(sample_identity(1))), "absent");
   EXPECT_FALSE(std::filesystem::exists(Catalog::kInMemory));
 }

@@ -33,10 +33,9 @@ class CatalogFile : public testing::Test {
  protected:
   Result<std::unique_ptr<Catalog>> open() { return Catalog::open(path_, {.busy_timeout_ms = 0}); }
 
-  // Remembers artifact 1 with files 1 and 2, and closes.
+  // Remembers files 1 and 2, and closes.
   void fill(size_t leaf_count = 3) {
-    ASSERT_TRUE(
-        (*open())->remember(sample_artifact(1), {sample_file(1, leaf_count), sample_file(2, leaf_count)}));
+    ASSERT_TRUE((*open())->remember({sample_file(1, leaf_count), sample_file(2, leaf_count)}));
   }
   void execute(const std::string& sql) { Stranger(path_).execute(sql); }
 
@@ -60,12 +59,11 @@ TEST_F(CatalogFile, records_outlive_the_daemon) {
   fill();
   auto catalog = *open();
   EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), to_text(sample_file(2)));
-  EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(1))), to_text(sample_artifact(1)));
 }
 
 TEST_F(CatalogFile, its_files_are_for_their_user_alone) {
   auto catalog = *open();
-  ASSERT_TRUE(catalog->remember(sample_artifact(1), {}));
+  ASSERT_TRUE(catalog->remember({sample_file(2)}));
   for (const char* suffix : {"", "-wal", "-shm"}) {
     struct stat status;
     ASSERT_EQ(::stat((path_ + suffix).c_str(), &status), 0) << suffix;
@@ -124,33 +122,25 @@ TEST_F(CatalogFile, records_of_a_wrong_size_are_corrupt) {
               base::text("corrupt: catalog PATH: find a file: ", damaged));
     fill();
   }
-  execute("UPDATE artifacts SET files = zeroblob(31)");
-  EXPECT_EQ(failure((*open())->find_artifact(sample_digest(1))),
-            base::text("corrupt: catalog PATH: find an artifact: ", damaged));
-  execute("UPDATE artifacts SET files = x'', id = x'00'");
-  EXPECT_EQ(failure((*open())->list_artifacts()),
-            base::text("corrupt: catalog PATH: list the artifacts: ", damaged));
 }
 
 TEST_F(CatalogFile, columns_of_a_wrong_type_are_corrupt) {
   execute(
       "CREATE TABLE files(number INTEGER PRIMARY KEY, device, inode, size_bytes, mtime_ns, path, "
       "layout_digest, leaves);"
-      "CREATE TABLE artifacts(number INTEGER PRIMARY KEY, id, path, payload_bytes, tensor_count, files);"
       "INSERT INTO files VALUES(1, 42, 1, 1001, 1700000000000000000, NULL, 3.5, 'text of 16 bytes');"
-      "INSERT INTO artifacts VALUES(1, zeroblob(16), 7, 'many', NULL, 1);"
       "PRAGMA application_id = 1414745668; PRAGMA user_version = 1");
   auto catalog = *open();
   EXPECT_EQ(catalog->find_file(sample_identity(1)).error().code, Code::corrupt);
-  EXPECT_EQ(catalog->list_artifacts().error().code, Code::corrupt);
 }
 
 TEST_F(CatalogFile, triggers_in_the_file_are_not_run) {
   fill();
-  execute("CREATE TRIGGER spoil AFTER INSERT ON files BEGIN DELETE FROM artifacts; END");
+  execute("CREATE TRIGGER spoil AFTER INSERT ON files BEGIN DELETE FROM files; END");
   auto catalog = *open();
-  ASSERT_TRUE(catalog->remember(sample_artifact(2), {sample_file(3)}));
-  EXPECT_EQ(catalog->list_artifacts()->size(), 2u);
+  ASSERT_TRUE(catalog->remember({sample_file(3)}));
+  EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1)));
+  EXPECT_EQ(to_text(catalog->find_file(sample_identity(3))), to_text(sample_file(3)));
 }
 
 TEST_F(CatalogFile, damage_anywhere_is_an_error_or_harmless) {
@@ -175,9 +165,7 @@ TEST_F(CatalogFile, damage_anywhere_is_an_error_or_harmless) {
     expect_named(catalog);
     if (!catalog) continue;
     expect_named((*catalog)->find_file(sample_identity(1)));
-    expect_named((*catalog)->find_artifact(sample_digest(1)));
-    expect_named((*catalog)->list_artifacts());
-    expect_named((*catalog)->remember(sample_artifact(2), {sample_file(2), sample_file(3)}));
+    expect_named((*catalog)->remember({sample_file(2), sample_file(3)}));
   }
 }
 
@@ -192,13 +180,12 @@ TEST_F(CatalogFile, a_full_disk_is_exhausted_and_leaves_what_was_known) {
       return;
     }
     auto catalog = *open();
-    ASSERT_TRUE(catalog->remember(sample_artifact(1), {sample_file(1)}));
-    EXPECT_EQ(failure(catalog->remember(sample_artifact(2), {sample_file(2), sample_file(3, 100'000)})),
+    ASSERT_TRUE(catalog->remember({sample_file(1)}));
+    EXPECT_EQ(failure(catalog->remember({sample_file(2), sample_file(3, 100'000)})),
               "exhausted: catalog PATH: remember /models/2: database or disk is full; free space there");
     EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1)));
     EXPECT_EQ(to_text(catalog->find_file(sample_identity(2))), "absent");
-    EXPECT_EQ(to_text(catalog->find_artifact(sample_digest(2))), "absent");
-    EXPECT_TRUE(catalog->remember(sample_artifact(3), {sample_file(3)})) << "what fits is remembered again";
+    EXPECT_TRUE(catalog->remember({sample_file(3)})) << "what fits is remembered again";
   }).join();
   if (!refused.empty()) GTEST_SKIP() << "no tmpfs of 1 MiB to fill can be mounted here: " << refused;
 }
@@ -218,8 +205,8 @@ TEST_F(CatalogFile, a_file_that_can_only_be_read_is_denied) {
 TEST_F(CatalogFile, two_processes_may_have_it_open) {
   auto first = *open();
   auto second = *open();
-  ASSERT_TRUE(first->remember(sample_artifact(1), {sample_file(1)}));
-  ASSERT_TRUE(second->remember(sample_artifact(2), {sample_file(2)}));
+  ASSERT_TRUE(first->remember({sample_file(1)}));
+  ASSERT_TRUE(second->remember({sample_file(2)}));
   EXPECT_EQ(to_text(first->find_file(sample_identity(2))), to_text(sample_file(2)));
   EXPECT_EQ(to_text(second->find_file(sample_identity(1))), to_text(sample_file(1)));
 }
@@ -231,11 +218,11 @@ TEST_F(CatalogFile, a_busy_catalog_is_unavailable_for_writing_and_can_be_read) {
     Stranger stranger(path_);
     stranger.execute("BEGIN IMMEDIATE");
     EXPECT_EQ(
-        failure(catalog->remember(sample_artifact(2), {})),
+        failure(catalog->remember({sample_file(2)})),
         "unavailable: catalog PATH: remember /models/2: database is locked; another process may hold it");
     EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1)));
   }
-  EXPECT_TRUE(catalog->remember(sample_artifact(2), {}));
+  EXPECT_TRUE(catalog->remember({sample_file(2)}));
 }
 
 TEST_F(CatalogFile, many_may_open_a_catalog_that_does_not_exist_yet) {
@@ -246,12 +233,13 @@ TEST_F(CatalogFile, many_may_open_a_catalog_that_does_not_exist_yet) {
       threads.emplace_back([this, i] {
         auto catalog = Catalog::open(path_, {.busy_timeout_ms = 60'000});
         ASSERT_TRUE(catalog) << catalog.error().message;
-        const Status status = (*catalog)->remember(sample_artifact(i), {sample_file(i)});
+        const Status status = (*catalog)->remember({sample_file(i)});
         EXPECT_TRUE(status) << status.error().message;
       });
     }
     for (std::thread& thread : threads) thread.join();
-    EXPECT_EQ((*open())->list_artifacts()->size(), 8u);
+    for (uint8_t i = 0; i < 8; ++i)
+      EXPECT_EQ(to_text((*open())->find_file(sample_identity(i))), to_text(sample_file(i)));
   }
 }
 

@@ -72,11 +72,6 @@ inline FileRecord sample_file(uint64_t inode, size_t leaf_count = 3) {
   return file;
 }
 
-inline ArtifactRecord sample_artifact(uint8_t id,
-                                      std::vector<base::FileIdentity> files = {sample_identity(1)}) {
-  return {sample_digest(id), base::text("/models/", id), 1000u + id, id, std::move(files)};
-}
-
 // Records as text, to compare them.
 inline std::string to_text(const base::FileIdentity& file) {
   return base::text(file.device, "/", file.inode, "/", file.size_bytes, "/", file.mtime_ns);
@@ -86,12 +81,6 @@ inline std::string to_text(const FileRecord& file) {
   std::string out =
       base::text(to_text(file.identity), " ", file.path, " layout ", to_text(file.layout_digest));
   for (const tensor::Digest& leaf : file.leaves) out += base::text("\n  ", to_text(leaf));
-  return out;
-}
-inline std::string to_text(const ArtifactRecord& artifact) {
-  std::string out = base::text(to_text(artifact.id), " ", artifact.path, " ", artifact.payload_bytes, " B ",
-                               artifact.tensor_count, " tensors");
-  for (const base::FileIdentity& file : artifact.files) out += base::text("\n  ", to_text(file));
   return out;
 }
 template <typename Record>

@@ -45,7 +45,7 @@ bool is_program(const std::string& path) { return ::access(path.c_str(), X_OK) =
 base::Result<std::string> find_binary() {
   if (const char* named = std::getenv("TENSORD_BINARY"); named != nullptr && *named != '\0') {
     if (is_program(named)) return std::string(named);
-    return fail(Code::unavailable, base::text("$TENSORD_BINARY names ", named, ", which cannot be run"));
+    return fail(Code::unavailable, "$TENSORD_BINARY names ", named, ", which cannot be run");
   }
   const std::string folder = own_folder();
   std::vector<std::string> tried = {folder + "/tensord", folder + "/../../../../bin/tensord"};
@@ -117,13 +117,12 @@ base::Status spawn(const std::string& binary, const Log& log) {
   pid_t child = 0;
   const int problem = ::posix_spawn(&child, binary.c_str(), &actions, nullptr, argv.data(), environ);
   ::posix_spawn_file_actions_destroy(&actions);
-  if (problem != 0) return tl::unexpected(base::errno_error("run " + binary, problem));
+  if (problem != 0) return base::fail_errno(problem, "run ", binary);
   int status = 0;
   while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return {};
-  return fail(Code::unavailable,
-              base::text("`", binary, " serve` did not start: ", reason_in(log, log_begin)));
+  return fail(Code::unavailable, "`", binary, " serve` did not start: ", reason_in(log, log_begin));
 }
 
 }  // namespace
@@ -147,8 +146,8 @@ base::Status start_daemon(const std::string& runtime_folder, int64_t timeout_ms)
     if (socket) return {};
     if (socket.error().code != Code::unavailable) return base::pass_on(socket);
     if (waited_ms > timeout_ms) {
-      return fail(Code::unavailable, base::text("started ", binary, ", but it does not listen after ",
-                                                timeout_ms, " ms: ", reason_in(log, log_begin)));
+      return fail(Code::unavailable, "started ", binary, ", but it does not listen after ", timeout_ms,
+                  " ms: ", reason_in(log, log_begin));
     }
     ::poll(nullptr, 0, 5);
   }

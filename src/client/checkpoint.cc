@@ -30,7 +30,7 @@ Result<std::string> absolute(const std::string& path) {
     return fail(Code::invalid_argument, "open: a path with a NUL byte");
   if (path[0] == '/') return path;
   char* folder = ::getcwd(nullptr, 0);
-  if (folder == nullptr) return tl::unexpected(base::errno_error("find the working folder", errno));
+  if (folder == nullptr) return base::fail_errno(errno, "find the working folder");
   std::string whole = folder;
   std::free(folder);
   std::string_view rest = path;
@@ -41,7 +41,7 @@ Result<std::string> absolute(const std::string& path) {
 // O_NONBLOCK: a FIFO must not make us wait for its writer.
 Result<base::Fd> open_regular(const std::string& path) {
   base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
-  if (!fd.valid()) return tl::unexpected(base::errno_error("open " + path, errno));
+  if (!fd.valid()) return base::fail_errno(errno, "open ", path);
   TRY(base::identify_file(fd.get(), path));
   return fd;
 }
@@ -76,7 +76,7 @@ Result<Checkpoint> from_shard_index(const std::string& folder, const std::string
 
 Result<std::string> only_safetensors_in(const std::string& folder) {
   DIR* listing = ::opendir(folder.c_str());
-  if (listing == nullptr) return tl::unexpected(base::errno_error("list " + folder, errno));
+  if (listing == nullptr) return base::fail_errno(errno, "list ", folder);
   std::vector<std::string> found;
   while (const dirent* entry = ::readdir(listing)) {
     const std::string_view name = entry->d_name;
@@ -85,12 +85,10 @@ Result<std::string> only_safetensors_in(const std::string& folder) {
   ::closedir(listing);
   if (found.size() == 1) return folder + "/" + found[0];
   if (found.empty()) {
-    return fail(Code::not_found,
-                base::text(folder, " holds neither ", kShardIndexName, " nor a .safetensors file"));
+    return fail(Code::not_found, folder, " holds neither ", kShardIndexName, " nor a .safetensors file");
   }
-  return fail(Code::invalid_argument,
-              base::text(folder, " holds ", found.size(), " .safetensors files and no ", kShardIndexName,
-                         "; name the files that belong together"));
+  return fail(Code::invalid_argument, folder, " holds ", found.size(), " .safetensors files and no ",
+              kShardIndexName, "; name the files that belong together");
 }
 
 Result<Checkpoint> from_files(const std::vector<std::string>& paths, const std::string& shown) {
@@ -135,9 +133,8 @@ Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
                base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
     const auto& known = checkpoint.identities;
     if (const auto twin = std::find(known.begin(), known.end(), identity); twin != known.end()) {
-      return fail(Code::invalid_argument,
-                  base::text("open ", checkpoint.files[at], ": it is the same file as ",
-                             checkpoint.files[twin - known.begin()], ", named before"));
+      return fail(Code::invalid_argument, "open ", checkpoint.files[at], ": it is the same file as ",
+                  checkpoint.files[twin - known.begin()], ", named before");
     }
     checkpoint.identities.push_back(identity);
   }

@@ -52,25 +52,15 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
   if (total_bytes < image_bytes) return fail(Code::corrupt, "the daemon sent too few segments");
   if (total_bytes == 0) return MappedSegments();
   // At a multiple of huge pages, so that those of the segments are mapped as such.
-  const uint64_t padded = total_bytes + memory::kHugePageBytes;
-  void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (range == MAP_FAILED) {
-    return tl::unexpected(
-        base::errno_error("reserve " + base::human_bytes(total_bytes) + " of addresses", errno));
-  }
-  const auto begin = reinterpret_cast<uint64_t>(range);
-  const uint64_t aligned = base::align_up(begin, memory::kHugePageBytes);
-  if (aligned > begin) ::munmap(range, aligned - begin);
-  ::munmap(reinterpret_cast<void*>(aligned + total_bytes), begin + padded - aligned - total_bytes);
-  MappedSegments mapped{memory::Mapped(reinterpret_cast<std::byte*>(aligned), total_bytes)};
-  std::byte* address = mapped.memory.data();
+  TRY_ASSIGN(std::byte * address, memory::reserve_addresses(total_bytes, memory::kHugePageBytes));
+  MappedSegments mapped{memory::Mapped(address, total_bytes)};
   for (size_t at = 0; at < segments.size(); ++at) {
     constexpr int kFlags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
     const int fd = segments[at].get();
     if (::mmap(address, sizes[at], PROT_READ | PROT_WRITE, kFlags, fd, 0) == MAP_FAILED) {
       mapped.writable = false;
       if (::mmap(address, sizes[at], PROT_READ, kFlags, fd, 0) == MAP_FAILED)
-        return tl::unexpected(base::errno_error("map a segment", errno));
+        return base::fail_errno(errno, "map a segment");
     }
     address += sizes[at];
   }
@@ -98,9 +88,8 @@ struct AddressRange {
 
 Result<AddressRange> addresses_of(const CopyOrder& order) {
   if (order.to.shape.size() != order.to.strides.size()) {
-    return fail(Code::invalid_argument,
-                base::text(base::quoted(order.name), ": target with ", order.to.shape.size(),
-                           " dimensions and ", order.to.strides.size(), " strides"));
+    return fail(Code::invalid_argument, base::quoted(order.name), ": target with ", order.to.shape.size(),
+                " dimensions and ", order.to.strides.size(), " strides");
   }
   if (order.to.element_count() == 0) return AddressRange{};
   constexpr __int128 kFarMax = static_cast<__int128>(1) << 64;  // 64 dimensions of it do not overflow
@@ -111,7 +100,7 @@ Result<AddressRange> addresses_of(const CopyOrder& order) {
     (reach < 0 ? lowest : highest) += std::clamp(reach, -kFarMax, kFarMax);
   }
   if (order.target == nullptr || lowest <= 0 || highest > UINT64_MAX) {
-    return fail(Code::invalid_argument, base::text(base::quoted(order.name), ": the target is no memory"));
+    return fail(Code::invalid_argument, base::quoted(order.name), ": the target is no memory");
   }
   return AddressRange{static_cast<uint64_t>(lowest), static_cast<uint64_t>(highest)};
 }
@@ -169,9 +158,8 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   const auto too_long = [](const std::string& words) { return words.size() > rpc::kTextBytesMax; };
   if (options.only.size() > tensor::kOnlyCountMax ||
       std::any_of(options.only.begin(), options.only.end(), too_long)) {
-    return fail(Code::invalid_argument,
-                base::text("open ", checkpoint.path, ": only: at most ", tensor::kOnlyCountMax,
-                           " names of at most ", rpc::kTextBytesMax, " bytes are possible"));
+    return fail(Code::invalid_argument, "open ", checkpoint.path, ": only: at most ", tensor::kOnlyCountMax,
+                " names of at most ", rpc::kTextBytesMax, " bytes are possible");
   }
   protocol::OpenT body;
   body.path = checkpoint.path;
@@ -326,8 +314,8 @@ Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
 Result<const tensor::Tensor*> Model::find(std::string_view name) const {
   const tensor::Tensor* tensor = index_.find(name);
   if (tensor == nullptr) {
-    return fail(Code::not_found,
-                base::text(path_, " has no tensor ", base::quoted(name), tensor::suggestion(index_, name)));
+    return fail(Code::not_found, path_, " has no tensor ", base::quoted(name),
+                tensor::suggestion(index_, name));
   }
   return tensor;
 }
@@ -341,8 +329,8 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
     if (range.empty()) continue;
     const auto mapped = mapping_ ? reinterpret_cast<uint64_t>(mapping_->data()) : 0;
     if (mapping_ && range.begin < mapped + mapping_->size_bytes() && mapped < range.end) {
-      return fail(Code::invalid_argument, base::text("load_into ", base::quoted(order.name),
-                                                     ": the target is a tensor of the model itself"));
+      return fail(Code::invalid_argument, "load_into ", base::quoted(order.name),
+                  ": the target is a tensor of the model itself");
     }
     all.begin = std::min(all.begin, range.begin);
     all.end = std::max(all.end, range.end);
@@ -407,13 +395,11 @@ Result<Model::Parts> Model::cut(std::span<const CopyOrder> orders) const {
   for (const CopyOrder& order : orders) {
     TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
     if (order.to.element_count() == 0) continue;
-    uint64_t memory_bytes = 0;
-    for (const uint64_t size : memory::segment_sizes(tensor->size_bytes + tensor::kImageAlignment))
-      memory_bytes += size;
+    const uint64_t memory_bytes = memory::memory_bytes(tensor->size_bytes + tensor::kImageAlignment);
     if (memory_bytes > memory_bytes_max_) {
-      return fail(Code::exhausted, base::text("load_into ", base::quoted(order.name), ": it needs ",
-                                              base::human_bytes(memory_bytes), ", host_memory is ",
-                                              base::human_bytes(memory_bytes_max_), "; raise host_memory"));
+      return fail(Code::exhausted, "load_into ", base::quoted(order.name), ": it needs ",
+                  base::human_bytes(memory_bytes), ", host_memory is ", base::human_bytes(memory_bytes_max_),
+                  "; raise host_memory");
     }
     parts[numbers[static_cast<size_t>(tensor - index_.tensors.data())]].push_back(order);
   }

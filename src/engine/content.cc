@@ -15,8 +15,8 @@ namespace {
 Result<tensor::FileTensors> read_header(const OpenFile& file) {
   std::array<std::byte, tensor::kHeaderLengthBytes> first;
   if (file.identity.size_bytes < first.size()) {
-    return base::fail(base::Code::corrupt, base::text(file.path, ": ", file.identity.size_bytes,
-                                                      " bytes are too few for a safetensors file"));
+    return base::fail(base::Code::corrupt, file.path, ": ", file.identity.size_bytes,
+                      " bytes are too few for a safetensors file");
   }
   TRY(base::read_exactly(file.fd.get(), 0, first, file.path));
   TRY_ASSIGN(const uint64_t header_bytes,

@@ -45,8 +45,8 @@ Engine::~Engine() {
 void Engine::open(OpenOrder order, GrantDone done) {
   if (draining_) return done(fail(Code::unavailable, "the daemon is stopping; try again when it is back"));
   if (order.files.empty() || order.files.size() > kFileCountMax) {
-    return done(fail(Code::invalid_argument, base::text("open ", order.path, ": ", order.files.size(),
-                                                        " files; 1 to ", kFileCountMax, " are possible")));
+    return done(fail(Code::invalid_argument, "open ", order.path, ": ", order.files.size(), " files; 1 to ",
+                     kFileCountMax, " are possible"));
   }
   ReplicaKey key{.only = std::move(order.only)};
   for (const OpenFile& file : order.files) key.files.push_back(file.identity);
@@ -147,9 +147,14 @@ Replica* Engine::covering(const Replica& replica) {
 void Engine::hand_over(Replica& replica, Replica& larger) {
   larger.add_path(replica.path());
   if (last_opened_ == replica.number) last_opened_ = larger.number;
+  dismiss(replica, [&](const Waiter& waiter) { return grant(larger, waiter); });
+}
+
+// Nobody waits for it any more: it goes, and each is answered.
+void Engine::dismiss(Replica& replica, const std::function<Result<Grant>(const Waiter&)>& answer) {
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
-  for (const Waiter& waiter : waiters) waiter.done(grant(larger, waiter));
+  for (const Waiter& waiter : waiters) waiter.done(answer(waiter));
   end_drain();
 }
 
@@ -158,11 +163,8 @@ void Engine::begin(Replica& replica, Digests known) {
   replica.state = ReplicaState::waiting;
   replica.room_ns = base::monotonic_ns();
   for (Waiter& waiter : std::exchange(replica.waiters, {})) {
-    if (!waiter.index_only) {
-      replica.waiters.push_back(std::move(waiter));
-    } else {
-      waiter.done(grant(replica, waiter));
-    }
+    if (waiter.index_only) waiter.done(grant(replica, waiter));
+    if (!waiter.index_only) replica.waiters.push_back(std::move(waiter));
   }
   if (replica.waiters.empty()) {  // or all who asked are gone
     forget(replica.number);
@@ -192,10 +194,7 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
   log(LogLevel::warning, "not opened: ", error.message);
   keep_failed(replica, error);
-  const auto waiters = std::exchange(replica.waiters, {});
-  forget(replica.number);
-  for (const Waiter& waiter : waiters) waiter.done(tl::unexpected(error));
-  end_drain();
+  dismiss(replica, [&](const Waiter&) { return tl::unexpected(error); });
 }
 
 Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
@@ -209,12 +208,12 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   granted.index_bytes = replica.index_file.size_bytes;
   if (waiter.index_only) return granted;
   if (holder.user_id != replica.owner) {
-    return fail(Code::denied, base::text(replica.path(), " was opened by uid ", replica.owner,
-                                         ", you are uid ", holder.user_id));
+    return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ",
+                holder.user_id);
   }
   if (lease_count_ >= options_.lease_count_max) {
-    return fail(Code::exhausted, base::text("open ", replica.path(), ": ", lease_count_,
-                                            " leases are held, no more are possible; raise ulimit -n"));
+    return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
+                " leases are held, no more are possible; raise ulimit -n");
   }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
   const uint64_t lease = next_lease_++;
@@ -252,9 +251,8 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   const Content& content = *replica.content;
   TRY_ASSIGN(replica.memory, pool_memory_.allocate(content.layout.size_bytes, replica.owner));
   if (replica.memory.segments.size() > kSegmentCountMax) {
-    return fail(Code::unsupported,
-                base::text("open ", replica.path(), ": ", replica.memory.segments.size(),
-                           " segments; a client can be handed at most ", kSegmentCountMax));
+    return fail(Code::unsupported, "open ", replica.path(), ": ", replica.memory.segments.size(),
+                " segments; a client can be handed at most ", kSegmentCountMax);
   }
   uint64_t total_bytes = 0;
   for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
@@ -307,21 +305,28 @@ void Engine::start_load(uint64_t number) {
   replica.load->start();
 }
 
+// What the catalog has of a file, if its tensors lay there then as they do now; else empty.
+Result<std::vector<tensor::Digest>> Engine::recorded_leaves(const base::FileIdentity& file,
+                                                            const FileLeaves& all) {
+  TRY_ASSIGN(auto record, catalog_.find_file(file));
+  if (!record || record->layout_digest != all.layout_digest || record->leaves.size() != all.count)
+    return std::vector<tensor::Digest>();
+  return std::move(record->leaves);
+}
+
 Engine::Digests Engine::known_digests(const Content& content) {
   Digests known(content.identities.size());
   for (uint32_t file = 0; file < known.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
     const FileLeaves& all = content.file_leaves[file];
     if (first == last || all.count == 0) continue;
-    auto record = catalog_.find_file(content.identities[file]);
-    if (!record) {
-      note_catalog(base::pass_on(record));
+    const auto recorded = recorded_leaves(content.identities[file], all);
+    if (!recorded) {
+      note_catalog(base::pass_on(recorded));
       break;
     }
-    if (!*record || (*record)->layout_digest != all.layout_digest || (*record)->leaves.size() != all.count)
-      continue;
-    for (uint32_t at = first; at < last; ++at)
-      known[file].push_back((*record)->leaves[content.number_of(content.layout.leaves[at])]);
+    for (uint32_t at = first; at < last && !recorded->empty(); ++at)
+      known[file].push_back((*recorded)[content.number_of(content.layout.leaves[at])]);
   }
   return known;
 }
@@ -381,11 +386,6 @@ void Engine::note_catalog(const Status& status) {
 void Engine::remember(const Replica& replica) {
   const Content& content = *replica.content;
   if (!replica.stays && replica.checked) return;  // a batch that taught nothing
-  std::optional<catalog::ArtifactRecord> artifact;
-  if (replica.stays) {
-    artifact = {*replica.artifact, replica.path(), content.index.payload_bytes(),
-                content.index.tensors.size(), content.identities};
-  }
   std::vector<catalog::FileRecord> files;
   for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
@@ -398,18 +398,16 @@ void Engine::remember(const Replica& replica) {
       leaves[content.number_of(content.layout.leaves[at])] = replica.leaves[at];
   }
   ++remembering_count_;
-  catalog_thread_.post(this, [this, artifact = std::move(artifact), files = std::move(files)]() mutable {
+  catalog_thread_.post(this, [this, files = std::move(files)]() mutable {
     for (catalog::FileRecord& file : files) {
       if (std::none_of(file.leaves.begin(), file.leaves.end(), is_zero)) continue;
-      const auto older = catalog_.find_file(file.identity);
-      if (!older || !*older || (*older)->layout_digest != file.layout_digest ||
-          (*older)->leaves.size() != file.leaves.size())
-        continue;
-      for (size_t at = 0; at < file.leaves.size(); ++at) {
-        if (is_zero(file.leaves[at])) file.leaves[at] = (*older)->leaves[at];
+      const auto older =
+          recorded_leaves(file.identity, {static_cast<uint32_t>(file.leaves.size()), file.layout_digest});
+      for (size_t at = 0; older && at < older->size(); ++at) {
+        if (is_zero(file.leaves[at])) file.leaves[at] = (*older)[at];
       }
     }
-    note_catalog(catalog_.remember(artifact, files));
+    note_catalog(catalog_.remember(files));
     owner_.post([this] {
       --remembering_count_;
       end_drain();
@@ -457,20 +455,17 @@ void Engine::forget(uint64_t number) {
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
   if (replica.pinned) {
-    return fail(Code::denied,
-                base::text("replica ", number, " ", replica.path(), " is pinned; unpin it first"));
+    return fail(Code::denied, "replica ", number, " ", replica.path(), " is pinned; unpin it first");
   }
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
     const std::string others =
         replica.leases.size() == 1 ? "" : base::text(" and ", replica.leases.size() - 1, " more");
-    return fail(Code::denied,
-                base::text("replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
-                           " pid ", holder.process_id, others, "; close it there first"));
+    return fail(Code::denied, "replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
+                " pid ", holder.process_id, others, "; close it there first");
   }
   if (replica.state <= ReplicaState::waiting || replica.verify_count > 0) {
-    return fail(Code::unavailable,
-                base::text("replica ", number, " ", replica.path(), " is busy; try again"));
+    return fail(Code::unavailable, "replica ", number, " ", replica.path(), " is busy; try again");
   }
   if (replica.load) {
     replica.doomed = true;

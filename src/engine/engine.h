@@ -167,6 +167,7 @@ class Engine {
   void indexed(uint64_t number, Indexed outcome);
   Replica* covering(const Replica& replica);
   void hand_over(Replica& replica, Replica& larger);
+  void dismiss(Replica& replica, const std::function<Result<Grant>(const Waiter&)>& answer);
   void begin(Replica& replica, Digests known);
   void decline(Replica& replica, uint64_t memory_bytes);
   Status begin_load(Replica& replica, Digests known);
@@ -190,8 +191,10 @@ class Engine {
   size_t descriptor_count() const;  // without kept segments
   base::Error refusal(const Replica& replica) const;
 
-  Digests known_digests(const Content& content);  // on the catalog thread
-  void note_catalog(const Status& status);        // on the catalog thread
+  // On the catalog thread.
+  Result<std::vector<tensor::Digest>> recorded_leaves(const base::FileIdentity& file, const FileLeaves& all);
+  Digests known_digests(const Content& content);
+  void note_catalog(const Status& status);
   void loaded(uint64_t number, LoadResult result);
   void cancel_load(Replica& replica, base::Error reason);
   void remember(const Replica& replica);
@@ -210,7 +213,6 @@ class Engine {
   void keep_report(LoadReport report);
   void keep_failed(const Replica& replica, const base::Error& error);  // what waits for it ends with `error`
   LoadReport* report_of(uint64_t replica);
-  const LoadReport* report_of(uint64_t replica) const;
 
   const EngineOptions options_;
   catalog::Catalog& catalog_;

@@ -44,8 +44,8 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     if (is_named(*replica, selector)) found.push_back(at);
   }
   if (found.empty()) {
-    return fail(Code::not_found, base::text("no replica of ", base::quoted(selector),
-                                            " is resident; `tensord ls` lists them"));
+    return fail(Code::not_found, "no replica of ", base::quoted(selector),
+                " is resident; `tensord ls` lists them");
   }
   // Of one path there may be an old and a new replica when its files changed: the newest is meant,
   // and before a selection of its tensors a whole one.
@@ -53,22 +53,18 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     return replicas_.at(at)->path() == replicas_.at(found.front())->path();
   });
   if (!one_path) {
-    return fail(Code::invalid_argument, base::text(base::quoted(selector), " stands for ", found.size(),
-                                                   " replicas; use a replica's number from `tensord ls`"));
+    return fail(Code::invalid_argument, base::quoted(selector), " stands for ", found.size(),
+                " replicas; use a replica's number from `tensord ls`");
   }
   const auto whole = std::find_if(found.rbegin(), found.rend(),
                                   [&](uint64_t at) { return replicas_.at(at)->content->whole == nullptr; });
   return whole == found.rend() ? found.back() : *whole;
 }
 
-const LoadReport* Engine::report_of(uint64_t number) const {
+LoadReport* Engine::report_of(uint64_t number) {
   const auto found = std::find_if(reports_.rbegin(), reports_.rend(),
                                   [&](const LoadReport& report) { return report.replica == number; });
   return found == reports_.rend() ? nullptr : &*found;
-}
-
-LoadReport* Engine::report_of(uint64_t number) {
-  return const_cast<LoadReport*>(std::as_const(*this).report_of(number));
 }
 
 void Engine::note_progress(const Replica& replica, LoadReport& report) {
@@ -135,7 +131,7 @@ Result<LoadReport> Engine::explain(const std::string& selector) const {
   if (found == reports_.rend() && last) found = reports_.rbegin();
   if (found == reports_.rend() && !resident) return base::pass_on(resident);
   if (found == reports_.rend())
-    return fail(Code::not_found, base::text("the load of ", base::quoted(selector), " is forgotten"));
+    return fail(Code::not_found, "the load of ", base::quoted(selector), " is forgotten");
   LoadReport report = *found;
   const auto replica = replicas_.find(report.replica);
   if (replica != replicas_.end() && replica->second->load) note_progress(*replica->second, report);
@@ -220,8 +216,8 @@ struct Verification {
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
-    return done(fail(Code::unavailable,
-                     base::text("replica ", number, " ", replica.path(), " is not ready to be verified")));
+    return done(
+        fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
   }
   ++replica.verify_count;
   auto job = std::make_shared<Verification>();
@@ -246,7 +242,7 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
     report.ns = base::monotonic_ns() - begin_ns;
     Result<VerifyReport> result = std::move(report);
     if (cancelling_) {
-      result = fail(Code::cancelled, base::text("verify ", verified.path(), ": the daemon was stopped"));
+      result = fail(Code::cancelled, "verify ", verified.path(), ": the daemon was stopped");
     }
     settle(verified);
     done(std::move(result));

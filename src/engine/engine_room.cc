@@ -7,7 +7,6 @@
 // whatever a batch holds comes back, and no two of them wait for each other.
 #include <algorithm>
 #include <iterator>
-#include <numeric>
 #include <utility>
 
 #include "base/bytes.h"
@@ -31,8 +30,7 @@ constexpr int64_t kFreeingNs = 30'000'000'000;
 uint64_t missing(uint64_t wanted, uint64_t most) { return wanted > most ? wanted - most : 0; }
 
 uint64_t memory_bytes_of(const Replica& replica) {
-  const std::vector<uint64_t> sizes = memory::segment_sizes(replica.content->image_bytes);
-  return std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
+  return memory::memory_bytes(replica.content->image_bytes);
 }
 
 // Replica::descriptor_count() once it fills.

@@ -275,12 +275,10 @@ Status Load::check_leaf(uint32_t at, uint32_t file, const tensor::Digest& digest
   if (known == digest || known == tensor::Digest()) return {};
   const tensor::Leaf& leaf = content_->layout.leaves[at];
   const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
-  return base::fail(
-      Code::corrupt,
-      base::text(content_->index.files[file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
-                 leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
-                 "): the bytes differ from those first read from this file, though its size and "
-                 "mtime are the same; restore it, or `touch` it if the change was meant"));
+  return base::fail(Code::corrupt, content_->index.files[file].path, ": tensor ", base::quoted(tensor.name),
+                    ", leaf ", leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
+                    "): the bytes differ from those first read from this file, though its size and "
+                    "mtime are the same; restore it, or `touch` it if the change was meant");
 }
 
 void Load::fail(base::Error error) {

@@ -60,6 +60,9 @@ constexpr float widen_bits(uint32_t value, int exponent_bits, int mantissa_bits,
 
 float f16_to_f32(uint16_t value) { return widen_bits(value, 5, 10, true); }
 
+float f64_to_f32(double value) { return static_cast<float>(value); }
+double f32_to_f64(float value) { return value; }
+
 float bf16_to_f32(uint16_t value) {
   const uint32_t bits = uint32_t{value} << 16;
   return std::bit_cast<float>((bits & ~kSign) > kInfinity ? bits | kQuiet : bits);
@@ -109,6 +112,17 @@ constexpr std::array<float, 256> float8_table() {
 }
 constexpr std::array<float, 256> kE4m3 = float8_table<4, 3, false>();
 constexpr std::array<float, 256> kE5m2 = float8_table<5, 2, true>();
+float e4m3_to_f32(uint8_t value) { return kE4m3[value]; }
+float e5m2_to_f32(uint8_t value) { return kE5m2[value]; }
+
+// Elements [at, count), one by one.
+template <typename Source, typename Target>
+void each(Target (*convert)(Source), const std::byte* source, std::byte* target, uint64_t count,
+          uint64_t at = 0) {
+  for (; at < count; ++at) {
+    store(target + at * sizeof(Target), convert(load<Source>(source + at * sizeof(Source))));
+  }
+}
 
 // --- many elements with AVX2 and F16C --------------------------------------------------------------------------------
 
@@ -185,18 +199,14 @@ void widen(Dtype dtype, const std::byte* source, std::byte* target, uint64_t cou
   switch (dtype) {
     case Dtype::f16:
       if (is_fast) at = f16_to_f32_by_8(source, target, count);
-      for (; at < count; ++at) store(target + at * 4, f16_to_f32(load<uint16_t>(source + at * 2)));
-      break;
+      return each(f16_to_f32, source, target, count, at);
     case Dtype::bf16:
       if (is_fast) at = bf16_to_f32_by_8(source, target, count);
-      for (; at < count; ++at) store(target + at * 4, bf16_to_f32(load<uint16_t>(source + at * 2)));
-      break;
+      return each(bf16_to_f32, source, target, count, at);
     case Dtype::f8_e4m3:
-      for (; at < count; ++at) store(target + at * 4, kE4m3[load<uint8_t>(source + at)]);
-      break;
+      return each(e4m3_to_f32, source, target, count);
     case Dtype::f8_e5m2:
-      for (; at < count; ++at) store(target + at * 4, kE5m2[load<uint8_t>(source + at)]);
-      break;
+      return each(e5m2_to_f32, source, target, count);
     default:
       CHECK(dtype == Dtype::f32);
       std::memcpy(target, source, count * 4);
@@ -210,15 +220,12 @@ void narrow(const std::byte* source, Dtype dtype, std::byte* target, uint64_t co
   switch (dtype) {
     case Dtype::f16:
       if (is_fast) at = f32_to_f16_by_8(source, target, count);
-      for (; at < count; ++at) store(target + at * 2, f32_to_f16(load<uint32_t>(source + at * 4)));
-      break;
+      return each(f32_to_f16, source, target, count, at);
     case Dtype::bf16:
       if (is_fast) at = f32_to_bf16_by_8(source, target, count);
-      for (; at < count; ++at) store(target + at * 2, f32_to_bf16(load<uint32_t>(source + at * 4)));
-      break;
+      return each(f32_to_bf16, source, target, count, at);
     case Dtype::f64:
-      for (; at < count; ++at) store(target + at * 8, static_cast<double>(load<float>(source + at * 4)));
-      break;
+      return each(f32_to_f64, source, target, count);
     default:
       CHECK(dtype == Dtype::f32);
       std::memcpy(target, source, count * 4);
@@ -237,8 +244,7 @@ void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dty
   } else if (source_dtype == Dtype::f32) {
     narrow(source, target_dtype, target, count, path);
   } else if (source_dtype == Dtype::f64 && target_dtype == Dtype::f32) {
-    for (uint64_t at = 0; at < count; ++at)
-      store(target + at * 4, static_cast<float>(load<double>(source + at * 8)));
+    each(f64_to_f32, source, target, count);
   } else if (source_dtype != Dtype::f64 && target_dtype == Dtype::f32) {
     widen(source_dtype, source, target, count, path);
   } else {
@@ -249,8 +255,7 @@ void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dty
       const uint64_t block = std::min(kBlock, count - begin);
       const std::byte* from = source + begin * source_step;
       if (source_dtype == Dtype::f64) {
-        for (uint64_t at = 0; at < block; ++at)
-          store(&floats[at * 4], f64_to_odd_f32(load<double>(from + at * 8)));
+        each(f64_to_odd_f32, from, floats.data(), block);
       } else {
         widen(source_dtype, from, floats.data(), block, path);
       }

@@ -19,13 +19,16 @@ struct Rows : base::StreamedRows {
   Stores stores = Stores::cached;
 };
 
+// False, and nothing is copied, unless the rows are of this size.
 template <size_t kBytes>
-void copy_fixed(Rows rows) {
+bool copy_fixed(Rows rows) {
+  if (rows.row_bytes != kBytes) return false;
   for (uint64_t at = 0; at < rows.row_count; ++at) {
     std::memcpy(rows.target, rows.source, kBytes);
     rows.source += rows.source_pitch;
     rows.target += rows.target_pitch;
   }
+  return true;
 }
 
 // Rows of kHalf to 2 x kHalf bytes: two copies that may overlap in the middle, instead of a call.
@@ -53,26 +56,8 @@ void copy_rows(const Rows& rows) {
     std::memcpy(rows.target, rows.source, rows.row_bytes * rows.row_count);
     return;
   }
-  switch (rows.row_bytes) {
-    case 1:
-      return copy_fixed<1>(rows);
-    case 2:
-      return copy_fixed<2>(rows);
-    case 3:
-      return copy_fixed<3>(rows);
-    case 4:
-      return copy_fixed<4>(rows);
-    case 8:
-      return copy_fixed<8>(rows);
-    case 16:
-      return copy_fixed<16>(rows);
-    case 32:
-      return copy_fixed<32>(rows);
-    case 64:
-      return copy_fixed<64>(rows);
-    default:
-      break;
-  }
+  if (copy_fixed<1>(rows) || copy_fixed<2>(rows) || copy_fixed<3>(rows) || copy_fixed<4>(rows)) return;
+  if (copy_fixed<8>(rows) || copy_fixed<16>(rows) || copy_fixed<32>(rows) || copy_fixed<64>(rows)) return;
   if (rows.row_bytes < 8) return copy_between<4>(rows);
   if (rows.row_bytes < 16) return copy_between<8>(rows);
   if (rows.row_bytes < 32) return copy_between<16>(rows);

@@ -46,29 +46,15 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 }
 }  // namespace
 
-Mapped& Mapped::operator=(Mapped&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_bytes_, other.size_bytes_);
-  return *this;
-}
-
-Mapped::~Mapped() {
-  if (data_ != nullptr) ::munmap(data_, size_bytes_);
-}
-
 Result<FillMap> FillMap::create(uint64_t block_count, uint64_t total_bytes) {
   FillMap map;
   const uint64_t size_bytes = map_bytes(block_count);
-  map.fd_.reset(::memfd_create("tensord-fill", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!map.fd_.valid()) return tl::unexpected(base::errno_error("create a fill map", errno));
-  if (::ftruncate(map.fd_.get(), static_cast<off_t>(size_bytes)) != 0) {
-    return tl::unexpected(base::errno_error("size a fill map", errno));
-  }
+  TRY_ASSIGN(map.fd_, make_memory_file("tensord-fill", size_bytes));
   void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, map.fd_.get(), 0);
-  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map a fill map", errno));
+  if (data == MAP_FAILED) return base::fail_errno(errno, "map a fill map");
   map.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
   if (::fcntl(map.fd_.get(), F_ADD_SEALS, kSeals | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0) {
-    return tl::unexpected(base::errno_error("seal a fill map", errno));
+    return base::fail_errno(errno, "seal a fill map");
   }
   FillHeader& header = map.header();
   header.magic = FillHeader::kMagic;
@@ -114,7 +100,7 @@ Result<FillView> FillView::open(const base::Fd& fd) {
   }
   const auto size_bytes = static_cast<uint64_t>(status.st_size);
   void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return tl::unexpected(base::errno_error("map the fill map", errno));
+  if (data == MAP_FAILED) return base::fail_errno(errno, "map the fill map");
   FillView view;
   view.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
   if (view.header().magic != FillHeader::kMagic || view.block_count() > size_bytes * 8 ||
@@ -166,10 +152,9 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
     if (timeout_ms >= 0) {
       const int64_t left_ms = timeout_ms - (base::monotonic_ns() - begin_ns) / 1'000'000;
       if (left_ms <= 0) {
-        return fail(Code::unavailable,
-                    base::text("waited ", timeout_ms, " ms for bytes that are still being read (",
-                               base::human_bytes(ready_bytes()), " of ", base::human_bytes(total_bytes()),
-                               " are there)"));
+        return fail(Code::unavailable, "waited ", timeout_ms, " ms for bytes that are still being read (",
+                    base::human_bytes(ready_bytes()), " of ", base::human_bytes(total_bytes()),
+                    " are there)");
       }
       nap_ms = std::min(nap_ms, left_ms);
     }

@@ -11,14 +11,10 @@
 #include <memory>
 #include <string>
 
-#include "base/fd.h"
-#include "base/result.h"
+#include "memory/mapped.h"
 #include "tensor/digest.h"
 
 namespace tensord::memory {
-
-using base::Result;
-using base::Status;
 
 enum class FillState : uint32_t { filling = 0, ready = 1, failed = 2 };
 
@@ -36,23 +32,6 @@ struct FillHeader {
   char error_message[2048];   // ends with NUL; valid in state failed
 };
 static_assert(sizeof(FillHeader) <= 4096 && std::atomic<uint64_t>::is_always_lock_free);
-
-// A mapping of shared memory, unmapped when it goes.
-class Mapped {
- public:
-  Mapped() = default;
-  Mapped(std::byte* data, uint64_t size_bytes) : data_(data), size_bytes_(size_bytes) {}
-  Mapped(Mapped&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_bytes_(std::exchange(other.size_bytes_, 0)) {}
-  Mapped& operator=(Mapped&& other) noexcept;
-  ~Mapped();
-  std::byte* data() const { return data_; }
-  uint64_t size_bytes() const { return size_bytes_; }
-
- private:
-  std::byte* data_ = nullptr;
-  uint64_t size_bytes_ = 0;
-};
 
 // The daemon's side. Thread safe: any thread may mark blocks; one thread ends it.
 class FillMap {

@@ -21,22 +21,8 @@ using base::fail;
 namespace {
 // Address ranges begin at multiples of about their size, so that huge pages fit and page tables move by whole directories;
 // thousands of small ones lie close together and share page tables.
-Result<std::byte*> reserve_addresses(uint64_t size_bytes) {
-  const uint64_t alignment = std::clamp(std::bit_floor(size_bytes), kSegmentBytesMin, kSegmentBytesMax);
-  const uint64_t padded = size_bytes + alignment;
-  void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (range == MAP_FAILED) {
-    return tl::unexpected(
-        base::errno_error(base::text("reserve ", base::human_bytes(size_bytes), " of addresses"), errno));
-  }
-  const auto begin = reinterpret_cast<uint64_t>(range);
-  const uint64_t aligned = base::align_up(begin, alignment);
-  if (aligned > begin) ::munmap(range, aligned - begin);
-  const uint64_t end = begin + padded;
-  if (end > aligned + size_bytes) {
-    ::munmap(reinterpret_cast<void*>(aligned + size_bytes), end - aligned - size_bytes);
-  }
-  return reinterpret_cast<std::byte*>(aligned);
+uint64_t alignment_of(uint64_t size_bytes) {
+  return std::clamp(std::bit_floor(size_bytes), kSegmentBytesMin, kSegmentBytesMax);
 }
 }  // namespace
 
@@ -58,32 +44,9 @@ std::vector<uint64_t> segment_sizes(uint64_t image_bytes) {
   return sizes;
 }
 
-Segment::Segment(Segment&& other) noexcept
-    : fd_(std::move(other.fd_)),
-      data_(std::exchange(other.data_, nullptr)),
-      size_bytes_(other.size_bytes_),
-      owner_(other.owner_),
-      touched_bytes_(other.touched_bytes_) {}
-
-Segment& Segment::operator=(Segment&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  std::swap(data_, other.data_);
-  std::swap(size_bytes_, other.size_bytes_);
-  std::swap(owner_, other.owner_);
-  std::swap(touched_bytes_, other.touched_bytes_);
-  return *this;
-}
-
-Segment::~Segment() {
-  if (data_ != nullptr) ::munmap(data_, size_bytes_);
-}
-
-Status Segment::move_to(std::byte* address) {
-  if (address == data_) return {};
-  void* moved = ::mremap(data_, size_bytes_, size_bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, address);
-  if (moved == MAP_FAILED) return tl::unexpected(base::errno_error("move a segment's mapping", errno));
-  data_ = address;
-  return {};
+uint64_t memory_bytes(uint64_t image_bytes) {
+  const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
+  return std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
 }
 
 uint64_t SegmentRun::size_bytes() const {
@@ -92,23 +55,19 @@ uint64_t SegmentRun::size_bytes() const {
 }
 
 Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
-  base::Fd fd(::memfd_create("tensord-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!fd.valid()) return tl::unexpected(base::errno_error("create a memory segment", errno));
-  if (::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0) {
-    return tl::unexpected(base::errno_error("size a memory segment", errno));
-  }
-  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes));
+  TRY_ASSIGN(base::Fd fd, make_memory_file("tensord-segment", size_bytes));
+  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
   void* data = ::mmap(address, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd.get(), 0);
   if (data == MAP_FAILED) {
     const int error = errno;
     ::munmap(address, size_bytes);
-    return tl::unexpected(base::errno_error("map a memory segment", error));
+    return base::fail_errno(error, "map a memory segment");
   }
-  Segment segment(std::move(fd), static_cast<std::byte*>(data), size_bytes, owner);
+  Segment segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), owner);
   // FUTURE_WRITE leaves the mapping above writable and refuses every later one, and write().
   constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
   if (::fcntl(segment.fd(), F_ADD_SEALS, kSeals) != 0) {
-    return tl::unexpected(base::errno_error("seal a memory segment", errno));
+    return base::fail_errno(errno, "seal a memory segment");
   }
   return segment;
 }
@@ -116,8 +75,9 @@ Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
 namespace {
 Status place(SegmentRun& run) {
   if (run.segments.empty()) return {};
-  TRY_ASSIGN(std::byte * address, reserve_addresses(run.size_bytes()));
-  std::byte* const end = address + run.size_bytes();
+  const uint64_t size_bytes = run.size_bytes();
+  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
+  std::byte* const end = address + size_bytes;
   for (Segment& segment : run.segments) {
     if (const Status moved = segment.move_to(address); !moved) {
       ::munmap(address, static_cast<size_t>(end - address));
@@ -143,12 +103,11 @@ Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
 }
 
 Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
-  const std::vector<uint64_t> sizes = segment_sizes(image_bytes);
-  const uint64_t size_bytes = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
+  const uint64_t size_bytes = memory_bytes(image_bytes);
   if (size_bytes > free_bytes()) {
-    return fail(Code::exhausted,
-                base::text(base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
-                           " of host_memory ", base::human_bytes(limit_bytes_), " are in use"));
+    return fail(Code::exhausted, base::human_bytes(size_bytes),
+                " do not fit: ", base::human_bytes(in_use_bytes_), " of host_memory ",
+                base::human_bytes(limit_bytes_), " are in use");
   }
   SegmentRun run;
   // What is kept are pages: fresh segments have none.
@@ -157,7 +116,7 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
     for (Segment& segment : run.segments) keep(std::move(segment));
     return tl::unexpected(error);
   };
-  for (const uint64_t size : sizes) {
+  for (const uint64_t size : segment_sizes(image_bytes)) {
     auto segment = take(size, owner);
     if (!segment) return give_up(segment.error());
     run.segments.push_back(std::move(*segment));

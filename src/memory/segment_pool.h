@@ -12,13 +12,9 @@
 #include <optional>
 #include <vector>
 
-#include "base/fd.h"
-#include "base/result.h"
+#include "memory/mapped.h"
 
 namespace tensord::memory {
-
-using base::Result;
-using base::Status;
 
 inline constexpr uint64_t kSegmentBytesMin = 4 << 10;
 inline constexpr uint64_t kSegmentBytesMax = 512 << 20;
@@ -30,32 +26,28 @@ inline constexpr uint64_t kUndividedBytesMax = 16 << 20;
 // digit (or to kSegmentBytesMin): at most 1/32 of that rest is more than was asked for. It is one segment up to
 // kUndividedBytesMax, else one for each digit, at most six. Pure.
 std::vector<uint64_t> segment_sizes(uint64_t image_bytes);
+uint64_t memory_bytes(uint64_t image_bytes);  // their sum
 
 // One memfd, mapped for writing here; sealed so that nobody else can map it so, shrink or grow it. Unmapped and closed
 // when it goes.
 class Segment {
  public:
-  Segment(base::Fd fd, std::byte* data, uint64_t size_bytes, uid_t owner)
-      : fd_(std::move(fd)), data_(data), size_bytes_(size_bytes), owner_(owner) {}
-  Segment(Segment&& other) noexcept;
-  Segment& operator=(Segment&& other) noexcept;
-  ~Segment();
+  Segment(base::Fd fd, Mapped mapped, uid_t owner)
+      : fd_(std::move(fd)), mapped_(std::move(mapped)), owner_(owner) {}
 
   int fd() const { return fd_.get(); }
-  std::byte* data() const { return data_; }
-  uint64_t size_bytes() const { return size_bytes_; }
+  std::byte* data() const { return mapped_.data(); }
+  uint64_t size_bytes() const { return mapped_.size_bytes(); }
   uid_t owner() const { return owner_; }
   // So many bytes from its beginning have their pages; the rest costs its first touch.
   uint64_t touched_bytes() const { return touched_bytes_; }
   void set_touched(uint64_t bytes) { touched_bytes_ = bytes; }
 
-  // Moves the mapping, with its page tables, to `address` (reserved by the caller).
-  Status move_to(std::byte* address);
+  Status move_to(std::byte* address) { return mapped_.move_to(address); }
 
  private:
   base::Fd fd_;
-  std::byte* data_ = nullptr;
-  uint64_t size_bytes_ = 0;
+  Mapped mapped_;
   uid_t owner_ = 0;
   uint64_t touched_bytes_ = 0;
 };

@@ -7,9 +7,6 @@
 
 namespace tensord::tensor {
 
-using base::Code;
-using base::fail;
-
 namespace {
 
 const HashFunctions& widest() {
@@ -17,13 +14,6 @@ const HashFunctions& widest() {
                                           : __builtin_cpu_supports("avx2")  ? hash_avx2
                                                                             : hash_sse2;
   return functions;
-}
-
-int hex_value(char digit) {
-  if (digit >= '0' && digit <= '9') return digit - '0';
-  if (digit >= 'a' && digit <= 'f') return digit - 'a' + 10;
-  if (digit >= 'A' && digit <= 'F') return digit - 'A' + 10;
-  return -1;
 }
 
 void append_number(std::string& out, uint64_t number) {
@@ -38,22 +28,6 @@ void append_counted(std::string& out, std::string_view bytes) {
 }  // namespace
 
 std::string Digest::to_text() const { return base::to_hex(bytes.data(), bytes.size()); }
-
-Result<Digest> parse_digest(std::string_view text) {
-  const auto refuse = [&] {
-    return fail(Code::invalid_argument, base::quoted(text),
-                " is not a digest; 32 hexadecimal digits are expected");
-  };
-  Digest digest;
-  if (text.size() != 2 * digest.bytes.size()) return refuse();
-  for (size_t i = 0; i < digest.bytes.size(); ++i) {
-    const int high = hex_value(text[2 * i]);
-    const int low = hex_value(text[2 * i + 1]);
-    if (high < 0 || low < 0) return refuse();
-    digest.bytes[i] = static_cast<std::byte>(high * 16 + low);
-  }
-  return digest;
-}
 
 Digest hash(std::span<const std::byte> bytes) {
   Digest digest;

@@ -25,8 +25,6 @@ struct Digest {
   auto operator<=>(const Digest&) const = default;
   std::string to_text() const;  // 32 hexadecimal digits
 };
-// to_text's inverse; Code::invalid_argument says what is expected.
-Result<Digest> parse_digest(std::string_view text);
 
 // Thread safe. Uses the widest vector instructions of this CPU (the result does not depend on them).
 Digest hash(std::span<const std::byte> bytes);
