@@ -7,6 +7,8 @@
 
 namespace tensord::base {
 
+inline constexpr int64_t kNsPerMs = 1'000'000;
+
 // Thread safe. Nanoseconds of a monotonic clock; only differences mean anything.
 inline int64_t monotonic_ns() {
   timespec now;

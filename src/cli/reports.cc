@@ -77,12 +77,12 @@ std::string tensors_of(const json& value) {
 
 std::string only_of(const json& value) {
   std::string out;
-  for (const json& words : value.at("only")) out += (out.empty() ? "" : ", ") + words.get<std::string>();
+  for (const json& name : value.at("only")) out += (out.empty() ? "" : ", ") + name.get<std::string>();
   return out;
 }
 
 std::string state_of(const json& replica) {
-  const std::string state = replica.at("state").get<std::string>();
+  const std::string state = words(replica, "state");
   const auto total = replica.value("total_bytes", uint64_t{0});
   if (state != "filling" || total == 0) return state;
   return text(state, " ", replica.value("ready_bytes", uint64_t{0}) * 100 / total, " %");
@@ -114,10 +114,10 @@ std::string waterfall(const json& report) {
   for (const json& phase : report.at("phases")) {
     if (phase.at("thread_ns").get<int64_t>() <= 0) continue;
     const bool begins = phase.at("lane") != lane;
-    lane = phase.at("lane").get<std::string>();
+    lane = words(phase, "lane");
     if (begins && ++lane_count <= kLaneCountMax) table.add({lane.substr(0, kLaneWidth), "", "", ""});
     if (lane_count > kLaneCountMax) continue;
-    std::string name = phase.at("name").get<std::string>();
+    std::string name = words(phase, "name");
     std::replace(name.begin(), name.end(), '_', ' ');
     table.add({(lane_count == 0 ? "" : "  ") + name, axis_bar(phase, static_cast<double>(span_ns)),
                human_ns(phase.at("ns").get<int64_t>()),
@@ -134,8 +134,8 @@ std::string rates(const json& report) {
       text(human_bytes(field("moved_bytes")), " in ", human_ns(report.at("moved_ns").get<int64_t>()), ", ",
            rate_text(report.at("achieved_gb_per_s")), " GB/s");
   if (const json& possible = report.at("possible_gb_per_s"); !possible.is_null())
-    out += text(", of ", rate_text(possible), " GB/s that are possible here (",
-                report.at("possible_by").get<std::string>(), ")");
+    out += text(", of ", rate_text(possible), " GB/s that are possible here (", words(report, "possible_by"),
+                ")");
   out += report.at("rates_known").get<bool>()
              ? "\n"
              : "\nwhat is possible here is not known: run `tensord doctor` once\n";
@@ -145,18 +145,17 @@ std::string rates(const json& report) {
     if (field(name) > 0) from += text(from.empty() ? "" : ", ", human_bytes(field(name)), " ", how);
   };
   add("cached_bytes", "from the page cache");
-  add("direct_bytes", "by " + report.at("read_path").get<std::string>());
+  add("direct_bytes", "by " + words(report, "read_path"));
   add("buffered_bytes", "through the page cache");
   return text(out, "threads: ", field("read_threads"), "; ", from, "\n");
 }
 
 std::string explained(const json& report) {
   const bool resident = report.at("served") == "resident";
-  const std::string state = report.at("state").get<std::string>();
-  const auto load = report.at("load").get<uint64_t>();
-  std::string out =
-      text(load == 0 ? "the load" : text("load ", load), " of ", report.at("path").get<std::string>(), ": ",
-           resident ? "resident; what clients copied since it was opened last" : state, "\n");
+  const std::string state = words(report, "state");
+  const auto load = number(report, "load");
+  std::string out = text(load == 0 ? "the load" : text("load ", load), " of ", words(report, "path"), ": ",
+                         resident ? "resident; what clients copied since it was opened last" : state, "\n");
   if (report.at("moved_bytes") != 0) out += rates(report);
   if (state == "ready" && !resident) {
     out += report.at("checked_against") == "recorded"
@@ -167,10 +166,9 @@ std::string explained(const json& report) {
     out += text("only ", tensors_of(report), " tensors: ", only_of(report), "\n");
   for (const json& note : report.at("notes")) out += note.get<std::string>() + "\n";
   if (const json& error = report.at("error"); !error.is_null())
-    out += text("error: ", error.at("code").get<std::string>(), ": ", error.at("message").get<std::string>(),
-                "\n");
-  return text(out, "\n", waterfall(report), "\nlimited by: ", report.at("limited_by").get<std::string>(),
-              ". ", report.at("advice").get<std::string>(), "\n");
+    out += text("error: ", words(error, "code"), ": ", words(error, "message"), "\n");
+  return text(out, "\n", waterfall(report), "\nlimited by: ", words(report, "limited_by"), ". ",
+              words(report, "advice"), "\n");
 }
 
 // Events of all phases and spans, a track for each name of `thread`.
@@ -205,11 +203,10 @@ Result<std::string> traced(const json& report) {
   };
   for (const json& phase : report.at("phases")) {
     if (phase.at("thread_ns").get<int64_t>() <= 0) continue;
-    const std::string track =
-        phase.at("lane").get<std::string>() + ": " + phase.at("name").get<std::string>();
+    const std::string track = words(phase, "lane") + ": " + words(phase, "name");
     add(phase, track, report.at("origin_ns").get<int64_t>(), phase);
   }
-  for (const json& span : report.at("trace")) add(span, span.at("thread").get<std::string>(), 0, span);
+  for (const json& span : report.at("trace")) add(span, words(span, "thread"), 0, span);
   return dump({{"displayTimeUnit", "ms"}, {"traceEvents", std::move(events)}});
 }
 
@@ -357,21 +354,20 @@ Result<LookText> look_text(std::string_view look) {
       return decimals(told.at(name).get<double>() / 1e9, 2) + " GB/s";
     };
     LookText out;
-    out.line = text(count_of(told.at("replicas").size(), "replica"), ", ",
-                    count_of(told.at("loads_running").get<uint64_t>(), "load"), ", ",
-                    count_of(told.at("connections").get<uint64_t>(), "client"), ", memory ",
-                    bytes(memory.at("in_use")), " in use + ", bytes(memory.at("kept")), " kept of ",
-                    bytes(told.at("limits").at("host_memory")), ", loading ", rate("loaded_bytes_per_s"),
-                    ", disk ", rate("disk_bytes_per_s"), "\n");
+    out.line =
+        text(count_of(told.at("replicas").size(), "replica"), ", ",
+             count_of(number(told, "loads_running"), "load"), ", ",
+             count_of(number(told, "connections"), "client"), ", memory ", bytes(memory.at("in_use")),
+             " in use + ", bytes(memory.at("kept")), " kept of ", bytes(told.at("limits").at("host_memory")),
+             ", loading ", rate("loaded_bytes_per_s"), ", disk ", rate("disk_bytes_per_s"), "\n");
     out.screen = out.line + "\n";
     for (const json& replica : told.at("replicas")) {
       if (replica.at("state") != "filling") continue;
       constexpr int kWidth = 90;
-      const auto ready = replica.at("ready_bytes").get<uint64_t>();
+      const auto ready = number(replica, "ready_bytes");
       const auto second = std::min(static_cast<uint64_t>(replica.value("bytes_per_s", 0.0)), ready);
-      const FillProgress progress{ready, replica.at("total_bytes").get<uint64_t>(), ready - second,
-                                  1'000'000'000};
-      out.screen += progress_line(progress, kWidth) + "  " + replica.at("path").get<std::string>() + "\n";
+      const FillProgress progress{ready, number(replica, "total_bytes"), ready - second, 1'000'000'000};
+      out.screen += progress_line(progress, kWidth) + "  " + words(replica, "path") + "\n";
     }
     out.screen += "\n" + list;
     return out;

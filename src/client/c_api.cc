@@ -104,9 +104,7 @@ client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, siz
   tensor::IndexItems out;
   for (size_t at = 0; at < count; ++at) {
     const tensord_index_item& item = items[at];
-    if (item.kind > TENSORD_NEW_AXIS) {
-      return refuse("index item of unknown kind ", item.kind);
-    }
+    if (item.kind > TENSORD_NEW_AXIS) return refuse("index item of unknown kind ", item.kind);
     tensor::IndexItem one{.kind = static_cast<tensor::IndexItem::Kind>(item.kind)};
     if (item.kind == TENSORD_INTEGER) one.integer = item.start;
     if (item.kind == TENSORD_SLICE) {
@@ -125,9 +123,8 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
       copy.target_rank > TENSORD_RANK_MAX) {
     return refuse(copy.name, ": a target of unknown dtype or rank");
   }
-  if (copy.target_rank > 0 && copy.target_shape == nullptr) {
+  if (copy.target_rank > 0 && copy.target_shape == nullptr)
     return refuse(copy.name, ": target_shape is NULL");
-  }
   client::CopyOrder order{.name = copy.name};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
   order.target = static_cast<std::byte*>(copy.target);
@@ -135,18 +132,9 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   // Sub-byte and opaque targets are bytes, as resolve() makes their sources.
   order.to.element_bytes = tensor::dtype_bytes(order.target_dtype).value_or(1);
   order.to.shape.assign(copy.target_shape, copy.target_shape + copy.target_rank);
-  if (copy.target_strides != nullptr) {
+  order.to.strides = tensor::row_major_strides(order.to.shape, order.to.element_bytes);
+  if (copy.target_strides != nullptr)
     order.to.strides.assign(copy.target_strides, copy.target_strides + copy.target_rank);
-    return order;
-  }
-  order.to.strides.resize(copy.target_rank);
-  int64_t stride = order.to.element_bytes;
-  for (size_t at = copy.target_rank; at-- > 0;) {
-    order.to.strides[at] = stride;
-    if (__builtin_mul_overflow(stride, static_cast<int64_t>(order.to.shape[at]), &stride)) {
-      return refuse(copy.name, ": a target shape too large");
-    }
-  }
   return order;
 }
 

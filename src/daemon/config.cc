@@ -17,6 +17,7 @@
 #include "base/folders.h"
 #include "base/text.h"
 #include "doctor/machine.h"
+#include "memory/copy.h"
 #include "rpc/unix_socket.h"
 
 namespace tensord::daemon {
@@ -168,7 +169,7 @@ std::string usual_config_path() {
 
 int default_read_threads() {
   constexpr int kEnough = 16;  // page cache reads of a 16-core server no longer gain from more
-  return std::clamp(doctor::core_count(), 1, kEnough);
+  return std::clamp(memory::usable_core_count(), 1, kEnough);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "doctor/machine.h"
 
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/sysinfo.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -17,6 +16,7 @@
 #include "base/fd.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "memory/copy.h"
 
 namespace tensord::doctor {
 
@@ -49,11 +49,6 @@ double Rates::of(std::string_view name) const {
   return found == bytes_per_s.end() ? 0 : found->second;
 }
 
-int core_count() {
-  cpu_set_t cores;
-  return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
-
 std::string this_machine() {
   std::string cpu;
   std::ifstream cpus("/proc/cpuinfo");
@@ -61,7 +56,7 @@ std::string this_machine() {
   }
   utsname kernel = {};
   ::uname(&kernel);
-  return base::text(cpu.substr(cpu.find(": ") + 2), ", ", core_count(), " cores, Linux ",
+  return base::text(cpu.substr(cpu.find(": ") + 2), ", ", memory::usable_core_count(), " cores, Linux ",
                     std::string_view(kernel.release));
 }
 

@@ -26,7 +26,6 @@ struct Rates {
 
 // "AMD EPYC 9654, 96 cores, Linux 6.1.0": what the rates are true for. The cores are those that this process may run on.
 std::string this_machine();
-int core_count();
 
 // The lowest of memory.max and memory.high (version 2) and memory.limit_in_bytes (version 1) from the groups named in
 // `groups_path` up to the root, below the mounted tree `cgroup_root`; UINT64_MAX where nothing limits. What cannot be

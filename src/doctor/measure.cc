@@ -209,7 +209,7 @@ base::Status prepare(const std::string& path, uint64_t size_bytes, Bench& bench)
   bench.size_bytes = std::bit_floor(std::min(size_bytes, default_host_memory() / kMemoryShare));
   if (bench.size_bytes < kReadBytes)
     return base::fail(base::Code::exhausted, "64 MiB of memory are too little to measure");
-  bench.thread_count = core_count();
+  bench.thread_count = memory::usable_core_count();
   for (memory::SegmentRun* run : {&bench.source, &bench.target}) {
     TRY_ASSIGN(*run, make_memory(bench.size_bytes));
     memory::FreshPages(*run, bench.size_bytes, HugePages::wanted).prepare(0, bench.size_bytes);

@@ -52,13 +52,12 @@ void Engine::open(OpenOrder order, GrantDone done) {
   for (const OpenFile& file : order.files) key.files.push_back(file.identity);
   std::sort(key.only.begin(), key.only.end());
   key.only.erase(std::unique(key.only.begin(), key.only.end()), key.only.end());
-  constexpr int64_t kNsPerMs = 1'000'000;
   Waiter waiter{.index_only = order.index_only,
                 .stay = order.stay,
                 .holder = std::move(order.holder),
                 .done = std::move(done),
                 .asked_ns = base::monotonic_ns(),
-                .patience_ns = order.memory_wait_ms.value_or(options_.memory_wait_ms) * kNsPerMs};
+                .patience_ns = order.memory_wait_ms.value_or(options_.memory_wait_ms) * base::kNsPerMs};
   const auto known = by_key_.find(key);
   if (known != by_key_.end()) {
     Replica& replica = *replicas_.at(known->second);

@@ -188,8 +188,7 @@ base::Error Engine::refusal(const Replica& replica) const {
                        base::human_bytes(free_bytes), " are free")
           : base::text("others wait before it, or ", descriptor_count(), " of ",
                        options_.descriptor_count_max, " descriptors are in use (half of ulimit -n)");
-  constexpr int64_t kNsPerMs = 1'000'000;
-  const int64_t waited_ms = (base::monotonic_ns() - replica.room_ns) / kNsPerMs;
+  const int64_t waited_ms = (base::monotonic_ns() - replica.room_ns) / base::kNsPerMs;
   return {Code::exhausted,
           base::text("open ", replica.path(), ": it needs ", base::human_bytes(needed_bytes), ", but ", lack,
                      ", and the rest cannot be evicted: ", holders_text(), " (waited ", waited_ms,

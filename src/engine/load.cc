@@ -17,9 +17,7 @@ using base::MutexLock;
 
 namespace {
 uint64_t choose_run_bytes(const Content& content, uint32_t thread_count) {
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
-  return std::clamp(total_bytes / (uint64_t{4} * thread_count), kRunBytesMin, kRunBytesMax);
+  return std::clamp(content.layout.size_bytes / (uint64_t{4} * thread_count), kRunBytesMin, kRunBytesMax);
 }
 }  // namespace
 

@@ -88,12 +88,6 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
   }
 }
 
-int usable_core_count() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(CPU_COUNT(&cores), 1);
-  return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1u));
-}
-
 // One call of execute(). Its threads pull tasks until there are none.
 class Execution {
  public:
@@ -220,6 +214,11 @@ class Execution {
 };
 
 }  // namespace
+
+int usable_core_count() {
+  cpu_set_t cores;
+  return sched_getaffinity(0, sizeof cores, &cores) == 0 ? std::max(CPU_COUNT(&cores), 1) : 1;
+}
 
 Status check_cancel(const int32_t* cancel) {
   if (cancel == nullptr || __atomic_load_n(cancel, __ATOMIC_RELAXED) == 0) return {};

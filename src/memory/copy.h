@@ -24,6 +24,7 @@ inline constexpr uint64_t kTaskBytesMin = 256 << 10;
 inline constexpr uint64_t kInlineBytes = 4 << 20;
 // Threads of one call at most, whatever is asked for.
 inline constexpr int kCopyThreadsMax = 256;
+int usable_core_count();  // that this process may run on
 
 struct CopySource {
   const std::byte* data = nullptr;

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "tensor/plan_testing.h"
+#include "tensor/plan_transform_testing.h"
 
 namespace tensord::memory {
 namespace {

@@ -17,7 +17,7 @@ namespace tensord::rpc {
 namespace {
 
 constexpr size_t kEventsPerTurn = 64;
-constexpr int64_t kNsPerMs = 1'000'000;
+using base::kNsPerMs;
 
 uint64_t tag_of(int fd, uint32_t number) { return uint64_t{number} << 32 | static_cast<uint32_t>(fd); }
 

@@ -72,6 +72,11 @@ Result<base::Fd> take_lock(const std::string& folder) {
   return lock;
 }
 
+tl::unexpected<base::Error> not_ours(const std::string& folder, const struct stat& status) {
+  return fail(Code::denied, "runtime folder ", folder, " belongs to uid ", status.st_uid,
+              ", not to you (uid ", ::geteuid(), "); remove it or set TENSORD_RUNTIME_DIR");
+}
+
 Status check_folder_owner(const std::string& socket_path) {
   const std::string folder = without_slashes(socket_path.substr(0, socket_path.rfind('/') + 1));
   struct stat status;
@@ -81,8 +86,7 @@ Status check_folder_owner(const std::string& socket_path) {
   }
   TRY(check_no_link(folder, status));
   if (status.st_uid == ::geteuid() || status.st_uid == 0) return {};
-  return fail(Code::denied, "runtime folder ", folder, " belongs to uid ", status.st_uid,
-              ", not to you (uid ", ::geteuid(), ") or root; remove it or set TENSORD_RUNTIME_DIR");
+  return not_ours(folder, status);
 }
 
 }  // namespace
@@ -102,13 +106,9 @@ Status prepare_runtime_folder(const std::string& path) {
   if (::lstat(folder.c_str(), &status) == 0) TRY(check_no_link(folder, status));
   TRY(base::make_folders(folder));
   const base::Fd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-  if (!fd.valid() || ::fstat(fd.get(), &status) != 0) {
+  if (!fd.valid() || ::fstat(fd.get(), &status) != 0)
     return base::fail_errno(errno, "open runtime folder ", folder);
-  }
-  if (status.st_uid != ::geteuid()) {
-    return fail(Code::denied, "runtime folder ", folder, " belongs to uid ", status.st_uid,
-                ", not to you (uid ", ::geteuid(), "); remove it or set TENSORD_RUNTIME_DIR");
-  }
+  if (status.st_uid != ::geteuid()) return not_ours(folder, status);
   // Not closed by us: as root it may be a mistyped /tmp, and everybody else would be locked out of it.
   if ((status.st_mode & 077) != 0) {
     return fail(Code::denied, "runtime folder ", folder, " is open to others; `chmod 700` it, or set ",

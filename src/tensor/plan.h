@@ -123,17 +123,6 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
                   std::span<const uint64_t> target_sizes, Coverage coverage,
                   const RecordName& name = no_name);
 
-// Drops records that do exactly what another one does or nothing, merges loops, joins contiguous records with equal
-// source-to-target distance that overlap or touch, and sorts. Takes plans that were not checked.
-CopyPlan canonical(CopyPlan plan);
-
-// --- transforming --------------------------------------------------------------------------------------------------
-
-// What writes bytes [offset, offset + size_bytes) of target memory `target` (clipped to what the plan writes), as a
-// plan into one target memory 0 in which `offset` is 0. Rows are cut where the window cuts them. Only checked plans
-// without casts (CHECK).
-CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes);
-
 // A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
 // outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,
 // source bytes [byte_begin, byte_begin + byte_count) of it.

@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "tensor/plan_testing.h"
+#include "tensor/plan_transform_testing.h"
 
 namespace tensord::tensor {
 namespace {

@@ -17,18 +17,6 @@ namespace {
 
 using Wide = __int128;  // holds any product of an extent and a stride
 
-// Strides of a row-major tensor in units of `unit`. Those of an empty tensor mean nothing and are 0 where they would
-// not fit.
-std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = unit;
-  for (size_t dimension = shape.size(); dimension-- > 0;) {
-    strides[dimension] = stride;
-    if (__builtin_mul_overflow(stride, std::max<uint64_t>(shape[dimension], 1), &stride)) stride = 0;
-  }
-  return strides;
-}
-
 struct Range {
   Wide start = 0;
   int64_t step = 1;
@@ -162,6 +150,16 @@ uint64_t Strided::element_count() const {
     overflows |= __builtin_mul_overflow(count, extent, &count);
   }
   return overflows ? std::numeric_limits<uint64_t>::max() : count;
+}
+
+std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = unit;
+  for (size_t dimension = shape.size(); dimension-- > 0;) {
+    strides[dimension] = stride;
+    if (__builtin_mul_overflow(stride, std::max<uint64_t>(shape[dimension], 1), &stride)) stride = 0;
+  }
+  return strides;
 }
 
 Strided whole(const Tensor& tensor, uint64_t offset) {

@@ -44,6 +44,10 @@ struct Strided {
 // bytes (shape {size_bytes}, element_bytes 1).
 Strided whole(const Tensor& tensor, uint64_t offset = 0);
 
+// Strides of a row-major tensor in units of `unit`. Those of an empty tensor mean nothing and are 0 where they would
+// not fit.
+std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit);
+
 // The region that `items` pick out of `tensor` placed at `offset`, as numpy would. Errors (Code::invalid_argument,
 // naming tensor, dimension, index and extent): integer out of range, step 0, more items than dimensions, two
 // ellipses; slicing (anything but whole dimensions) of opaque types; of sub-byte types only slices whose first and

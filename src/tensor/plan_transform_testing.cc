@@ -4,7 +4,7 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "tensor/nest.h"
-#include "tensor/plan.h"
+#include "tensor/plan_transform_testing.h"
 
 namespace tensord::tensor {
 
