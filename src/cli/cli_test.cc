@@ -223,7 +223,7 @@ TEST(Explain, draws_a_waterfall_over_one_time_axis) {
             "python3 7\n"
             "  copy                                   ==========   75.00 ms  13.33\n"
             "\n"
-            "limited by: page cache. More threads may help.\n");
+            "limited by: page cache\nMore threads may help.\n");
   EXPECT_EQ(explain_text("{}").error().code, base::Code::internal);
 }
 

@@ -167,7 +167,7 @@ std::string explained(const json& report) {
   for (const json& note : report.at("notes")) out += note.get<std::string>() + "\n";
   if (const json& error = report.at("error"); !error.is_null())
     out += text("error: ", words(error, "code"), ": ", words(error, "message"), "\n");
-  return text(out, "\n", waterfall(report), "\nlimited by: ", words(report, "limited_by"), ". ",
+  return text(out, "\n", waterfall(report), "\nlimited by: ", words(report, "limited_by"), "\n",
               words(report, "advice"), "\n");
 }
 
