@@ -260,7 +260,6 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
   report.state = LoadState::filling;
-  report.fill_ns = base::monotonic_ns();
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.cpu_ns = cpu_time_ns();
@@ -300,7 +299,10 @@ Status Engine::begin_load(Replica& replica, Digests known) {
 
 void Engine::start_load(uint64_t number) {
   Replica& replica = *replicas_.at(number);
-  if (LoadReport* report = report_of(number)) report->memory_ns = base::monotonic_ns() - replica.room_ns;
+  if (LoadReport* report = report_of(number)) {
+    report->fill_ns = base::monotonic_ns();
+    report->memory_ns = report->fill_ns - replica.room_ns;
+  }
   replica.load->start();
 }
 
@@ -453,9 +455,8 @@ void Engine::forget(uint64_t number) {
 
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
-  if (replica.pinned) {
+  if (replica.pinned)
     return fail(Code::denied, "replica ", number, " ", replica.path(), " is pinned; unpin it first");
-  }
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
     const std::string others =
@@ -463,9 +464,8 @@ Status Engine::evict(uint64_t number) {
     return fail(Code::denied, "replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
                 " pid ", holder.process_id, others, "; close it there first");
   }
-  if (replica.state <= ReplicaState::waiting || replica.verify_count > 0) {
+  if (replica.state <= ReplicaState::waiting || replica.verify_count > 0)
     return fail(Code::unavailable, "replica ", number, " ", replica.path(), " is busy; try again");
-  }
   if (replica.load) {
     replica.doomed = true;
     unlist(replica);
