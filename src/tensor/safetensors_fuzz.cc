@@ -22,12 +22,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size_bytes) {
   auto part = parse_safetensors(json, size_bytes + data_bytes, "fuzz");
   if (!part) return 0;
 
-  // What was accepted tiles the data and can be cut into blocks.
+  // What was accepted tiles the data, and blocks tile the windows that hold it.
   const Index index = join_files({{"fuzz", size_bytes + data_bytes}}, {*std::move(part)}).value();
   CHECK(index.payload_bytes() == data_bytes);
-  uint64_t block_bytes = 0;
-  for (const Block& block : lay_out(index).blocks) block_bytes += block.size_bytes;
-  CHECK(block_bytes == size_bytes + data_bytes);
+  uint64_t block_bytes = 0, window_bytes = 0;
+  const ImageLayout layout = lay_out(index);
+  for (const Block& block : layout.blocks) block_bytes += block.size_bytes;
+  for (const Window& window : layout.windows.list) window_bytes += window.size_bytes;
+  CHECK(block_bytes == window_bytes && window_bytes >= data_bytes);
   for (const Tensor& tensor : index.tensors) CHECK(index.find(tensor.name) == &tensor);
   return 0;
 }
