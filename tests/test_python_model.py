@@ -447,10 +447,22 @@ def test_arguments_of_other_types_are_refused_as_such(model: tensord.Model) -> N
         lambda: model.load_into(["float"]),  # type: ignore[list-item]
         lambda: model.view(["float"]),  # type: ignore[arg-type]
         lambda: model.wait(timeout="a"),  # type: ignore[arg-type]
+        lambda: tensord.open(model.files, memory_wait="a"),  # type: ignore[arg-type]
+        lambda: tensord.open(model.files, only=3),  # type: ignore[arg-type]
+        lambda: model.view({"a": ...}).load_into(3),  # type: ignore[arg-type]
+        lambda: model.load_into({}, threads="a"),  # type: ignore[arg-type]
     ):
         with pytest.raises(tensord.InvalidTypeError) as refused:
             use()
         assert isinstance(refused.value, TypeError) and isinstance(refused.value, tensord.Error)
+    for use in (
+        lambda: model.wait(timeout=float("nan")),
+        lambda: tensord.open(model.files, memory_wait=float("nan")),
+    ):
+        with pytest.raises(tensord.InvalidArgumentError, match="nan is no time"):
+            use()
+    model.wait(timeout=float("inf"))
+    tensord.open(model.files, memory_wait=float("inf")).close()
 
 
 def test_one_file_named_twice_is_refused(

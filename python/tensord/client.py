@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import threading
 import time
@@ -49,6 +50,8 @@ LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, An
 # A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
 # The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
 WAIT_PIECE_SECONDS = 0.25
+
+MEMORY_WAIT_SECONDS_MAX = 300.0  # the daemon's own limit
 
 TOO_LARGE = (
     "is larger than the daemon's host_memory: it is not kept, load_into has it read in batches "
@@ -242,8 +245,7 @@ class Model:
         Error
             The load failed; the error has the code of the failure.
         """
-        if timeout is not None and not isinstance(timeout, (int, float)):
-            raise InvalidTypeError(f"wait: timeout is seconds or None, not {timeout!r}")
+        _check_seconds("wait: timeout", timeout)
         with ExitStack() as stack:
             show = progress if callable(progress) else None
             bar = stderr_bar() if progress is True else None
@@ -483,6 +485,8 @@ class Model:
         self, orders: list[tuple[Entry, tuple[Item, ...], Any]], *, cast: bool, threads: int
     ) -> LoadReport:
         handle = self._open_handle()
+        if not isinstance(threads, int):
+            raise InvalidTypeError(f"load_into: threads is a number, not {threads!r}")
         batch = Batch()
         for entry, items, target in orders:
             described = target_of(entry.name, target)
@@ -625,6 +629,8 @@ class View:
         targets : mapping
             ``{name: tensor}``; names are this view's, not necessarily all of them.
         """
+        if not isinstance(targets, AbstractMapping):
+            raise InvalidTypeError(f"load_into of a view takes {{name: target, ...}}, not {targets!r}")
         orders = [(*self._slice(name), target) for name, target in targets.items()]
         return self._model._load(orders, cast=cast, threads=threads)
 
@@ -682,17 +688,7 @@ def open(
     """
     chosen = framework_of(framework)
     paths = _encoded_paths(path)
-    if resident not in ("artifact", "view"):
-        raise InvalidArgumentError(f'open: resident is "artifact" or "view", not {resident!r}')
-    wanted = _encoded_names([only] if isinstance(only, str) else only)
-    options = _library.OpenOptions(
-        struct_bytes=ctypes.sizeof(_library.OpenOptions),
-        autostart=-1 if autostart is None else int(autostart),
-        resident=_library.RESIDENT_VIEW if resident == "view" else _library.RESIDENT_ARTIFACT,
-        only=(ctypes.c_char_p * len(wanted))(*wanted),
-        only_count=len(wanted),
-        memory_wait_ms=0 if memory_wait is None else max(int(memory_wait * 1000), 0) or -1,
-    )
+    options = _open_options(only, resident, autostart, memory_wait)
     pointer = ctypes.c_void_p()
     names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
     code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
@@ -702,6 +698,32 @@ def open(
     if model._is_view and resident == "artifact":
         warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
     return model
+
+
+def _open_options(
+    only: str | Sequence[str] | None, resident: Resident, autostart: bool | None, memory_wait: float | None
+) -> _library.OpenOptions:
+    if resident not in ("artifact", "view"):
+        raise InvalidArgumentError(f'open: resident is "artifact" or "view", not {resident!r}')
+    _check_seconds("open: memory_wait", memory_wait)
+    wanted = _encoded_names([only] if isinstance(only, str) else only)
+    return _library.OpenOptions(
+        struct_bytes=ctypes.sizeof(_library.OpenOptions),
+        autostart=-1 if autostart is None else int(autostart),
+        resident=_library.RESIDENT_VIEW if resident == "view" else _library.RESIDENT_ARTIFACT,
+        only=(ctypes.c_char_p * len(wanted))(*wanted),
+        only_count=len(wanted),
+        memory_wait_ms=0
+        if memory_wait is None
+        else int(min(max(memory_wait, 0), MEMORY_WAIT_SECONDS_MAX) * 1000) or -1,
+    )
+
+
+def _check_seconds(what: str, seconds: float | None) -> None:
+    if seconds is not None and not isinstance(seconds, (int, float)):
+        raise InvalidTypeError(f"{what} is seconds or None, not {seconds!r}")
+    if seconds is not None and math.isnan(seconds):
+        raise InvalidArgumentError(f"{what}: {seconds!r} is no time")
 
 
 def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
@@ -719,6 +741,8 @@ def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
 def _encoded_names(only: Sequence[str] | None) -> list[bytes]:
     if only is None:
         return []
+    if not isinstance(only, Iterable):
+        raise InvalidTypeError(f"open: only is a name or a list of names, not {only!r}")
     for one in only:
         if not isinstance(one, str):
             raise InvalidArgumentError(f"open: only: {one!r} is no name")
