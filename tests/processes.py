@@ -119,12 +119,22 @@ def make_worker() -> Iterator[Callable[..., Worker]]:
 # ---- what the kernel tells of a process ------------------------------------------------------------------
 
 
-def status_kib(pid: int, name: str) -> int:
-    """A line of /proc/PID/status that is a number of KiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+def _number(path: str, name: str) -> int:
+    """Of a file of /proc with lines ``name: number``."""
+    for line in Path(path).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1])
     raise KeyError(name)
+
+
+def status_kib(pid: int, name: str) -> int:
+    """A line of /proc/PID/status that is a number of KiB."""
+    return _number(f"/proc/{pid}/status", name)
+
+
+def bytes_read_by(pid: int, name: str = "rchar") -> int:
+    """``rchar``: by all its reads so far; ``read_bytes``: from disks."""
+    return _number(f"/proc/{pid}/io", name)
 
 
 def fault_count(pid: int) -> int:
@@ -152,6 +162,16 @@ def is_sanitized(binary: Path) -> bool:
 
 
 # ---- loads that take their time --------------------------------------------------------------------------
+
+
+def on_disk_alone(path: Path) -> Path:
+    """Takes a file out of the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    return path
+
 
 LONG_BYTES = 768 << 20
 HALFWAY_ATTEMPT_COUNT = 20

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensord
 from conftest import DEADLINE_SECONDS, Daemon, counted
-from processes import is_sanitized, sparse_file, until
+from processes import is_sanitized, on_disk_alone, sparse_file, until
 
 SIZE_BYTES = 48 << 20
 FAULT_AT = 33 << 20
@@ -54,10 +54,7 @@ def disk(
     if is_sanitized(binary):
         pytest.skip("a sanitizer wants to be the first library of its process")
     path = make_file({"w": counted((SIZE_BYTES,), "uint8")}).rename(tmp_path / "model.faulty.safetensors")
-    fd = os.open(path, os.O_RDONLY)
-    os.fdatasync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
+    on_disk_alone(path)
     control = tmp_path / "control"
     wrapped = tmp_path / "tensord"
     wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={shim} FAULTY_DISK={control} exec {binary} "$@"\n')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import processes
 import pytest
 import tensord
 from conftest import Daemon, counted
-from processes import Worker, halfway, sparse_file
+from processes import Worker, bytes_read_by, halfway, on_disk_alone, sparse_file
 
 make_worker = processes.make_worker
 
@@ -41,19 +40,8 @@ def folder(make_shards: Callable[..., Path]) -> Path:
     shards = [{f"layer.{at}": layer(at) for at in part} for part in (range(half), range(half, LAYER_COUNT))]
     folder = make_shards(shards)
     for path in folder.glob("*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        on_disk_alone(path)
     return folder
-
-
-def io_counter(pid: int, name: str) -> int:
-    """``rchar``: bytes of all reads; ``read_bytes``: those that came from a disk."""
-    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise KeyError(name)
 
 
 def expected_sums(rank: int) -> dict[str, int]:
@@ -76,7 +64,7 @@ def test_ranks_of_two_engines_that_come_at_any_time_cost_one_read(
     daemon = make_daemon()
     names = [str(folder), [str(path) for path in sorted(folder.glob("*.safetensors"))]]
     ranks = [make_worker(daemon) for _ in range(RANK_COUNT)]
-    before = {name: io_counter(daemon.pid, name) for name in ("rchar", "read_bytes")}
+    before = {name: bytes_read_by(daemon.pid, name) for name in ("rchar", "read_bytes")}
     for rank, worker in enumerate(ranks):
         open_as(worker, names[rank % 2])
         if rank % 3 != 2:  # some copy while others come, some later
@@ -86,7 +74,7 @@ def test_ranks_of_two_engines_that_come_at_any_time_cost_one_read(
             load_as(worker, rank)
         assert worker.hear() == (True, expected_sums(rank))
     for name, count in before.items():
-        read = io_counter(daemon.pid, name) - count
+        read = bytes_read_by(daemon.pid, name) - count
         assert read <= 1.02 * PAYLOAD_BYTES, name
     report = daemon.ask("explain", str(folder))
     assert report["load"] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tensord
 from conftest import Daemon, counted
+from processes import on_disk_alone
 
 SIZE_BYTES = 24 << 20
 
@@ -31,14 +31,6 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
 os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
 """
-
-
-def on_disk_alone(path: Path) -> Path:
-    fd = os.open(path, os.O_RDONLY)
-    os.fdatasync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-    return path
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import tensord
 from conftest import Daemon, counted
 from processes import (
     Worker,
+    bytes_read_by,
     descriptor_count,
     fault_count,
     has_ended,
@@ -52,10 +53,6 @@ def evict(daemon: Daemon, path: Path) -> None:
 
 
 # ---- read once -------------------------------------------------------------------------------------------
-
-
-def bytes_read_by(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/io").read_text().split("rchar:")[1].split()[0])
 
 
 def test_four_processes_that_open_at_once_share_one_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -48,7 +49,11 @@ def test_top_draws_over_its_last_look_on_a_terminal(daemon: Daemon, make_file: C
     ours, theirs = pty.openpty()
     words = [daemon.binary, "top", "--interval", "0.05"]
     environment = {**os.environ, **daemon.environment}
-    with subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as top:
+    with (
+        subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as top,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(top.kill)  # else a failure would wait for it
         shown = b""
         while shown.count(b"\x1b[?7h") < 2:
             shown += os.read(ours, 1 << 16)

@@ -11,7 +11,7 @@ import processes
 import pytest
 import tensord
 from conftest import Daemon
-from processes import Worker, until
+from processes import Worker, bytes_read_by, until
 
 make_worker = processes.make_worker
 
@@ -22,10 +22,6 @@ def weights(count: int, size_bytes: int = 2 * MIB) -> dict[str, np.ndarray]:
     random = np.random.default_rng(7)
     shape = (size_bytes // 4096, 1024)
     return {f"layers.{at}.w": random.standard_normal(shape, dtype=np.float32) for at in range(count)}
-
-
-def bytes_read_by(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/io").read_text().split("rchar:")[1].split()[0])
 
 
 def flip_byte(path: Path, offset: int) -> None:
