@@ -193,8 +193,8 @@ class Player:
 
 def command(*words: str) -> str:
     """What the `tensord` command prints."""
-    binary = os.environ.get("TENSORD_BINARY", str(Path(sys.executable).with_name("tensord")))
-    done = subprocess.run([binary, *words], capture_output=True, text=True, check=False)
+    program = [sys.executable, "-m", "tensord"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"demo: {done.stderr.strip()}")
     return done.stdout

@@ -1,12 +1,20 @@
-// One binary: `tensord serve` is the daemon, every other verb is a client of it.
+// The compiled program: `tensord serve`, the daemon, and `tensord measure`, what `tensord doctor` needs. Every other verb
+// is the Python package's.
+#include <cstdio>
 #include <string_view>
 
-#include "cli/cli.h"
-#include "daemon/config.h"
 #include "daemon/serve.h"
+#include "doctor/doctor.h"
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string_view(argv[1]) == "serve")
-    return tensord::daemon::serve_main(argc - 1, argv + 1);
-  return tensord::cli::cli_main(argc, argv, tensord::daemon::serve_help());
+  const std::string_view verb = argc > 1 ? argv[1] : "";
+  if (verb == "serve") return tensord::daemon::serve_main(argc - 1, argv + 1);
+  if (verb == "measure") return tensord::doctor::measure_main(argc - 1, argv + 1);
+  if (verb == "--version") return std::puts("tensord " TENSORD_VERSION) < 0 ? 1 : 0;
+  std::fprintf(
+      stderr,
+      "tensord: %s: this program knows `serve`, `measure` and `--version`; all other verbs come with the "
+      "Python package: `pip install tensord`, or `python -m tensord`\n",
+      verb.empty() ? "no verb" : argv[1]);
+  return 2;
 }

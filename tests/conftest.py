@@ -26,6 +26,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("tensord") is None:
     sys.path.insert(0, str(REPOSITORY / "python"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(REPOSITORY / "python"), os.environ.get("PYTHONPATH")))
+    )
+
+# The command line. The daemon is the compiled program, see `binary`.
+COMMAND = (sys.executable, "-m", "tensord")
 
 # Only a hang reaches it.
 DEADLINE_SECONDS = 120
@@ -49,10 +55,20 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def binary() -> Path:
-    """The program under test: $TENSORD_BINARY, else the release build's."""
+    """The compiled program under test: $TENSORD_BINARY, else the release build's."""
     path = Path(os.environ.get("TENSORD_BINARY") or REPOSITORY / "build" / "release" / "tensord")
     if not path.exists():
         pytest.fail(f"{path} is not there: build it, or name another one in TENSORD_BINARY")
+    return path
+
+
+@pytest.fixture(scope="session")
+def script(short_folder: Path) -> Path:
+    """The command line as packages install it: a file `tensord` in a folder of its own."""
+    path = short_folder / "bin" / "tensord"
+    path.parent.mkdir()
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom tensord.cli import main\n\nsys.exit(main())\n")
+    path.chmod(0o755)
     return path
 
 
@@ -118,8 +134,8 @@ class Daemon:
     def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """The command line, as a client of this daemon."""
         return subprocess.run(
-            [self.binary, *words],
-            env={**os.environ, **self.environment},
+            [*COMMAND, *words],
+            env={**os.environ, "TENSORD_BINARY": str(self.binary), **self.environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

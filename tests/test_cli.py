@@ -8,13 +8,15 @@ import pty
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEADLINE_SECONDS, Daemon, counted
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
+from processes import until
 
 VERBS = (
     *("serve", "stop", "status", "load", "ls", "show", "verify", "explain", "evict", "pin", "unpin"),
@@ -91,6 +93,74 @@ def test_without_a_daemon_the_exit_status_is_3(
         == f"tensord: {words[0]}: no daemon listens at {socket}; start a daemon with `tensord serve`\n"
     )
     assert one_document(no_daemon.run(*words, "--json").stdout)["error"]["code"] == "unavailable"
+
+
+# ---- two programs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(), ("status",), ("load", "m"), ("--help",)])
+def test_the_compiled_program_says_where_the_other_verbs_are(binary: Path, words: tuple[str, ...]) -> None:
+    done = subprocess.run([binary, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == USAGE
+    assert done.stdout == "" and "Python package" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_both_programs_have_one_version(binary: Path, no_daemon: Daemon) -> None:
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == no_daemon.run("--version").stdout
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_serve_becomes_the_compiled_program(
+    no_daemon: Daemon, script: Path, binary: Path, is_named: bool
+) -> None:
+    named = script if is_named else binary  # a script that is to run itself runs what lies beside the library
+    environment = {**os.environ, **no_daemon.environment, "TENSORD_BINARY": str(named)}
+    with subprocess.Popen([script, "serve", "--log-level", "off"], env=environment) as serving:
+        until(no_daemon.listens, "it listens")
+        assert no_daemon.ask("status")["pid"] == serving.pid
+        program = Path(f"/proc/{serving.pid}/exe").resolve()
+        assert program.name == "tensord" and program.read_bytes()[:4] == b"\x7fELF"
+        assert no_daemon.ask("stop") == {"pid": serving.pid}
+        assert serving.wait(DEADLINE_SECONDS) == DONE
+
+
+def test_a_client_can_start_the_daemon_through_the_script(
+    no_daemon: Daemon, script: Path, model: Path
+) -> None:
+    no_daemon.environment.update(TENSORD_AUTOSTART="1", TENSORD_BINARY=str(script))
+    assert no_daemon.ask("load", str(model), "--wait")["state"] == "ready"
+    assert Path(f"/proc/{no_daemon.ask('status')['pid']}/exe").resolve().read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_program_that_cannot_be_run_is_named(no_daemon: Daemon, tmp_path: Path) -> None:
+    no_daemon.environment["TENSORD_BINARY"] = str(tmp_path / "none")
+    done = no_daemon.run("serve", "--help")
+    assert done.returncode == NO_DAEMON
+    assert done.stderr == f"tensord: serve: $TENSORD_BINARY names {tmp_path / 'none'}, which cannot be run\n"
+
+
+def test_the_command_line_needs_neither_numpy_nor_torch() -> None:
+    program = "import sys, tensord.cli; assert not {'numpy', 'torch', 'argparse'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_daemon_that_hangs_is_stopped_all_the_same(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    stop = subprocess.Popen([*COMMAND, "stop"], env={**os.environ, **daemon.environment})
+    try:
+        until(lambda: is_pending(signal.SIGTERM, daemon.pid), "it is told to stop")
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    assert stop.wait(DEADLINE_SECONDS) == DONE
+
+
+def is_pending(number: signal.Signals, pid: int) -> bool:
+    (line,) = [
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:")
+    ]
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
 
 
 # ---- life of a replica -----------------------------------------------------------------------------------
@@ -275,7 +345,7 @@ def terminal_output(daemon: Daemon, *words: str) -> str:
     """What a run writes to standard error when that is a terminal."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, **daemon.environment}
-    command = [str(daemon.binary), *words]
+    command = [*COMMAND, *words]
     subprocess.run(
         command,
         env=environment,
@@ -303,7 +373,7 @@ def test_interrupting_a_wait_leaves_the_daemon_filling(
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + (2 << 30))
 
-    words = [str(daemon.binary), "load", str(path), "--wait", "--progress", "always"]
+    words = [*COMMAND, "load", str(path), "--wait", "--progress", "always"]
     waiting = subprocess.Popen(words, env={**os.environ, **daemon.environment}, stderr=subprocess.PIPE)
     assert waiting.stderr is not None
     while b"%" not in waiting.stderr.read1():  # type: ignore[attr-defined]
@@ -324,19 +394,23 @@ def test_interrupting_a_wait_leaves_the_daemon_filling(
 # ---- completion ------------------------------------------------------------------------------------------
 
 
-def completed(daemon: Daemon, *words: str, cwd: Path | None = None) -> list[str]:
-    """What bash would offer for the last word."""
-    script = """
+@pytest.fixture
+def complete(no_daemon: Daemon, script: Path) -> Callable[..., list[str]]:
+    """What bash would offer for the last word: ``complete("load", "--")``."""
+    return lambda *words, cwd=None: completed(no_daemon, script, words, cwd)
+
+
+def completed(daemon: Daemon, command: Path, words: tuple[str, ...], cwd: Path | None) -> list[str]:
+    program = """
         source <(tensord completion bash)
         COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
         $(complete -p tensord | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
         printf '%s\\n' "${COMPREPLY[@]}"
     """
-    path = f"{daemon.binary.parent}:{os.environ['PATH']}"
-    command = ["bash", "--norc", "-c", script, "bash", "tensord", *words]
+    path = f"{command.parent}:{os.environ['PATH']}"
     environment = {**os.environ, **daemon.environment, "PATH": path}
     done = subprocess.run(
-        command,
+        ["bash", "--norc", "-c", program, "bash", "tensord", *words],
         env=environment,
         cwd=cwd,
         capture_output=True,
@@ -348,11 +422,13 @@ def completed(daemon: Daemon, *words: str, cwd: Path | None = None) -> list[str]
     return done.stdout.split("\n")[:-1]
 
 
-def test_bash_completes_verbs_flags_values_and_files(no_daemon: Daemon, tmp_path: Path) -> None:
+def test_bash_completes_verbs_flags_values_and_files(
+    complete: Callable[..., list[str]], tmp_path: Path
+) -> None:
     (tmp_path / "with space.safetensors").touch()
-    assert set(VERBS) <= set(completed(no_daemon, ""))
-    assert completed(no_daemon, "un") == ["unpin"]
-    assert set(completed(no_daemon, "load", "--")) == {
+    assert set(VERBS) <= set(complete(""))
+    assert complete("un") == ["unpin"]
+    assert set(complete("load", "--")) == {
         "--wait",
         "--pin",
         "--only",
@@ -360,11 +436,11 @@ def test_bash_completes_verbs_flags_values_and_files(no_daemon: Daemon, tmp_path
         "--json",
         "--help",
     }
-    assert completed(no_daemon, "load", "--progress", "a") == ["auto", "always"]
-    assert completed(no_daemon, "load", "--wait", "wi", cwd=tmp_path) == ["with space.safetensors"]
-    assert completed(no_daemon, "completion", "f") == ["fish"]
-    assert "--host-memory" in completed(no_daemon, "serve", "--host")
-    assert completed(no_daemon, "ls", "x") == [""]
+    assert complete("load", "--progress", "a") == ["auto", "always"]
+    assert complete("load", "--wait", "wi", cwd=tmp_path) == ["with space.safetensors"]
+    assert complete("completion", "f") == ["fish"]
+    assert "--host-memory" in complete("serve", "--host")
+    assert complete("ls", "x") == [""]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -383,9 +459,7 @@ def test_shells_accept_their_script(no_daemon: Daemon, shell: str, tmp_path: Pat
 
 def test_output_that_cannot_be_written_is_an_error(no_daemon: Daemon) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [str(no_daemon.binary), "version"], stdout=full, stderr=subprocess.PIPE, check=False
-        )
+        done = subprocess.run([*COMMAND, "version"], stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == FAILED
     assert b"standard output" in done.stderr
 

@@ -15,9 +15,9 @@ import numpy as np
 import processes
 import pytest
 import tensord
-from conftest import DEADLINE_SECONDS, Daemon, counted
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 from processes import Worker, stopped, until
-from tensord import _library
+from tensord import _library, copies
 from tensord._library import library
 
 make_worker = processes.make_worker
@@ -38,26 +38,26 @@ def alone(tmp_path: Path, binary: Path) -> dict[str, str]:
 
 
 def test_a_started_daemon_keeps_none_of_its_client_s_descriptors(
-    alone: dict[str, str], binary: Path, tmp_path: Path, make_file: Callable[..., Path]
+    alone: dict[str, str], tmp_path: Path, make_file: Callable[..., Path]
 ) -> None:
     lock = (tmp_path / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     path = make_file({"w": counted((5,))})
-    subprocess.run([binary, "load", path, "--wait"], env=alone, check=True, pass_fds=[lock.fileno()])
+    subprocess.run([*COMMAND, "load", path, "--wait"], env=alone, check=True, pass_fds=[lock.fileno()])
     lock.close()
     try:
         with (tmp_path / "lock").open("w") as again:
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
-        subprocess.run([binary, "stop"], env=alone, check=True)
+        subprocess.run([*COMMAND, "stop"], env=alone, check=True)
 
 
 def test_settings_that_make_no_sense_are_told_at_once_to_the_client_that_starts_a_daemon(
-    alone: dict[str, str], binary: Path, make_file: Callable[..., Path]
+    alone: dict[str, str], make_file: Callable[..., Path]
 ) -> None:
     path = make_file({"w": counted((5,))})
     done = subprocess.run(
-        [binary, "load", path], env={**alone, "TENSORD_HOST_MEMORY": "foo"}, capture_output=True, text=True
+        [*COMMAND, "load", path], env={**alone, "TENSORD_HOST_MEMORY": "foo"}, capture_output=True, text=True
     )
     assert done.returncode != 0
     assert "did not start: tensord: serve: $TENSORD_HOST_MEMORY: size 'foo'" in done.stderr
@@ -65,16 +65,16 @@ def test_settings_that_make_no_sense_are_told_at_once_to_the_client_that_starts_
 
 
 @pytest.fixture
-def stop_after(alone: dict[str, str], binary: Path) -> Iterator[None]:
+def stop_after(alone: dict[str, str]) -> Iterator[None]:
     yield
-    subprocess.run([binary, "stop"], env=alone, check=True, timeout=DEADLINE_SECONDS)
+    subprocess.run([*COMMAND, "stop"], env=alone, check=True, timeout=DEADLINE_SECONDS)
 
 
 def test_a_started_daemon_rotates_its_own_log(
-    alone: dict[str, str], binary: Path, tmp_path: Path, make_file: Callable[..., Path], stop_after: None
+    alone: dict[str, str], tmp_path: Path, make_file: Callable[..., Path], stop_after: None
 ) -> None:
-    subprocess.run([binary, "load", make_file({"w": counted((5,))})], env=alone, check=True)
-    status = subprocess.run([binary, "status", "--json"], env=alone, capture_output=True, check=True)
+    subprocess.run([*COMMAND, "load", make_file({"w": counted((5,))})], env=alone, check=True)
+    status = subprocess.run([*COMMAND, "status", "--json"], env=alone, capture_output=True, check=True)
     pid = json.loads(status.stdout)["pid"]
     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     assert words[words.index(b"--log-file") + 1] == os.fsencode(tmp_path / "state" / "daemon.log")
@@ -83,7 +83,6 @@ def test_a_started_daemon_rotates_its_own_log(
 @pytest.mark.parametrize("places", [["state"], ["state", "run"]])
 def test_a_log_that_cannot_be_made_is_no_reason_not_to_serve(
     alone: dict[str, str],
-    binary: Path,
     tmp_path: Path,
     make_file: Callable[..., Path],
     stop_after: None,
@@ -92,21 +91,21 @@ def test_a_log_that_cannot_be_made_is_no_reason_not_to_serve(
     for place in places:
         (tmp_path / place).mkdir(mode=0o700)
         (tmp_path / place / "daemon.log").mkdir()
-    subprocess.run([binary, "load", make_file({"w": counted((5,))})], env=alone, check=True)
+    subprocess.run([*COMMAND, "load", make_file({"w": counted((5,))})], env=alone, check=True)
     if "run" not in places:
         log = tmp_path / "run" / "daemon.log"
         until(lambda: "listens at" in log.read_text(), "it is in the log of the runtime folder")
 
 
 def test_the_daemon_of_a_folder_that_another_one_is_leaving_is_waited_for(
-    alone: dict[str, str], binary: Path, tmp_path: Path, make_file: Callable[..., Path], stop_after: None
+    alone: dict[str, str], tmp_path: Path, make_file: Callable[..., Path], stop_after: None
 ) -> None:
     path = make_file({"w": counted((5,))})
     log = tmp_path / "state" / "daemon.log"
     (tmp_path / "run").mkdir(mode=0o700)
     with (tmp_path / "run" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        client = subprocess.Popen([binary, "load", path], env=alone)
+        client = subprocess.Popen([*COMMAND, "load", path], env=alone)
         until(lambda: log.exists() and "already serves" in log.read_text(), "the lock is in the way")
     assert client.wait(DEADLINE_SECONDS) == 0
 
@@ -155,14 +154,14 @@ assert result == 0
 
 
 def test_a_copy_starts_no_daemon_when_its_own_is_gone(
-    alone: dict[str, str], binary: Path, make_file: Callable[..., Path]
+    alone: dict[str, str], make_file: Callable[..., Path]
 ) -> None:
     path = make_file({"w": counted((5,))})
     script = f"""
 import subprocess, numpy as np, tensord
 model = tensord.open({str(path)!r}, framework="np")
 model.wait()
-subprocess.run([{str(binary)!r}, "stop"], check=True)
+subprocess.run([*{COMMAND}, "stop"], check=True)
 for _ in range(3):
     target = np.zeros_like(model["w"])
     model.load_into({{"w": target}})
@@ -170,7 +169,9 @@ for _ in range(3):
 """
     environment = {**alone, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-    status = subprocess.run([binary, "status"], env={**alone, "TENSORD_AUTOSTART": "0"}, capture_output=True)
+    status = subprocess.run(
+        [*COMMAND, "status"], env={**alone, "TENSORD_AUTOSTART": "0"}, capture_output=True
+    )
     assert status.returncode == 3
 
 
@@ -212,7 +213,7 @@ def test_null_pointers_are_refused_by_name(daemon: Daemon, make_file: Callable[.
         assert refused(raw.tensord_resolve(handle, b"w", None, 1, ctypes.byref(region))) == "items is NULL"
         assert refused(raw.tensord_load_into(handle, None, 1, None, None)) == "copies is NULL"
         name = ctypes.create_string_buffer(b"w")
-        copy = np.zeros(1, _library.COPY)
+        copy = np.zeros(1, copies.COPY)
         copy["name"], copy["target_rank"] = ctypes.addressof(name), 1
         address = copy.ctypes.data_as(ctypes.c_void_p)
         assert refused(raw.tensord_load_into(handle, address, 1, None, None)) == "w: target_shape is NULL"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensord
-from conftest import DEADLINE_SECONDS, Daemon, counted
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 from processes import is_sanitized, on_disk_alone, sparse_file, until
 
 SIZE_BYTES = 48 << 20
@@ -88,7 +88,7 @@ def test_a_stalled_disk_is_told_can_be_left_and_goes_on(disk: Disk, make_file: C
         with pytest.raises(tensord.WaitTimeoutError, match=r"still being read \(.* of .* are there\)"):
             model.wait(timeout=0.2)
         watching = subprocess.Popen(
-            [disk.daemon.binary, "load", disk.path, "--wait", "--progress", "always"],
+            [*COMMAND, "load", disk.path, "--wait", "--progress", "always"],
             env={**os.environ, **disk.daemon.environment},
             stderr=subprocess.PIPE,
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from conftest import Daemon, counted
+from tensord.cli.doctor import MEASUREMENTS, Check, judge, look_around
 
 
 def test_doctor_measures_and_explain_knows_what_is_possible(
@@ -21,6 +24,7 @@ def test_doctor_measures_and_explain_knows_what_is_possible(
     report = daemon.ask("doctor", str(folder))
     stored = daemon.state_folder / "machine.json"
     assert list(folder.iterdir()) == [] and report["saved"] == str(stored)
+    assert set(report["bytes_per_s"]) == {one.name for one in MEASUREMENTS}
     assert report["bytes_per_s"]["memcpy_1"] > 0 and report["bytes_per_s"]["cache_pread"] > 0
     assert {check["verdict"] for check in report["checks"]} <= {"good", "could be better", "missing"}
     assert all((check["verdict"] == "good") == (check["advice"] == "") for check in report["checks"])
@@ -50,3 +54,57 @@ def test_doctor_stores_what_it_measured_without_a_daemon(
     assert str(nobody.state_folder / "machine.json") in done.stdout
     assert nobody.run("doctor", str(tmp_path / "none")).returncode == 1
     assert nobody.run("doctor", "--loud").returncode == 2
+
+
+RATES = {
+    **dict.fromkeys(("memcpy_1", "cache_pread", "cache_stream", "cache_mapped"), 5e9),
+    **dict.fromkeys(("gather_all", "fresh_huge"), 8e9),
+    "memcpy_all": 10e9,
+    "fresh_4k": 6e9,
+    "disk_direct": 3e9,
+    "disk_buffered": 1e9,
+}
+
+
+def told(checks: list[Check]) -> str:
+    """What could be better."""
+    assert all((check.verdict == "good") == (check.advice == "") for check in checks)
+    return "".join(
+        f"{check.name}{': missing' if check.verdict == 'missing' else ''}\n"
+        for check in checks
+        if check.verdict != "good"
+    )
+
+
+def test_every_rate_has_a_verdict_and_says_what_to_do_unless_it_is_good() -> None:
+    assert told(judge(RATES)) == ""
+    assert [check.value for check in judge(RATES)[:2]] == ["5.00 GB/s", "10.00 GB/s"]
+    assert {one.name for one in MEASUREMENTS} == set(RATES)
+    poor = {**RATES, "fresh_4k": 1e9, "disk_direct": 0.5e9, "fresh_huge": 0.0}
+    assert told(judge(poor)) == (
+        "fresh memory, 4 KiB pages\nfresh memory, huge pages: missing\ndisk, O_DIRECT\n"
+    )
+
+
+def test_the_doctor_looks_at_what_the_system_allows() -> None:
+    works = {"io_uring": "", "memfd": "", "huge_pages": ""}
+    checks = look_around(works, None)
+    told(checks)
+    assert [check.name for check in checks] == [
+        *("io_uring", "memfd and its seals", "huge pages, MADV_COLLAPSE", "huge pages, MFD_HUGETLB"),
+        *("RLIMIT_MEMLOCK", "RLIMIT_NOFILE", "cgroup memory.max", "seccomp", "/dev/shm"),
+    ]
+    assert all(check.value for check in checks)
+    assert checks[6].value == "no limit"
+    refused = look_around({**works, "io_uring": "it is disabled"}, 64 << 20)
+    assert told(refused).startswith("io_uring: missing\n") and refused[0].value == "it is disabled"
+    assert refused[6].value == "64.00 MiB"
+
+
+def test_what_cannot_be_measured_is_an_error_document(binary: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TENSORD_STATE_DIR": str(tmp_path / "state")}
+    words = [binary, "measure", str(tmp_path / "none")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and json.loads(done.stdout)["error"]["code"] == "not_found"
+    done = subprocess.run([binary, "measure", "a", "b"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""

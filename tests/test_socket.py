@@ -7,11 +7,11 @@ import os
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import DEADLINE_SECONDS, Daemon, counted, safetensors_bytes
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted, safetensors_bytes
 from processes import status_kib, until
 
 NOBODY = 65534
@@ -141,9 +141,9 @@ class Impostor:
         self.listener.settimeout(DEADLINE_SECONDS)
 
     @contextlib.contextmanager
-    def client(self, binary: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
+    def client(self, *words: str) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
         process = subprocess.Popen(
-            [binary, *words],
+            [*COMMAND, *words],
             env={**os.environ, **self.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -175,13 +175,13 @@ class Spoken(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def spoken(daemon: Daemon, binary: Path, short_folder: Path) -> Spoken:
+def spoken(daemon: Daemon, short_folder: Path) -> Spoken:
     folder = Path(tempfile.mkdtemp(dir=short_folder))
     path = folder / "model.safetensors"
     path.write_bytes(safetensors_bytes({"w": counted((5,))}))
     impostor = Impostor(folder / "run")
     try:
-        with impostor.client(binary, "load", str(path)) as (_, peer):
+        with impostor.client("load", str(path)) as (_, peer):
             hello = receive(peer)
             assert hello is not None
             with connected(daemon) as real:
@@ -419,9 +419,9 @@ def test_a_client_of_another_version_is_told_so(daemon: Daemon, spoken: Spoken, 
 
 @pytest.mark.parametrize(("version", "advice"), [(0, "restart the daemon"), (3, "update the client")])
 def test_a_daemon_of_another_version_is_refused(
-    binary: Path, spoken: Spoken, impostor: Impostor, version: int, advice: str
+    spoken: Spoken, impostor: Impostor, version: int, advice: str
 ) -> None:
-    with impostor.client(binary, "status") as (process, peer):
+    with impostor.client("status") as (process, peer):
         assert receive(peer) is not None
         peer.sendall(frame(with_version(spoken.daemon_hello, version)))
         _, said = process.communicate(timeout=DEADLINE_SECONDS)
@@ -429,8 +429,8 @@ def test_a_daemon_of_another_version_is_refused(
     assert f"protocol {version} " in said and advice in said
 
 
-def test_a_daemon_that_babbles_is_refused(binary: Path, impostor: Impostor) -> None:
-    with impostor.client(binary, "status") as (process, peer):
+def test_a_daemon_that_babbles_is_refused(impostor: Impostor) -> None:
+    with impostor.client("status") as (process, peer):
         peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode != 0
@@ -455,16 +455,22 @@ def opened_up(daemon: Daemon, short_folder: Path) -> Iterator[None]:
         path.chmod(mode)
 
 
-def test_another_user_is_refused(daemon: Daemon, spoken: Spoken, opened_up: None, short_folder: Path) -> None:
-    program = Path(tempfile.mkdtemp(dir=short_folder)) / "tensord"
-    shutil.copy(daemon.binary, program)
-    program.parent.chmod(0o755)
+# The command line of another user, who need not be able to read this interpreter and this package.
+AS_ANOTHER_USER = f"""
+import os, sys
+from tensord import _library, cli
+_library.library()
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_another_user_is_refused(daemon: Daemon, spoken: Spoken, opened_up: None) -> None:
     done = subprocess.run(
-        [program, "status"],
+        [sys.executable, "-c", AS_ANOTHER_USER, "status"],
         env={**os.environ, **daemon.environment},
-        user=NOBODY,
-        group=NOBODY,
-        extra_groups=[],
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import DEADLINE_SECONDS, Daemon, counted
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 
 
 def test_top_prints_as_often_as_asked(daemon: Daemon, make_file: Callable[..., Path]) -> None:
@@ -32,7 +32,7 @@ def test_top_prints_as_often_as_asked(daemon: Daemon, make_file: Callable[..., P
 
 def test_top_ends_with_3_when_the_daemon_ends(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon()
-    words = [daemon.binary, "top", "--interval", "0.01"]
+    words = [*COMMAND, "top", "--interval", "0.01"]
     environment = {**os.environ, **daemon.environment}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as top:
         assert top.stdout is not None
@@ -47,7 +47,7 @@ def test_top_draws_over_its_last_look_on_a_terminal(daemon: Daemon, make_file: C
     path = make_file({"w": counted((8, 6))}, name="bell\x07.safetensors")
     daemon.ask("load", str(path), "--wait")
     ours, theirs = pty.openpty()
-    words = [daemon.binary, "top", "--interval", "0.05"]
+    words = [*COMMAND, "top", "--interval", "0.05"]
     environment = {**os.environ, **daemon.environment}
     with (
         subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as top,

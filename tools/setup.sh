@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 debian=(
   g++ cmake ninja-build ccache git ca-certificates clang-format-14
   libflatbuffers-dev flatbuffers-compiler nlohmann-json3-dev
-  libsqlite3-dev liburing-dev libxxhash-dev libexpected-dev libcli11-dev libtomlplusplus-dev libspdlog-dev libfmt-dev
+  libsqlite3-dev liburing-dev libxxhash-dev libexpected-dev libtomlplusplus-dev libspdlog-dev libfmt-dev
   libgtest-dev libbenchmark-dev
 )
 debian_clang=(clang-14 libclang-rt-14-dev clang-tidy-14)

@@ -17,10 +17,10 @@ TABLE = """# architecture
 | base | – |
 | tensor | base |
 | memory, storage | base, tensor |
-| daemon | all but client and cli |
+| daemon | all but client and doctor |
 | client | base, tensor, memory |
-| cli | client |
-| main | daemon, cli |
+| doctor | memory |
+| main | daemon, doctor |
 """
 
 GOOD = {
@@ -33,7 +33,7 @@ GOOD = {
     "src/daemon/serve.cc": '#include <new>\n#include "storage/source.h"\nauto* p = ::new (at) int(1);\n',
     "src/storage/source.h": "#pragma once\n",
     "src/storage/source.cc": "auto source = std::unique_ptr<Source>(new Source);\n",
-    "src/main.cc": '// In a session of its own.\n#include "cli/cli.h"\n#include "daemon/serve.h"\n',
+    "src/main.cc": '// In a session of its own.\n#include "daemon/serve.h"\n#include "doctor/doctor.h"\n',
     "include/tensord/client.h": '#pragma once\n#include "tensord/tensord.h"\n',
     "python/tensord/client.py": "class DatabaseError(Exception):\n    pass\n",
     "tests/test_open.py": 'import pytest\n\n\n@pytest.fixture(scope="session")\ndef model():\n    return 1\n',
@@ -159,8 +159,8 @@ CAUGHT = {
         "src/memory/pool.cc:2: throw: return a Result",
     ),
     "JSON in a header": (
-        {"src/cli/verbs.h": "#pragma once\n#include <nlohmann/json.hpp>\n"},
-        "src/cli/verbs.h:2: header-include: nlohmann belongs in a .cc file",
+        {"src/doctor/machine.h": "#pragma once\n#include <nlohmann/json.hpp>\n"},
+        "src/doctor/machine.h:2: header-include: nlohmann belongs in a .cc file",
     ),
     "TOML in a header": (
         {"src/daemon/config.h": "#include <toml++/toml.h>\n"},

@@ -201,6 +201,13 @@ TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name,
                                    const tensord_index_item* items, size_t item_count,
                                    tensord_region* region);
 
+/* What would pack slices, row-major one behind the other, into one buffer, as a JSON object: items (view, tensor, dtype,
+ * shape, target_offset, size_bytes), records (strided copies out of files, and fills), target_bytes, files (path, size_bytes).
+ * Nothing is copied. A view is text: "w", "w[:, 0:8704]"; what stands in the brackets is numpy's
+ * basic indexing. model NULL: only whether the views can be read; json is then "null". Free it with tensord_free. */
+TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count,
+                                char** json);
+
 /* One copy of a (slice of a) tensor into the caller's CPU memory. */
 typedef struct tensord_copy {
   const char* name;

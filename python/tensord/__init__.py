@@ -8,7 +8,8 @@ A daemon reads model weights once and hands them to any number of processes as z
     weight = model["lm_head.weight"]              # zero-copy torch (or numpy) tensor; waits for its bytes
     model.load_into([("lm_head.weight", np.s_[0:75968], parameter)])
 
-Importing it imports numpy but not torch.
+Importing it imports nothing else: the first use of a name imports what it needs, and torch only where a
+tensor of torch's is asked for.
 """
 
 from __future__ import annotations
@@ -16,34 +17,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .client import Model, View, open
-from .copies import LoadReport
-from .errors import (
-    CancelledError,
-    ChangedError,
-    CorruptError,
-    DeniedError,
-    Error,
-    ExhaustedError,
-    InternalError,
-    InvalidArgumentError,
-    InvalidIndexError,
-    InvalidOptionError,
-    InvalidTypeError,
-    MissingFileError,
-    NotFoundError,
-    TensordWarning,
-    UnavailableError,
-    UnknownTensorError,
-    UnsupportedDtypeError,
-    UnsupportedError,
-    WaitTimeoutError,
-)
-from .progress import Progress
-from .safe_open import SafeSlice, _safe_open_handle, load_file, safe_open
-
 if TYPE_CHECKING:
     from . import numpy, torch
+    from ._safe_open import SafeSlice, _safe_open_handle, load_file, safe_open
+    from .client import Model, View, open
+    from .copies import LoadReport
+    from .errors import (
+        CancelledError,
+        ChangedError,
+        CorruptError,
+        DeniedError,
+        Error,
+        ExhaustedError,
+        InternalError,
+        InvalidArgumentError,
+        InvalidIndexError,
+        InvalidOptionError,
+        InvalidTypeError,
+        MissingFileError,
+        NotFoundError,
+        TensordWarning,
+        UnavailableError,
+        UnknownTensorError,
+        UnsupportedDtypeError,
+        UnsupportedError,
+        WaitTimeoutError,
+    )
+    from .progress import Progress
 
 __version__ = "0.1.0"
 
@@ -81,8 +81,30 @@ __all__ = [
 ]
 
 
+# Where the names are that are no errors.
+_MODULES = {
+    "LoadReport": "copies",
+    "Model": "client",
+    "Progress": "progress",
+    "SafeSlice": "_safe_open",
+    "View": "client",
+    "_safe_open_handle": "_safe_open",
+    "load_file": "_safe_open",
+    "open": "client",
+    "safe_open": "_safe_open",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """`tensord.torch` and `tensord.numpy` are imported when first used."""
+    """Imports a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("numpy", "torch"):
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

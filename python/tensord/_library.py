@@ -1,7 +1,8 @@
 """libtensord.so through ctypes: where it is, its structs and prototypes, and its codes as exceptions.
 
 The contract of every function is in include/tensord/tensord.h; the layouts below repeat its structs field
-by field.
+by field, but for those that are built by the thousand (indexing.py, copies.py): no numpy is needed to ask the
+daemon something.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-
-import numpy as np
 
 from .errors import Error, UnavailableError, UnsupportedError, error_of
 
@@ -99,21 +98,6 @@ class CopyReport(ctypes.Structure):
     )
 
 
-# Arrays of these two are built by the thousand, so they are numpy's: one conversion for all rows.
-INDEX_ITEM = np.dtype([("kind", "u4"), ("given", "u4"), ("start", "i8"), ("stop", "i8"), ("step", "i8")])
-COPY = np.dtype(
-    [
-        ("name", "u8"),
-        ("items", "u8"),
-        ("item_count", "u8"),
-        ("target", "u8"),
-        ("target_dtype", "u4"),
-        ("target_rank", "u4"),
-        ("target_shape", "u8"),
-        ("target_strides", "u8"),
-    ]
-)
-
 _P = ctypes.c_void_p
 _S = ctypes.c_char_p
 _Z = ctypes.c_size_t
@@ -144,6 +128,7 @@ _PROTOTYPES = {
     "tensord_get_progress": (_INT, (_P, ctypes.POINTER(Progress))),
     "tensord_info": (_INT, (_P, ctypes.POINTER(_P))),
     "tensord_resolve": (_INT, (_P, _S, _P, _Z, ctypes.POINTER(Region))),
+    "tensord_plan": (_INT, (_P, ctypes.POINTER(_S), _Z, ctypes.POINTER(_P))),
     "tensord_load_into": (
         _INT,
         (_P, _P, _Z, ctypes.POINTER(CopyOptions), ctypes.POINTER(CopyReport)),
@@ -160,16 +145,13 @@ def _candidates() -> list[Path]:
     return [here / "libtensord.so", here.parents[1] / "build" / "release" / "libtensord.so"]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library: $TENSORD_LIBRARY, else the package's own, else the source tree's build.
+def library_path() -> Path:
+    """The file that `library` loads: $TENSORD_LIBRARY, else the package's own, else the source tree's build.
 
     Raises
     ------
     UnavailableError
-        There is none, or it cannot be loaded.
-    UnsupportedError
-        It was built for another version of this package.
+        There is none.
     """
     paths = _candidates()
     path = next((path for path in paths if path.exists()), None)
@@ -178,6 +160,21 @@ def library() -> ctypes.CDLL:
             f"load libtensord.so: there is none at {' or '.join(map(str, paths))}; "
             "build it, or name it in TENSORD_LIBRARY"
         )
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises
+    ------
+    UnavailableError
+        There is none, or it cannot be loaded.
+    UnsupportedError
+        It was built for another version of this package.
+    """
+    path = library_path()
     try:
         loaded = ctypes.CDLL(str(path))
         for name, (result, arguments) in _PROTOTYPES.items():
@@ -219,6 +216,6 @@ def take_text(pointer: ctypes.c_void_p) -> str:
 def call(verb: str, selector: str | None = None, *, autostart: bool = False) -> str:
     """A management verb of the daemon; the reply is JSON."""
     reply = ctypes.c_void_p()
-    chosen = None if selector is None else selector.encode()
+    chosen = None if selector is None else os.fsencode(selector)
     check(library().tensord_call(verb.encode(), chosen, int(autostart), ctypes.byref(reply)))
     return take_text(reply)

@@ -9,10 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from . import _library
 from .errors import InvalidArgumentError
-from .indexing import Item
+from .indexing import INDEX_ITEM, Item
 from .tensors import DTYPES, OPAQUE, U8, Entry, Target, row_major_strides
+
+# tensord_copy
+COPY = np.dtype(
+    [
+        ("name", "u8"),
+        ("items", "u8"),
+        ("item_count", "u8"),
+        ("target", "u8"),
+        ("target_dtype", "u4"),
+        ("target_rank", "u4"),
+        ("target_shape", "u8"),
+        ("target_strides", "u8"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Batch:
     def add(self, entry: Entry, items: tuple[Item, ...], target: Target) -> None:
         address, number, shape, strides = target
         at = len(self._extents) * np.dtype(np.int64).itemsize
-        items_at = len(self._items) * _library.INDEX_ITEM.itemsize
+        items_at = len(self._items) * INDEX_ITEM.itemsize
         self._rows.append((self._name_bytes, items_at, len(items), address, number, len(shape), at, at))
         self._names.append(entry.encoded)
         self._name_bytes += len(entry.encoded) + 1
@@ -57,11 +70,11 @@ class Batch:
     def rows(self) -> np.ndarray:
         """Valid as long as this batch."""
         names = ctypes.create_string_buffer(b"\0".join(self._names))
-        items = np.array(self._items, dtype=_library.INDEX_ITEM)
+        items = np.array(self._items, dtype=INDEX_ITEM)
         extents = np.array(self._extents, dtype=np.uint64)
         strides = np.array(self._strides, dtype=np.int64)
         self._kept = (names, items, extents, strides)
-        rows = np.array(self._rows, dtype=_library.COPY)
+        rows = np.array(self._rows, dtype=COPY)
         rows["name"] += np.uint64(ctypes.addressof(names))
         rows["items"] += np.uint64(items.ctypes.data)
         rows["target_shape"] += np.uint64(extents.ctypes.data)

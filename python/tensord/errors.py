@@ -177,3 +177,9 @@ _CLASSES: dict[int, type[Error]] = {
 def error_of(code: int, message: str, *, target_dirty: bool = False) -> Error:
     """The error for a code of the C library."""
     return _CLASSES.get(code, InternalError)(message, target_dirty=target_dirty)
+
+
+def error_named(code: str, message: str) -> Error:
+    """The error for a code by its name, as documents of the daemon's program have it."""
+    kinds = {kind.code: kind for kind in _CLASSES.values()}
+    return kinds.get(code, InternalError)(message)

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ._library import INDEX_ITEM
 from .errors import InvalidIndexError
+
+# tensord_index_item
+INDEX_ITEM = np.dtype([("kind", "u4"), ("given", "u4"), ("start", "i8"), ("stop", "i8"), ("step", "i8")])
 
 # (kind, given, start, stop, step), as tensord_index_item.
 Item = tuple[int, int, int, int, int]

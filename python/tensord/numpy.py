@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ._safe_open import safe_open
 from ._saving import borrowed
-from .safe_open import safe_open
 
 if TYPE_CHECKING:
     import numpy as np

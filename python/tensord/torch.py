@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ._safe_open import safe_open
 from ._saving import borrowed
-from .safe_open import safe_open
 
 _BORROWED = ("save", "save_file", "save_model", "load")
 

@@ -48,7 +48,7 @@ base::Result<std::string> find_binary() {
     return fail(Code::unavailable, "$TENSORD_BINARY names ", named, ", which cannot be run");
   }
   const std::string folder = own_folder();
-  std::vector<std::string> tried = {folder + "/tensord", folder + "/../../../../bin/tensord"};
+  std::vector<std::string> tried = {folder + "/tensord", folder + "/bin/tensord"};
   if (const char* path = std::getenv("PATH")) {
     std::string_view rest = path;
     while (!rest.empty()) {

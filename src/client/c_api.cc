@@ -11,6 +11,7 @@
 
 #include "base/text.h"
 #include "client/model.h"
+#include "client/plan_json.h"
 #include "client/version.h"
 #include "tensord/tensord.h"
 
@@ -305,6 +306,21 @@ int tensord_resolve(const tensord_model* model, const char* name, const tensord_
     std::copy(resolved.shape.begin(), resolved.shape.end(), region->shape);
     std::copy(resolved.strides.begin(), resolved.strides.end(), region->strides);
     return {};
+  });
+}
+
+int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json) {
+  return guarded({{"json", json}}, [&]() -> Status {
+    *json = nullptr;
+    TRY_ASSIGN(const std::vector<std::string> wanted, to_texts("a view", views, view_count));
+    if (model != nullptr) {
+      TRY_ASSIGN(const std::string plan, client::plan_json(model->model->index(), wanted));
+      return give_text(plan, json);
+    }
+    for (const std::string& view : wanted) {
+      if (const auto read = tensor::parse_view_item(view); !read) return tensord::base::pass_on(read);
+    }
+    return give_text("null", json);
   });
 }
 

@@ -120,14 +120,6 @@ void Connection::tell(protocol::RequestUnion request) {
   if (!telling_) socket_.reset();
 }
 
-Result<pid_t> daemon_process() {
-  const auto socket = rpc::connect_socket(rpc::socket_path(rpc::runtime_folder()));
-  if (!socket && socket.error().code == Code::unavailable) return no_daemon(socket.error());
-  if (!socket) return base::pass_on(socket);
-  TRY_ASSIGN(const rpc::Peer peer, rpc::peer_of(socket->get()));
-  return peer.process_id;
-}
-
 Result<std::string> call(protocol::Verb verb, const std::string& selector, Autostart autostart) {
   TRY_ASSIGN(const std::unique_ptr<Connection> connection, Connection::open(autostart));
   protocol::CallT body;

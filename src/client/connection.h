@@ -67,10 +67,6 @@ class Connection {
   bool telling_ GUARDED_BY(mutex_) = true;
 };
 
-// The daemon's pid, as the kernel knows it: no message is exchanged, so a daemon of any version can be found. Code::unavailable
-// when none runs.
-Result<pid_t> daemon_process();
-
 // A management verb; the answer is JSON (docs/PROTOCOL.md).
 Result<std::string> call(protocol::Verb verb, const std::string& selector, Autostart autostart);
 

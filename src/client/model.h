@@ -106,7 +106,6 @@ class Model {
   uint64_t replica() const { return replica_; }
   Resident resident() const { return resident_; }
   uint64_t image_bytes() const { return windows_.image_bytes; }
-  uint64_t memory_bytes_max() const { return memory_bytes_max_; }  // the daemon's host_memory
 
   // nullptr with index_only and Resident::view.
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }

@@ -1,21 +1,12 @@
-// `tensord doctor`: measures this machine the way the daemon and its clients work, and says what could be better.
+// `tensord measure`: measures this machine the way the daemon and its clients work. What the figures are worth, `tensord
+// doctor` of the Python package says.
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "doctor/machine.h"
 
 namespace tensord::doctor {
-
-// One line of what the doctor found.
-struct Check {
-  enum class Verdict : uint8_t { good, could_be_better, missing };
-  std::string name;
-  std::string value;
-  Verdict verdict = Verdict::good;
-  std::string advice;  // what to do; empty where it is good
-};
 
 struct Effort {
   uint64_t size_bytes = 256 << 20;  // of each memory and of the file; less where memory is short
@@ -27,10 +18,9 @@ struct Effort {
 // memory can be had.
 base::Result<Rates> measure(const std::string& path, const Effort& effort = {});
 
-// A line for each rate. Pure.
-std::vector<Check> judge(const Rates& rates);
-
-// What the system allows: huge pages, io_uring, limits.
-std::vector<Check> look_around();
+// `argv[0]` is the verb, `argv[1]` a path for measure() (default: the state folder). Saves the rates and prints one JSON
+// document: machine, bytes_per_s, problems, memory_limit_bytes (null: none), saved; or error. Returns the exit status: 0
+// done, 1 it failed, 2 the command line makes no sense.
+int measure_main(int argc, char** argv);
 
 }  // namespace tensord::doctor

@@ -159,31 +159,15 @@ struct Bench {
 
 struct Measurement {
   const char* name;
-  const char* meaning;
   double (Bench::*run)();
-  const char* if_missing;  // what to do where it cannot be had
-  double least = 0;        // below it, it could be better: GB/s, or times the rate `least_of`
-  const char* least_of = nullptr;
-  const char* if_less = "";
 };
 
-constexpr double kGB = 1e9;
-constexpr const char* kNoDisk = "name a folder or a file on a disk: `tensord doctor /models`";
-constexpr const char* kNoStores = "this CPU has no AVX2; plain pread is used";
 constexpr Measurement kMeasurements[] = {
-    {"memcpy_1", "memory copy, 1 thread", &Bench::copy_alone, ""},
-    {"memcpy_all", "memory copy, all cores", &Bench::copy_all, "", 1.3, "memcpy_1",
-     "the cores share one memory channel, or others use them"},
-    {"gather_all", "gather, rows of 4 KiB", &Bench::gather, ""},
-    {"fresh_4k", "fresh memory, 4 KiB pages", &Bench::touch_small, "", 0.5, "memcpy_all",
-     "`prefault` touches memory before loads need it"},
-    {"fresh_huge", "fresh memory, huge pages", &Bench::touch_huge, "needs Linux 6.1; small ones are used"},
-    {"cache_pread", "page cache, pread and hash", &Bench::read_plain, kNoDisk},
-    {"cache_stream", "page cache, streamed and hash", &Bench::read_streamed, kNoStores},
-    {"cache_mapped", "page cache, mapped", &Bench::read_mapped, kNoStores},
-    {"disk_direct", "disk, O_DIRECT", &Bench::read_direct, "needs a disk with ext4 or xfs", 1, nullptr,
-     "an NVMe disk reads 3 GB/s and more"},
-    {"disk_buffered", "disk, through the page cache", &Bench::read_buffered, kNoDisk},
+    {"memcpy_1", &Bench::copy_alone},        {"memcpy_all", &Bench::copy_all},
+    {"gather_all", &Bench::gather},          {"fresh_4k", &Bench::touch_small},
+    {"fresh_huge", &Bench::touch_huge},      {"cache_pread", &Bench::read_plain},
+    {"cache_stream", &Bench::read_streamed}, {"cache_mapped", &Bench::read_mapped},
+    {"disk_direct", &Bench::read_direct},    {"disk_buffered", &Bench::read_buffered},
 };
 
 base::Status open_file(const std::string& path, Bench& bench) {
@@ -245,25 +229,6 @@ Result<Rates> measure(const std::string& path, const Effort& effort) {
     rates.bytes_per_s[kMeasurements[at].name] = runs[at][runs[at].size() / 2];
   }
   return rates;
-}
-
-std::vector<Check> judge(const Rates& rates) {
-  using Verdict = Check::Verdict;
-  std::vector<Check> checks;
-  for (const Measurement& one : kMeasurements) {
-    const double rate = rates.of(one.name);
-    const bool is_less = rate < one.least * (one.least_of == nullptr ? kGB : rates.of(one.least_of));
-    char value[32] = "-";
-    if (rate > 0) std::snprintf(value, sizeof value, "%.2f GB/s", rate / kGB);
-    checks.push_back({one.meaning, value,
-                      rate == 0 ? Verdict::missing
-                      : is_less ? Verdict::could_be_better
-                                : Verdict::good,
-                      rate == 0 ? one.if_missing
-                      : is_less ? one.if_less
-                                : ""});
-  }
-  return checks;
 }
 
 }  // namespace tensord::doctor

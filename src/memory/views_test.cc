@@ -9,6 +9,7 @@
 
 #include "memory/cast.h"
 #include "memory/copy.h"
+#include "tensor/plan_testing.h"
 #include "tensor/plan_transform_testing.h"
 #include "tensor/view.h"
 

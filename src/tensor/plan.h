@@ -177,13 +177,4 @@ Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment =
 // The fill records that zero what `layout` leaves between and behind its items.
 CopyPlan pack_padding(const PackedLayout& layout, uint32_t target);
 
-// --- text ----------------------------------------------------------------------------------------------------------
-
-// One line a record, as in the tests:
-//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B            (sources and targets other than 0 as `s1:1006`, `t2:0`)
-//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B   x 4 pitch 96 -> 48
-//   fill -> 24   1 row x 8 B
-//   0 -> 0   1 row x 64 B   F32 as BF16
-std::string to_text(const CopyPlan& plan);
-
 }  // namespace tensord::tensor

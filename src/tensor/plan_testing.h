@@ -1,4 +1,4 @@
-// Plans out of text, for tests: the inverse of to_text(CopyPlan).
+// Plans as text and out of it, for tests. `tensord show` writes its plans in the same way (python/tensord/cli/show.py).
 #pragma once
 
 #include <gtest/gtest.h>
@@ -9,6 +9,13 @@
 #include "tensor/plan.h"
 
 namespace tensord::tensor {
+
+// One line a record:
+//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B            (sources and targets other than 0 as `s1:1006`, `t2:0`)
+//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B   x 4 pitch 96 -> 48
+//   fill -> 24   1 row x 8 B
+//   0 -> 0   1 row x 64 B   F32 as BF16
+std::string to_text(const CopyPlan& plan);
 
 // Reads one record from a stream of words; fails the test where a word is not what it should be.
 class RecordText {
@@ -87,7 +94,7 @@ class RecordText {
   std::string word_;
 };
 
-// One record a line.
+// The inverse of to_text.
 inline CopyPlan parse_plan(const std::string& text) {
   CopyPlan plan;
   std::istringstream lines(text);

@@ -1,5 +1,5 @@
 #include "base/text.h"
-#include "tensor/plan.h"
+#include "tensor/plan_testing.h"
 
 namespace tensord::tensor {
 
