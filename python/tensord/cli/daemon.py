@@ -1,15 +1,15 @@
-"""The daemon as the command line meets it: questions, its process, its program."""
+"""The daemon as the command line meets it: questions, its process, its program.
+
+What few verbs need is imported where they need it: a verb is to begin at once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import signal
-import socket
 import stat
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +46,8 @@ def stop() -> int:
 
     By signal: also a daemon that speaks another version of the protocol, or that hangs, can be stopped.
     """
+    import select
+
     pid = _process()
     try:
         process = os.pidfd_open(pid)
@@ -68,6 +70,8 @@ def _process() -> int:
     """The daemon's pid, as the kernel knows it: no message is exchanged."""
     path = _socket_path()
     _check_folder(path)
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(ACCEPT_SECONDS)
         try:
@@ -170,12 +174,16 @@ def become(*words: str) -> NoReturn:
 
 
 def serve_help() -> str:
+    import subprocess
+
     done = subprocess.run([program(), "serve", "--help"], capture_output=True, text=True, check=False)
     return done.stdout
 
 
 def measured(path: str) -> Any:
     """What `tensord measure` says of this machine; takes 5 to 20 s. `path` may be empty: the state folder."""
+    import subprocess
+
     words = [program(), "measure", *([path] if path else [])]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
     try:

@@ -6,7 +6,6 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,7 @@ class Check(NamedTuple):
     advice: str = ""  # what to do; empty where it is good
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """What a rate of `tensord measure` means."""
 
     name: str

@@ -6,7 +6,6 @@ Not argparse: its messages and its help differ between versions of Python.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .output import Output, UsageError
@@ -19,8 +18,7 @@ answer; 4 the bytes are corrupt or changed; 130 interrupted. Errors are on stand
 """
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """An operand (``PATH``) or a flag (``--only``) of a verb.
 
     `read` turns a text into a value; its ValueError says what is wrong. `kind` names a value that is missing.
@@ -79,8 +77,7 @@ VERSION = Word("--version", "print the version")
 JSON = Word("--json", "print one JSON document instead of text")
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     name: str
     summary: str
     example: str
@@ -96,13 +93,13 @@ class Verb:
         return next((word for word in self.words if not word.is_flag), None)
 
 
-@dataclass
 class _Reading:
     """The words of one verb, sorted."""
 
-    values: dict[str, list[str]] = field(default_factory=dict)  # by the name of their word
-    unexpected: list[str] = field(default_factory=list)
-    wants_help: bool = False
+    def __init__(self) -> None:
+        self.values: dict[str, list[str]] = {}  # by the name of their word
+        self.unexpected: list[str] = []
+        self.wants_help = False
 
 
 class Asked(NamedTuple):
