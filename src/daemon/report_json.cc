@@ -6,7 +6,6 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
-#include "daemon/explain.h"
 
 namespace tensord::daemon {
 
@@ -16,10 +15,6 @@ namespace {
 
 // Paths and names may hold any bytes: what is not UTF-8 is replaced.
 std::string dump(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
-
-double gb_per_s(uint64_t bytes, int64_t ns) {
-  return ns <= 0 ? 0 : static_cast<double>(bytes) / static_cast<double>(ns);
-}
 
 const char* state_name(engine::ReplicaState state) {
   static constexpr const char* kNames[] = {"indexing", "waiting", "filling", "ready", "failed"};
@@ -72,17 +67,20 @@ json replica_value(const engine::Replica& replica) {
   return value;
 }
 
-json phases_value(const std::vector<Phase>& phases) {
+json uses_value(const std::vector<engine::Use>& uses) {
   json values = json::array();
-  for (const Phase& phase : phases) {
-    values.push_back({{"lane", phase.lane},
-                      {"name", phase.name},
-                      {"begin_ns", phase.begin_ns},
-                      {"end_ns", phase.end_ns},
-                      {"ns", phase.ns()},
-                      {"thread_ns", phase.thread_ns},
-                      {"bytes", phase.bytes},
-                      {"gb_per_s", gb_per_s(phase.bytes, phase.ns())}});
+  for (const engine::Use& use : uses) {
+    values.push_back({{"pid", use.process_id},
+                      {"name", use.process_name},
+                      {"begin_ns", use.begin_ns},
+                      {"map_begin_ns", use.map_begin_ns},
+                      {"map_ns", use.map_ns},
+                      {"plan_ns", use.plan_ns},
+                      {"wait_ns", use.wait_ns},
+                      {"copy_ns", use.copy_ns},
+                      {"copy_bytes", use.copy_bytes},
+                      {"record_count", use.record_count},
+                      {"thread_count", use.thread_count}});
   }
   return values;
 }
@@ -189,19 +187,6 @@ std::string verify_json(const engine::VerifyReport& report) {
 
 std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
   static constexpr const char* kStates[] = {"waiting", "filling", "ready", "failed"};
-  const Explanation explained = explain(report, rates);
-  json uses = json::array();
-  for (const engine::Use& use : report.uses) {
-    uses.push_back({{"pid", use.process_id},
-                    {"name", use.process_name},
-                    {"map_ns", use.map_ns},
-                    {"plan_ns", use.plan_ns},
-                    {"wait_ns", use.wait_ns},
-                    {"copy_ns", use.copy_ns},
-                    {"copy_bytes", use.copy_bytes},
-                    {"record_count", use.record_count},
-                    {"thread_count", use.thread_count}});
-  }
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
@@ -211,9 +196,16 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
                 {"state", kStates[static_cast<size_t>(report.state)]},
                 {"error", error_json(report.error)},
+                {"begin_ns", report.begin_ns},
+                {"fill_ns", report.fill_ns},
+                {"reopened_ns", report.reopened_ns},
                 {"wall_ns", report.wall_ns},
+                {"index_ns", report.index_ns},
+                {"memory_ns", report.memory_ns},
+                {"touch_ns", report.counters.touch_ns},
+                {"read_ns", report.counters.read_ns},
+                {"check_ns", report.counters.check_ns},
                 {"bytes", report.counters.bytes},
-                {"gb_per_s", gb_per_s(report.counters.bytes, report.wall_ns)},
                 {"read_threads", report.thread_count},
                 {"cpu_ns", report.cpu_ns},
                 {"disk_bytes", report.disk_bytes},
@@ -223,19 +215,8 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"read_path", report.read_path},
                 {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
-                {"served", explained.resident ? "resident" : "load"},
-                {"origin_ns", explained.origin_ns},
-                {"span_ns", explained.span_ns},
-                {"phases", phases_value(explained.phases)},
-                {"moved_bytes", explained.moved_bytes},
-                {"moved_ns", explained.moved_ns},
-                {"achieved_gb_per_s", gb_per_s(explained.moved_bytes, explained.moved_ns)},
-                {"possible_gb_per_s", explained.possible > 0 ? json(explained.possible / 1e9) : json()},
-                {"possible_by", explained.possible_by},
-                {"rates_known", rates.has_value()},
-                {"limited_by", explained.limited_by},
-                {"advice", explained.advice},
-                {"uses", uses}};
+                {"rates", rates ? json(rates->bytes_per_s) : json()},
+                {"uses", uses_value(report.uses)}};
   json trace = trace_value(report);
   if (!trace.empty()) value["trace"] = std::move(trace);
   return dump(value);

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .. import __version__
+from .. import __version__, explaining
 from ..errors import Error, InvalidArgumentError, NotFoundError
 from . import completion, daemon, doctor, explain, reports, show, top
 from .checkpoint import Checkpoint, check_view, open_resident
@@ -103,7 +103,8 @@ def _verified(given: Given) -> str:
 
 
 def _explain(given: Given) -> Output:
-    report = daemon.ask("explain", _selector(given.operand or "last"))
+    facts = daemon.ask("explain", _selector(given.operand or "last"))
+    report = document(reports.read_report(facts, explaining.explain))
     text = explain.explain_text(report)
     if given.trace:
         _write_file(given.trace, explain.chrome_trace(report))
