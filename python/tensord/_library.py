@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import Error, UnavailableError, UnsupportedError, error_of
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 RANK_MAX = 64
 
 OK = 0
@@ -84,6 +84,7 @@ class CopyOptions(ctypes.Structure):
         ("thread_count", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("cancel", ctypes.POINTER(ctypes.c_int32)),
+        ("left_out", ctypes.c_void_p),
     )
 
 
@@ -96,8 +97,15 @@ class CopyReport(ctypes.Structure):
         ("plan_ns", ctypes.c_int64),
         ("wait_ns", ctypes.c_int64),
         ("copy_ns", ctypes.c_int64),
+        ("device_bytes", ctypes.c_uint64),
+        ("device_prepare_ns", ctypes.c_int64),
+        ("left_out", ctypes.c_char * 256),
     )
 
+
+# tensord_left_out
+LEFT_OUT_BY_SHAPE = 1
+LEFT_OUT_BY_MEMORY = 2
 
 # Arrays of these two are built by the thousand, so they are numpy's: one conversion for all rows.
 INDEX_ITEM = np.dtype([("kind", "u4"), ("given", "u4"), ("start", "i8"), ("stop", "i8"), ("step", "i8")])
@@ -111,6 +119,8 @@ COPY = np.dtype(
         ("target_rank", "u4"),
         ("target_shape", "u8"),
         ("target_strides", "u8"),
+        ("on_device", "u4"),
+        ("reserved", "u4"),
     ]
 )
 
