@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -191,6 +192,53 @@ def ceiling(device: str = "cuda:0", size_bytes: int = 2 << 30) -> float:
     return size_bytes / median_of(9, once)[0]
 
 
+class Rows(ctypes.Structure):
+    """CUDA_MEMCPY2D: host rows to device rows."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("source_x", "source_y")),
+        ("source_type", ctypes.c_int),
+        *((name, ctypes.c_size_t) for name in ("source", "source_device", "source_array", "source_pitch")),
+        *((name, ctypes.c_size_t) for name in ("target_x", "target_y")),
+        ("target_type", ctypes.c_int),
+        *((name, ctypes.c_size_t) for name in ("target_host", "target", "target_array", "target_pitch")),
+        *((name, ctypes.c_size_t) for name in ("width", "height")),
+    )
+
+
+def rows_ceiling(row_bytes: int, count: int) -> float:
+    """Bytes a second of plain 2-D copies of 16 MiB, two streams; the rows are two of them apart."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    source = torch.empty(count * 2 * row_bytes, dtype=torch.uint8, pin_memory=True)
+    source.random_()
+    target = torch.empty(count * row_bytes, dtype=torch.uint8, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    step = max((16 << 20) // row_bytes, 1)
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for number, row in enumerate(range(0, count, step)):
+            piece = Rows(
+                source_type=1,
+                source=source.data_ptr() + row * 2 * row_bytes,
+                source_pitch=2 * row_bytes,
+                target_type=2,
+                target=target.data_ptr() + row * row_bytes,
+                target_pitch=row_bytes,
+                width=row_bytes,
+                height=min(step, count - row),
+            )
+            stream = ctypes.c_void_p(streams[number % 2].cuda_stream)
+            if driver.cuMemcpy2DAsync_v2(ctypes.byref(piece), stream) != 0:
+                raise SystemExit("cuMemcpy2DAsync fails")
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    once()
+    return count * row_bytes / median_of(9, once)[0]
+
+
 Result = dict[str, Any]
 
 
@@ -304,7 +352,6 @@ def first_load(options: argparse.Namespace) -> list[Result]:
 def rows(options: argparse.Namespace) -> list[Result]:
     """Column slices, rows of 64 B to 1 MiB, pitch twice the row."""
     results = []
-    rate = ceiling()
     for row_bytes in (16, 32, 64, 128, 256, 512, 1024, 4096, 65536, 1 << 20):
         count = min((1 << 30) // row_bytes, 1 << 22)
         folder = options.folder / f"rows-{row_bytes}"
@@ -324,12 +371,14 @@ def rows(options: argparse.Namespace) -> list[Result]:
 
             seconds, spread = median_of(options.rounds, once)
             payload = bytes_of(orders)
+            rate = rows_ceiling(row_bytes, count)
             results.append(
                 say(
                     {
                         "case": "rows",
                         "row_bytes": row_bytes,
                         "gb_per_s": payload / GB / seconds,
+                        "ceiling_gb_per_s": rate / GB,
                         "spread": spread,
                         "ratio": payload / rate / seconds,
                     }
@@ -434,10 +483,12 @@ def peers(options: argparse.Namespace) -> list[Result]:
 
         return [load_file(path, device="cuda:0") for path in paths]
 
-    def with_instanttensor() -> Any:
+    def with_instanttensor(backend: str | None = None) -> Any:
         import instanttensor
 
-        with instanttensor.safe_open([str(path) for path in paths], framework="pt", device=0) as opened:
+        policy = instanttensor.BackendPolicy[backend] if backend else None
+        names = [str(path) for path in paths]
+        with instanttensor.safe_open(names, framework="pt", device=0, backend=policy) as opened:
             return [tensor for _, tensor in opened.tensors()]
 
     def with_fastsafetensors() -> Any:
@@ -451,7 +502,8 @@ def peers(options: argparse.Namespace) -> list[Result]:
 
     for name, load, rounds in (
         ("safetensors", with_safetensors, 3),
-        ("instanttensor", with_instanttensor, 5),
+        ("instanttensor, buffered", lambda: with_instanttensor("BUFFERED"), 3),
+        ("instanttensor", with_instanttensor, 1),
         ("fastsafetensors", with_fastsafetensors, 1),
     ):
         try:

@@ -65,7 +65,7 @@ struct CopyJob {
   std::vector<HostSegment> source;  // of the image, one after another; they stay until `done` is called
   std::vector<Target> targets;
   std::vector<DeviceCopy> copies;  // best in the order of the image
-  // Whether bytes [begin, end) of the image are there; the error of a load that failed. Called on the device's thread.
+  // Whether bytes [begin, end) of the image are there; the error of a load that failed. Thread safe.
   std::function<Result<bool>(uint64_t begin, uint64_t end)> ready;
   // Bytes that the job has waited for in vain for a while.
   std::function<void(uint64_t begin, uint64_t end)> want;

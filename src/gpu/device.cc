@@ -14,7 +14,7 @@ using base::fail;
 
 namespace {
 constexpr size_t kStreamCount = 2;
-constexpr size_t kChunkCountMax = 4;  // under way: enough that a copy engine never waits for this thread
+constexpr size_t kChunkCountMax = 4 * kStreamCount;  // under way: no copy engine waits for this thread
 // The thread wakes up for each chunk: 1.2 ms at the speed of the bus.
 constexpr uint64_t kChunkBytes = 64 << 20;
 // Copies smaller than this are handed over together: at 64 KiB single calls move 16 GB/s, the batch call 40 (H200).
@@ -37,7 +37,8 @@ struct Device::Running {
   std::optional<Piece> next = cutter.next();
   std::vector<std::shared_ptr<OpenedMemory>> targets =
       std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
-  std::vector<std::shared_ptr<Pinned>> segments = std::vector<std::shared_ptr<Pinned>>(job->source.size());
+  std::vector<std::shared_ptr<Pinned>> segments;
+  std::optional<PinAhead> pins;
   size_t chunk_count = 0;  // under way
   DeviceReport report{.begin_ns = base::monotonic_ns()};
   int64_t stalled_ns = 0;  // since when; 0: it is not
@@ -166,11 +167,47 @@ void Device::rest() {
 
 void Device::start(std::unique_ptr<CopyJob> job) {
   const auto running = std::make_shared<Running>(std::move(job));
-  if (const Status awake = wake_up(); !awake) {
-    running->error = awake.error();
-    rest();
-  }
+  const Status awake = wake_up();
+  const Status pinned = awake ? pin(*running) : Status();
+  if (!awake) running->error = awake.error();
+  if (!awake) rest();
+  if (!pinned) running->error = pinned.error();
   running_.push_back(running);
+}
+
+// Gives each segment its second mapping, and begins to register what the job is going to read.
+Status Device::pin(Running& running) {
+  const CopyJob& job = *running.job;
+  std::vector<bool> wanted((job.image_bytes + kPinBytes - 1) / kPinBytes);
+  for (const DeviceCopy& copy : job.copies) {
+    const uint64_t end = copy.source_offset + (copy.row_count - 1) * copy.source_pitch + copy.row_bytes;
+    for (uint64_t at = copy.source_offset / kPinBytes; at * kPinBytes < end; ++at) wanted[at] = true;
+  }
+  std::vector<PinAhead::Stretch> stretches;
+  uint64_t begin = 0;  // of the segment in the image
+  for (size_t number = 0; number < job.source.size(); ++number) {
+    const HostSegment& segment = job.source[number];
+    base::MutexLock lock(segment.slot->mutex);
+    if (segment.slot->attachment == nullptr) {
+      TRY_ASSIGN(segment.slot->attachment, Pinned::map(primary_, segment.data, segment.size_bytes));
+      pinned_.push_back(segment.slot);
+    }
+    const auto pinned = std::static_pointer_cast<Pinned>(segment.slot->attachment);
+    running.segments.push_back(pinned);
+    for (uint64_t at = 0; at < segment.size_bytes && begin + at < job.image_bytes; at += kPinBytes) {
+      if (!wanted[(begin + at) / kPinBytes] || pinned->is_registered(at)) continue;
+      const uint64_t first = begin + at,
+                     last = std::min({first + kPinBytes, begin + segment.size_bytes, job.image_bytes});
+      const auto ready = [&job, first, last] {
+        const auto there = job.ready(first, last);
+        return !there || *there;
+      };
+      stretches.push_back({pinned, at, ready});
+    }
+    begin += segment.size_bytes;
+  }
+  if (stretches.size() > 1) running.pins.emplace(std::move(stretches));
+  return {};
 }
 
 void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const base::Error& why) {
@@ -182,10 +219,9 @@ void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const ba
   }
 }
 
-// False where its next bytes are not there.
+// False where its next bytes are not there. Streams take turns by piece, so that two copies run at any time.
 Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
-  const Handle stream = streams_[next_stream_++ % streams_.size()];
-  Batch batch;
+  std::vector<Batch> batches(streams_.size());
   uint64_t bytes = 0;
   size_t count = 0;
   Status issued;
@@ -193,14 +229,17 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
     const auto ready = is_ready(*running, *running->next);
     if (!ready) issued = base::pass_on(ready);
     if (!ready || !*ready) break;
-    issued = issue(*running, *running->next, batch, stream);
+    const size_t lane = count % streams_.size();
+    issued = issue(*running, *running->next, batches[lane], streams_[lane]);
     if (!issued) break;
     bytes += running->next->bytes();
     running->next = running->cutter.next();
   }
-  if (issued) issued = flush(*running, batch, stream);
   running->report.bytes += bytes;
-  if (count > 0) TRY(close_chunk(running, stream));  // also behind an error: what was issued is under way
+  for (size_t lane = 0; lane < std::min(count, streams_.size()); ++lane) {
+    if (issued) issued = flush(*running, batches[lane], streams_[lane]);
+    TRY(close_chunk(running, streams_[lane]));  // also behind an error: what was issued is under way
+  }
   TRY(issued);
   return count > 0;
 }
@@ -282,17 +321,7 @@ Result<Address> Device::target(Running& running, uint32_t number) {
 
 Result<const std::byte*> Device::source(Running& running, const Piece& piece) {
   const int64_t begin_ns = base::monotonic_ns();
-  std::shared_ptr<Pinned>& pinned = running.segments[piece.segment];
-  if (pinned == nullptr) {
-    const HostSegment& segment = running.job->source[piece.segment];
-    base::MutexLock lock(segment.slot->mutex);
-    if (segment.slot->attachment == nullptr) {
-      TRY_ASSIGN(segment.slot->attachment, Pinned::map(primary_, segment.data, segment.size_bytes));
-      pinned_.push_back(segment.slot);
-    }
-    pinned = std::static_pointer_cast<Pinned>(segment.slot->attachment);
-  }
-  auto data = pinned->at(piece.segment_offset);
+  auto data = running.segments[piece.segment]->at(piece.segment_offset);
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
   return data;
 }
@@ -325,6 +354,7 @@ void Device::finish_if_over(const std::shared_ptr<Running>& running) {
   const auto found = std::find(running_.begin(), running_.end(), running);
   if (found == running_.end()) return;
   running_.erase(found);
+  running->pins.reset();
   running->targets.clear();
   running->segments.clear();
   running->report.end_ns = base::monotonic_ns();

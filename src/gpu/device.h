@@ -1,6 +1,6 @@
 // Device: one GPU as the daemon uses it: a thread that opens its clients' memory and keeps its copy engines busy.
 //
-//   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB, on two streams ──► retired in order
+//   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB over two streams ──► retired in order
 //
 // A job whose bytes are still being read lets others pass. The thread sleeps while chunks are under way.
 #pragma once
@@ -49,6 +49,7 @@ class Device {
   Status wake_up();
   void rest();
   void start(std::unique_ptr<CopyJob> job);
+  Status pin(Running& running);
   void end_jobs(const std::function<bool(const CopyJob&)>& which, const base::Error& why);
   Result<bool> issue_chunk(const std::shared_ptr<Running>& running);
   Result<bool> is_ready(Running& running, const Piece& piece);
@@ -69,7 +70,6 @@ class Device {
   std::shared_ptr<Primary> primary_;  // while awake, as the next two
   std::vector<Handle> streams_;
   std::vector<Handle> free_events_;
-  size_t next_stream_ = 0;
   std::deque<Chunk> chunks_;  // oldest first
   std::deque<std::shared_ptr<Running>> running_;
   std::map<std::pair<uint64_t, IpcHandle>, std::shared_ptr<OpenedMemory>> opened_;  // by client

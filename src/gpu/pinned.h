@@ -2,8 +2,12 @@
 // registered with the driver part by part, so that copying can begin while a segment fills.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "base/mutex.h"
@@ -42,14 +46,39 @@ class Pinned final : public memory::Attachment {
   uint64_t size_bytes() const { return mapped_.size_bytes(); }
   // Where a device reads the byte at `offset`, and the rest of its part; the part is registered where it is not.
   Result<const std::byte*> at(uint64_t offset);
+  bool is_registered(uint64_t offset);
+  Status make_current() const { return primary_->make_current(); }
 
  private:
+  enum class Part : uint8_t { plain, busy, registered };
   Pinned(std::shared_ptr<Primary> primary, memory::Mapped mapped);
 
   const std::shared_ptr<Primary> primary_;
   const memory::Mapped mapped_;
   base::Mutex mutex_;
-  std::vector<bool> registered_ GUARDED_BY(mutex_);  // by part
+  std::condition_variable settled_;
+  std::vector<Part> parts_ GUARDED_BY(mutex_);
+};
+
+// Registers memory before it is read, on several threads: one does less than half of what the bus takes.
+class PinAhead {
+ public:
+  // `ready` says whether the bytes of a part are there (before that they would be touched twice); called from the threads.
+  struct Stretch {
+    std::shared_ptr<Pinned> segment;
+    uint64_t offset = 0;
+    std::function<bool()> ready;
+  };
+  explicit PinAhead(std::vector<Stretch> stretches);
+  ~PinAhead();
+
+ private:
+  void run();
+
+  const std::vector<Stretch> stretches_;
+  std::atomic<size_t> next_{0};
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;  // last: they use all the others
 };
 
 }  // namespace tensord::gpu
