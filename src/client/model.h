@@ -12,6 +12,7 @@
 #include "base/fd.h"
 #include "base/result.h"
 #include "client/connection.h"
+#include "client/device_copy.h"
 #include "memory/copy.h"
 #include "memory/fill_map.h"
 #include "tensor/blocks.h"
@@ -74,12 +75,22 @@ struct CopyOrder {
   std::byte* target = nullptr;
   tensor::Strided to;
   tensor::Dtype target_dtype = tensor::Dtype::u8;
+  bool on_device = false;  // the target is GPU memory for sure; else it is found out
+};
+
+// An order whose target is GPU memory that was not written to.
+struct LeftOut {
+  size_t order = 0;
+  bool by_shape =
+      false;  // a cast, or elements that are not side by side; else: the daemon cannot write to this memory
 };
 
 struct CopyOrderOptions {
   bool cast = false;
   int thread_count = 0;
   const int32_t* cancel = nullptr;  // as memory::CopyOptions; waiting ends too, within a tenth of a second
+  // Orders by position that were not run. nullptr: they are Code::unsupported.
+  std::vector<LeftOut>* left_out = nullptr;
 };
 
 struct LoadReport {
@@ -88,6 +99,8 @@ struct LoadReport {
   int64_t begin_ns = 0;
   int64_t plan_ns = 0;
   int64_t copy_ns = 0;
+  DeviceCopied device;
+  std::string left_out_why;
 };
 
 // Thread safe.
@@ -142,6 +155,9 @@ class Model {
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
                                            std::vector<std::string> names, protocol::Stay stay) const;
   Result<Parts> cut(std::span<const CopyOrder> orders) const;
+  Result<LoadReport> copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
+  Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,
+                                const CopyOrderOptions& options);
   Result<LoadReport> copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
   Result<LoadReport> copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   struct Prepared {
@@ -168,6 +184,7 @@ class Model {
   int64_t map_begin_ns_ = 0;
   int64_t map_ns_ = 0;
   std::shared_ptr<Connection> connection_;
+  std::unique_ptr<DeviceConnections> device_connections_;
   std::shared_ptr<Mapping> mapping_;
   std::optional<memory::FillView> fill_;
 

@@ -213,13 +213,29 @@ struct Verification {
   }
 };
 
+Result<const Replica*> Engine::hold(uint64_t number) {
+  const auto found = replicas_.find(number);
+  if (found == replicas_.end() || found->second->state < ReplicaState::filling || !found->second->fill)
+    return fail(Code::not_found, "there is no replica ", number, "; open the model again");
+  ++found->second->use_count;
+  return found->second.get();
+}
+
+void Engine::let_go(uint64_t number) {
+  Replica& replica = *replicas_.at(number);
+  --replica.use_count;
+  replica.last_used_ns = base::monotonic_ns();
+  settle(replica);
+  end_drain();
+}
+
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
     return done(
         fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
   }
-  ++replica.verify_count;
+  ++replica.use_count;
   auto job = std::make_shared<Verification>();
   job->content = replica.content;
   job->image = replica.memory.data();
@@ -235,18 +251,14 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
   }
   const int64_t begin_ns = base::monotonic_ns();
   auto finish = [this, job, number, done = std::move(done), begin_ns] {
-    Replica& verified = *replicas_.at(number);
-    --verified.verify_count;
-    verified.last_used_ns = base::monotonic_ns();
     VerifyReport report = job->take_report();
     report.ns = base::monotonic_ns() - begin_ns;
     Result<VerifyReport> result = std::move(report);
     if (cancelling_) {
-      result = fail(Code::cancelled, "verify ", verified.path(), ": the daemon was stopped");
+      result = fail(Code::cancelled, "verify ", result->path, ": the daemon was stopped");
     }
-    settle(verified);
+    let_go(number);
     done(std::move(result));
-    end_drain();
   };
   for (int thread = 0; thread < pool_.thread_count(); ++thread) verify_portion(job, finish);
 }

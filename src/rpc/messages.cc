@@ -130,9 +130,14 @@ Frame reply_report(uint64_t request_id, const std::string& json) {
   return reply_frame(request_id, std::move(report));
 }
 
+Frame reply_copied(uint64_t request_id, const protocol::CopiedToDeviceT& copied) {
+  return reply_frame(request_id, copied);
+}
+
 Frame reply_failure(uint64_t request_id, const base::Error& error) {
   protocol::FailureT failure;
   failure.code = static_cast<uint8_t>(error.code);
+  failure.target_dirty = error.target == base::TargetState::dirty;
   failure.message = error.message.substr(0, kFailureBytesMax);
   return reply_frame(request_id, std::move(failure));
 }
