@@ -585,7 +585,7 @@ def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> 
     if threading.current_thread() is not threading.main_thread():  # signals are for that one
         return call()
     outcome: list[Error | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord load_into")
+    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord call")
     thread.start()
     try:
         thread.join()
@@ -736,9 +736,23 @@ def open(
     options = _open_options(only, resident, autostart, memory_wait)
     pointer = ctypes.c_void_p()
     names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
-    code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
-    if code != _library.OK:
-        raise _open_error(code, last_error(code), names)
+    cancel = ctypes.c_int32(0)
+    options.cancel = ctypes.pointer(cancel)
+
+    def ask() -> Error | None:
+        code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
+        return None if code == _library.OK else _open_error(code, last_error(code), names)
+
+    try:
+        error = _interruptible(ask, cancel)
+    except BaseException:
+        library().tensord_close(pointer)  # it may have come to that
+        raise
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error
     model = Model(_Handle(pointer), names, chosen)
     if model._is_view and resident == "artifact":
         warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
