@@ -585,15 +585,23 @@ def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> 
     if threading.current_thread() is not threading.main_thread():  # signals are for that one
         return call()
     outcome: list[Error | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord call")
-    thread.start()
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        finally:
+            over.set()
+
+    threading.Thread(target=run, name="tensord call").start()
+    # Not by join(): one that was interrupted takes a thread that runs for one that has ended (bpo-45274).
     try:
-        thread.join()
+        over.wait()
     except BaseException:
         cancel.value = 1
-        while thread.is_alive():
+        while not over.is_set():
             with suppress(KeyboardInterrupt):
-                thread.join()
+                over.wait()
         raise
     return outcome.pop()
 
