@@ -101,6 +101,9 @@ typedef struct tensord_open_options {
   const char* const* only;
   size_t only_count;
   int64_t memory_wait_ms; /* for memory that others hold. 0: as the daemon's setting says, -1: not at all */
+  const int32_t*
+      cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, waiting for
+                             the daemon's answer ends within a tenth of a second with TENSORD_CANCELLED */
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors

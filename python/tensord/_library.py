@@ -39,6 +39,7 @@ class OpenOptions(ctypes.Structure):
         ("only", ctypes.POINTER(ctypes.c_char_p)),
         ("only_count", ctypes.c_size_t),
         ("memory_wait_ms", ctypes.c_int64),
+        ("cancel", ctypes.POINTER(ctypes.c_int32)),
     )
 
 

@@ -585,15 +585,23 @@ def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> 
     if threading.current_thread() is not threading.main_thread():  # signals are for that one
         return call()
     outcome: list[Error | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord load_into")
-    thread.start()
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        finally:
+            over.set()
+
+    threading.Thread(target=run, name="tensord call").start()
+    # Not by join(): one that was interrupted takes a thread that runs for one that has ended (bpo-45274).
     try:
-        thread.join()
+        over.wait()
     except BaseException:
         cancel.value = 1
-        while thread.is_alive():
+        while not over.is_set():
             with suppress(KeyboardInterrupt):
-                thread.join()
+                over.wait()
         raise
     return outcome.pop()
 
@@ -736,9 +744,23 @@ def open(
     options = _open_options(only, resident, autostart, memory_wait)
     pointer = ctypes.c_void_p()
     names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
-    code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
-    if code != _library.OK:
-        raise _open_error(code, last_error(code), names)
+    cancel = ctypes.c_int32(0)
+    options.cancel = ctypes.pointer(cancel)
+
+    def ask() -> Error | None:
+        code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
+        return None if code == _library.OK else _open_error(code, last_error(code), names)
+
+    try:
+        error = _interruptible(ask, cancel)
+    except BaseException:
+        library().tensord_close(pointer)  # it may have come to that
+        raise
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error
     model = Model(_Handle(pointer), names, chosen)
     if model._is_view and resident == "artifact":
         warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)

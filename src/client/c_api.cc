@@ -194,6 +194,7 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
       wishes.autostart = autostart_of(known.autostart);
       wishes.index_only = known.index_only != 0;
       wishes.memory_wait_ms = known.memory_wait_ms;
+      wishes.cancel = known.cancel;
       wishes.resident =
           known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
       TRY_ASSIGN(wishes.only, to_texts("a name", known.only, known.only_count));

@@ -96,12 +96,13 @@ Result<Answer> Connection::receive(uint64_t id) {
   return answer;
 }
 
-// Until the answer begins to come.
-Status Connection::await(uint64_t id, const int32_t* cancel) {
+// Until the answer begins to come. What is not `answered` when it is cancelled ends with the connection.
+Status Connection::await(uint64_t id, bool answered, const int32_t* cancel) {
   constexpr int kLookMs = 50;
   pollfd answer{socket_.get(), POLLIN, 0};
   while (cancel != nullptr && ::poll(&answer, 1, kLookMs) == 0) {
     if (memory::check_cancel(cancel)) continue;
+    if (!answered) return fail(Code::cancelled, "the caller gave up waiting for the daemon");
     protocol::CancelT body;
     body.id = id;
     protocol::RequestUnion request;
@@ -116,8 +117,9 @@ Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base:
   MutexLock lock(mutex_);
   if (process_ != ::getpid() || !socket_.valid()) TRY(connect(autostart_, kGreetTimeoutMs));
   const uint64_t id = next_id_;
+  const bool answered = request.type == protocol::Request::CopyToDevice;  // the target is in use until then
   Status sent = send(std::move(request), std::move(fds), kAnswerTimeoutMs);
-  if (sent) sent = await(id, cancel);
+  if (sent) sent = await(id, answered, cancel);
   Result<Answer> answer = sent ? receive(id) : base::pass_on(sent);
   if (!answer) {
     answer = tl::unexpected(from_daemon(socket_.get(), answer.error()));

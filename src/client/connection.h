@@ -41,7 +41,7 @@ class Connection {
   static Result<std::unique_ptr<Connection>> open(Autostart autostart);
 
   // Sends a request with descriptors and waits for its answer. A Failure comes back as its error. Once `cancel` points to
-  // another number than 0 the daemon is told to end it; the answer is waited for all the same.
+  // another number than 0 the daemon is told to end it: Code::cancelled, for copies to devices when none is under way.
   Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds,
                      const int32_t* cancel = nullptr);
 
@@ -57,7 +57,7 @@ class Connection {
   Result<protocol::HelloT> connect(Autostart autostart, int64_t timeout_ms) REQUIRES(mutex_);
   Status send(protocol::RequestUnion request, std::vector<base::Fd> fds, int64_t timeout_ms) REQUIRES(mutex_);
   Result<Answer> receive(uint64_t id) REQUIRES(mutex_);
-  Status await(uint64_t id, const int32_t* cancel) REQUIRES(mutex_);
+  Status await(uint64_t id, bool answered, const int32_t* cancel) REQUIRES(mutex_);
 
   Autostart autostart_ = Autostart::from_environment;  // constant after open(), as the next two
   bool keep_spans_ = false;

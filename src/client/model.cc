@@ -212,7 +212,7 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   }
   protocol::RequestUnion request;
   request.Set(std::move(body));
-  auto answer = connection->ask(std::move(request), std::move(fds));
+  auto answer = connection->ask(std::move(request), std::move(fds), options.cancel);
   if (!answer && answer.error().message.starts_with("only: "))
     answer.error().message.insert(0, "open " + checkpoint.path + ": ");
   if (!answer) return base::pass_on(answer);
@@ -271,11 +271,12 @@ Result<std::shared_ptr<Model>> Model::open_part(std::vector<std::string> names) 
 }
 
 Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection,
-                                                std::vector<std::string> names, protocol::Stay stay) const {
+                                                std::vector<std::string> names, protocol::Stay stay,
+                                                const int32_t* cancel) const {
   if (resident_ != Resident::view)
     return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
   TRY_ASSIGN(std::shared_ptr<Model> part,
-             ask(std::move(connection), checkpoint_, {.only = std::move(names)}, stay));
+             ask(std::move(connection), checkpoint_, {.only = std::move(names), .cancel = cancel}, stay));
   // After the daemon has looked: what is as it was now was so then.
   for (size_t at = 0; at < checkpoint_.fds.size(); ++at) {
     TRY(base::check_unchanged(checkpoint_.fds[at].get(), checkpoint_.identities[at], checkpoint_.files[at]));
@@ -469,7 +470,7 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   report.copy_ns += copied->copy_ns;
   if (!split.left_out.empty()) *options.left_out = std::move(split.left_out);
   report.left_out_why = std::move(split.why);
-  if (copied->bytes > 0) report_use(report);
+  report_use(report);
   return report;
 }
 
@@ -530,12 +531,13 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
     };
     std::shared_ptr<Model> batch = std::move(ahead);
     if (batch == nullptr) {
-      auto opened = open_part(connection, names_of(part->second), protocol::Stay::batch);
+      auto opened = open_part(connection, names_of(part->second), protocol::Stay::batch, options.cancel);
       if (!opened) return stopped(opened.error());
       batch = std::move(*opened);
     }
     if (const auto next = std::next(part); next != parts.end()) {
-      auto opened = open_part(connection, names_of(next->second), protocol::Stay::batch_ahead);
+      auto opened =
+          open_part(connection, names_of(next->second), protocol::Stay::batch_ahead, options.cancel);
       if (!opened && opened.error().code != Code::exhausted) return stopped(opened.error());
       if (opened) ahead = std::move(*opened);
     }
@@ -552,7 +554,7 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
 }
 
 void Model::report_use(const LoadReport& report) {
-  if (!mapping_->check_daemon()) return;  // a process with its pid may be there again
+  if (mapping_ == nullptr || !mapping_->check_daemon()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
   used.begin_ns = report.begin_ns;
@@ -562,6 +564,8 @@ void Model::report_use(const LoadReport& report) {
   used.wait_ns = report.copy.wait_ns;
   used.copy_ns = report.copy_ns;
   used.copy_bytes = report.copy.target_bytes;
+  used.device_bytes = report.device.bytes;
+  used.slower_why = report.left_out_why.substr(0, rpc::kTextBytesMax);
   used.record_count = report.record_count;
   used.thread_count = report.copy.thread_count;
   constexpr size_t kSpanCountMax = 1 << 20;  // 32 MiB, below the limit of a frame

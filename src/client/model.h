@@ -64,7 +64,8 @@ struct OpenOptions {
   bool index_only = false;        // headers only
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
   Resident resident = Resident::artifact;
-  int64_t memory_wait_ms = 0;  // 0: as the daemon's setting says, -1: not at all
+  int64_t memory_wait_ms = 0;       // 0: as the daemon's setting says, -1: not at all
+  const int32_t* cancel = nullptr;  // as memory::CopyOptions, while the daemon's answer is waited for
 };
 
 // One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
@@ -153,7 +154,8 @@ class Model {
                                             protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
-                                           std::vector<std::string> names, protocol::Stay stay) const;
+                                           std::vector<std::string> names, protocol::Stay stay,
+                                           const int32_t* cancel = nullptr) const;
   Result<Parts> cut(std::span<const CopyOrder> orders) const;
   Result<LoadReport> copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
   Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,

@@ -199,6 +199,7 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                     {"wait_ns", use.wait_ns},
                     {"copy_ns", use.copy_ns},
                     {"copy_bytes", use.copy_bytes},
+                    {"device_bytes", use.device_bytes},
                     {"record_count", use.record_count},
                     {"thread_count", use.thread_count}});
   }

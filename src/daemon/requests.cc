@@ -188,6 +188,8 @@ void Requests::used(const rpc::Request& request) {
   use.wait_ns = sane_ns(used.wait_ns());
   use.copy_ns = sane_ns(used.copy_ns());
   use.copy_bytes = std::min(used.copy_bytes(), tensor::kIndexBytesMax);
+  use.device_bytes = std::min(used.device_bytes(), use.copy_bytes);
+  if (used.slower_why() != nullptr) use.slower_why = used.slower_why()->str();
   use.record_count = used.record_count();
   use.thread_count = std::min(used.thread_count(), kUseThreadsMax);
   if (used.spans() != nullptr && facts_.keep_spans) {

@@ -78,7 +78,8 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
   report.direct_bytes = counters.direct_bytes;
   report.buffered_bytes = counters.buffered_bytes;
   report.read_path = source.read_path();
-  report.notes = source.notes();
+  const std::vector<std::string> notes = source.notes();  // before those of clients
+  report.notes.insert(report.notes.begin(), notes.begin(), notes.end());
   if (std::string problem = replica.pages->problem(); !problem.empty()) {
     report.notes.push_back(std::move(problem));
   }
@@ -156,6 +157,12 @@ void Engine::note_use(uint64_t number, Use use) {
   size_t span_count = report->spans.size();
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
+  if (!use.slower_why.empty()) {
+    const std::string note =
+        base::text(use.process_name, ": copies to GPU memory took a slower way: ", use.slower_why);
+    const bool known = std::find(report->notes.begin(), report->notes.end(), note) != report->notes.end();
+    if (!known && report->notes.size() < kUseCountMax) report->notes.push_back(note);
+  }
   report->uses.push_back(std::move(use));
 }
 

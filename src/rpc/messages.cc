@@ -54,6 +54,7 @@ bool is_short(const flatbuffers::String* words) { return words == nullptr || wor
 
 bool texts_are_short(const protocol::RequestFrame& frame) {
   if (const auto* call = frame.request_as_Call()) return is_short(call->selector());
+  if (const auto* used = frame.request_as_Used()) return is_short(used->slower_why());
   const auto* open = frame.request_as_Open();
   if (open == nullptr) return true;
   if (open->paths()->size() > kFrameFdsMax || !is_short(open->path())) return false;
