@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import tempfile
 import threading
@@ -297,6 +298,22 @@ def test_after_its_time_a_wait_is_refused(
     assert waiting(daemon) == []
 
 
+def test_ctrl_c_ends_a_wait(
+    make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    daemon = make_daemon("--host-memory", "32MiB", "--memory-wait-seconds", "200")
+    first, second = adapters(tmp_path, 2, 20 * MIB)
+    holder, asker = make_worker(daemon), make_worker(daemon)
+    holder.ask(f"m = tensord.open({str(first)!r}, 'np'); m.wait()")
+    asker.tell(f"m = tensord.open({str(second)!r}, 'np')")
+    until(lambda: waiting(daemon), "the second one waits")
+    asker.process.send_signal(signal.SIGINT)
+    assert asker.hear() == (False, "KeyboardInterrupt: ")
+    until(lambda: waiting(daemon) == [], "it has left the line")
+    holder.ask("m.close(); del m")
+    asker.ask(f"m = tensord.open({str(second)!r}, 'np'); m.wait()")
+
+
 def test_a_client_that_dies_while_it_waits_leaves_the_line(
     make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
@@ -361,10 +378,12 @@ def test_the_page_cache_of_others_stays(make_daemon: Callable[..., Daemon], tmp_
     daemon = make_daemon("--host-memory", "512MiB")
     other = tmp_path / "other"
     with other.open("wb") as file:
-        file.truncate(256 * MIB)
-    other.read_bytes()
+        file.truncate(1024 * MIB)
+    with other.open("rb") as file:
+        while file.read(16 * MIB):
+            pass
     before = cached_pages(other)
-    if before < 256 * MIB // mmap.PAGESIZE:
+    if before < 1024 * MIB // mmap.PAGESIZE:
         pytest.skip("this file system keeps no page cache of such a file")
     load(sparse_file(tmp_path / "large.safetensors", 256 * MIB))
     assert daemon.ask("status")["replicas"] == 1

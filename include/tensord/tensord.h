@@ -23,7 +23,7 @@ extern "C" {
 #define TENSORD_EXPORT __attribute__((visibility("default")))
 
 /* Changes whenever a struct or function below changes in a way that old callers would not survive. */
-#define TENSORD_ABI_VERSION 1
+#define TENSORD_ABI_VERSION 2
 #define TENSORD_RANK_MAX 64
 
 typedef enum tensord_code {
@@ -101,6 +101,9 @@ typedef struct tensord_open_options {
   const char* const* only;
   size_t only_count;
   int64_t memory_wait_ms; /* for memory that others hold. 0: as the daemon's setting says, -1: not at all */
+  const int32_t*
+      cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, waiting for
+                             the daemon's answer ends within a tenth of a second with TENSORD_CANCELLED */
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors
@@ -208,7 +211,8 @@ TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name,
 TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count,
                                 char** json);
 
-/* One copy of a (slice of a) tensor into the caller's CPU memory. */
+/* One copy of a (slice of a) tensor into the caller's memory: of the CPU, or of a GPU (an address that CUDA's driver knows
+ * in this process). What was begun on that GPU's streams with the target must be over. */
 typedef struct tensord_copy {
   const char* name;
   const tensord_index_item* items;
@@ -218,7 +222,17 @@ typedef struct tensord_copy {
   uint32_t target_rank;
   const uint64_t* target_shape;
   const int64_t* target_strides; /* may be negative; NULL: row-major */
+  uint32_t
+      on_device; /* 1: the target is GPU memory for sure, though no driver in this process may know it; 0: found out */
+  uint32_t reserved;
 } tensord_copy;
+
+/* Why a copy into GPU memory was left out: a cast, or elements that are not side by side in both places; or memory that the
+ * daemon cannot write to. */
+typedef enum tensord_left_out {
+  TENSORD_LEFT_OUT_BY_SHAPE = 1,
+  TENSORD_LEFT_OUT_BY_MEMORY = 2
+} tensord_left_out;
 
 typedef struct tensord_copy_options {
   uint32_t struct_bytes; /* sizeof(tensord_copy_options); fields are only ever appended */
@@ -229,6 +243,9 @@ typedef struct tensord_copy_options {
   const int32_t*
       cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, the call
                             ends within a tenth of a second with TENSORD_CANCELLED */
+  /* NULL, or copy_count zeros: for each copy into GPU memory that was not done, a tensord_left_out is written. It is to be
+   * copied in another way; tensord_copy_report.left_out says why. NULL: such copies are TENSORD_UNSUPPORTED. */
+  uint8_t* left_out;
 } tensord_copy_options;
 
 typedef struct tensord_copy_report {
@@ -237,6 +254,9 @@ typedef struct tensord_copy_report {
   uint32_t thread_count;
   uint32_t reserved;
   int64_t plan_ns, wait_ns, copy_ns;
+  uint64_t device_bytes;     /* of `bytes`: written by the daemon's copy engines to GPU memory */
+  int64_t device_prepare_ns; /* of copy_ns: opening that memory in the daemon, registering the daemon's own */
+  char left_out[256];        /* why copies were left out; empty when none was */
 } tensord_copy_report;
 
 /* Runs all copies as one plan. The plan is checked whole before the first byte is written: shapes, dtypes, bounds, and

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import Error, UnavailableError, UnsupportedError, error_of
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 RANK_MAX = 64
 
 OK = 0
@@ -39,6 +39,7 @@ class OpenOptions(ctypes.Structure):
         ("only", ctypes.POINTER(ctypes.c_char_p)),
         ("only_count", ctypes.c_size_t),
         ("memory_wait_ms", ctypes.c_int64),
+        ("cancel", ctypes.POINTER(ctypes.c_int32)),
     )
 
 
@@ -83,6 +84,7 @@ class CopyOptions(ctypes.Structure):
         ("thread_count", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("cancel", ctypes.POINTER(ctypes.c_int32)),
+        ("left_out", ctypes.c_void_p),
     )
 
 
@@ -95,8 +97,15 @@ class CopyReport(ctypes.Structure):
         ("plan_ns", ctypes.c_int64),
         ("wait_ns", ctypes.c_int64),
         ("copy_ns", ctypes.c_int64),
+        ("device_bytes", ctypes.c_uint64),
+        ("device_prepare_ns", ctypes.c_int64),
+        ("left_out", ctypes.c_char * 256),
     )
 
+
+# tensord_left_out
+LEFT_OUT_BY_SHAPE = 1
+LEFT_OUT_BY_MEMORY = 2
 
 _P = ctypes.c_void_p
 _S = ctypes.c_char_p

@@ -8,6 +8,8 @@ each time.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, Union
 
@@ -16,11 +18,13 @@ import numpy as np
 from .client import Model
 from .client import open as open_model
 from .errors import (
+    InvalidIndexError,
     InvalidOptionError,
     MissingFileError,
     UnknownTensorError,
 )
-from .tensors import AnyTensor, Entry, framework_of
+from .indexing import Item, parse
+from .tensors import AnyTensor, Entry, framework_of, torch_dtype, torch_module
 
 Device = Union[str, int, None]
 
@@ -142,19 +146,34 @@ class safe_open:
             Also a SafetensorError.
         """
         model, entry = self._entry(name)
-        return self._moved(model.tensor(entry, writable=True))
+        if self._device == "cpu":
+            return model.tensor(entry, writable=True)
+        return self._on_device(model, [entry])[0]
 
     def get_tensors(self) -> dict[str, AnyTensor]:
         """All tensors, in the order of `offset_keys`."""
-        return {name: self.get_tensor(name) for name in self.offset_keys()}
+        names = self.offset_keys()
+        if self._device == "cpu":
+            return {name: self.get_tensor(name) for name in names}
+        model = self._opened()
+        return dict(zip(names, self._on_device(model, [model.entry(name) for name in names])))
 
     def get_slice(self, name: str) -> SafeSlice:
         """A tensor to take slices of. It stays valid when the file is closed."""
         model, entry = self._entry(name)
         return SafeSlice(self, model, entry)
 
-    def _moved(self, tensor: Any) -> Any:
-        return tensor if self._device == "cpu" else tensor.to(self._device)
+    def _on_device(self, model: Model, entries: Sequence[Entry], items: tuple[Item, ...] = ()) -> list[Any]:
+        """Fresh tensors on the device, filled in one batch with (a part of) those of the file."""
+        torch = torch_module()
+        tensors = []
+        for entry in entries:
+            shape = model.place_of(entry, items).shape if items else entry.memory_shape
+            dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
+            tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+        orders = [(entry, items, tensor) for entry, tensor in zip(entries, tensors)]
+        model._load(orders, cast=False, threads=0)
+        return tensors
 
 
 def load_file(
@@ -201,9 +220,15 @@ class SafeSlice:
         InvalidOptionError
             An index that safetensors refuses, for numpy. Also a SafetensorError.
         """
+        device = self._opened._device
+        if device != "cpu" and not self._entry.is_bytes:
+            with suppress(InvalidIndexError):  # torch takes more, or refuses it in its own words
+                items = parse(index)
+                if all(step >= 0 for _, _, _, _, step in items):
+                    return self._opened._on_device(self._model, [self._entry], items)[0]
         whole: Any = self._model.tensor(self._entry, writable=True)
         if self._opened._framework == "pt":
-            return self._opened._moved(whole[index])
+            return whole[index].to(device)
         part = whole[_strict_index(index, whole.shape)]
         # Writers take an array's bytes as they lie in memory, so a part is as dense as safetensors makes it.
         return part if part.flags.c_contiguous else part.copy()

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, Union
 from . import _library
 from ._library import check, last_error, library
 from .copies import Batch, LoadReport, bytes_target
+from .devices import copy_left_out, say_once, wait_for_streams
 from .errors import (
     CorruptError,
     DeniedError,
@@ -57,6 +58,9 @@ TOO_LARGE = (
     "is larger than the daemon's host_memory: it is not kept, load_into has it read in batches "
     '(resident="view"); raise host_memory, or open fewer tensors with only='
 )
+
+
+Order = tuple[Entry, tuple[Item, ...], Any]  # what, which part of it, and where it goes
 
 
 class _Handle:
@@ -438,20 +442,27 @@ class Model:
         check(code)
         return region
 
-    def load_into(self, targets: LoadTargets, *, cast: bool = False, threads: int = 0) -> LoadReport:
-        """Copies tensors, or slices of them, into the caller's CPU memory as one plan.
+    def load_into(
+        self, targets: LoadTargets, *, cast: bool = False, threads: int = 0, stream: Any = None
+    ) -> LoadReport:
+        """Copies tensors, or slices of them, into the caller's CPU or GPU memory as one plan.
 
         Parameters
         ----------
         targets : mapping or iterable
             ``{name: tensor}`` for whole tensors, or ``[(name, index, tensor), ...]``. A target is a numpy
-            array or a torch tensor on the CPU: strided, padded, transposed, negative strides. Its shape is
-            that of the indexed tensor. F4 targets must be dense.
+            array or a torch tensor, of any device: strided, padded, transposed, negative strides; or a
+            CUDA array of another library (``__cuda_array_interface__``). Its shape is that of the indexed
+            tensor. F4 targets must be dense.
         cast : bool
             Whether F16, BF16, F32, F64 (and F8 as a source) are converted where types differ. Else types
             must match.
         threads : int
             0: one per core. They end before the call returns.
+        stream : torch.cuda.Stream, optional
+            Copies into GPU memory begin when what was begun on it is over; None: on the current stream of
+            each device. They are over when the call returns. The stream of a CUDA array of another library
+            must be idle.
 
         Returns
         -------
@@ -479,11 +490,41 @@ class Model:
             [(self.entry(name), parse(index), target) for name, index, target in _triples(wanted)],
             cast=cast,
             threads=threads,
+            stream=stream,
         )
 
-    def _load(
-        self, orders: list[tuple[Entry, tuple[Item, ...], Any]], *, cast: bool, threads: int
-    ) -> LoadReport:
+    def _load(self, orders: list[Order], *, cast: bool, threads: int, stream: Any = None) -> LoadReport:
+        wait_for_streams((target for _, _, target in orders), stream)
+        report, reasons = self._run(orders, cast=cast, threads=threads)
+        staged_bytes = 0
+        slower_why = ""
+        begin = time.monotonic()
+        if any(reasons):
+            slower_why = report.left_out.decode("utf-8", "replace")
+            say_once(slower_why)
+            left_out = [(order, why) for order, why in zip(orders, reasons) if why]
+            staged_bytes = copy_left_out(
+                self,
+                [order for order, _ in left_out],
+                [why for _, why in left_out],
+                stream,
+                cast=cast,
+                threads=threads,
+            )
+        return LoadReport(
+            report.bytes + staged_bytes,
+            report.record_count,
+            report.thread_count,
+            report.device_bytes,
+            staged_bytes,
+            slower_why,
+            report.plan_ns / 1e9,
+            report.wait_ns / 1e9,
+            report.copy_ns / 1e9 + time.monotonic() - begin,
+        )
+
+    def _run(self, orders: list[Order], *, cast: bool, threads: int) -> tuple[_library.CopyReport, bytes]:
+        """One call of the library. Of each order: 0, or why it was left out (a `_library.LEFT_OUT_*`)."""
         handle = self._open_handle()
         if not isinstance(threads, int):
             raise InvalidTypeError(f"load_into: threads is a number, not {threads!r}")
@@ -497,8 +538,14 @@ class Model:
             batch.add(entry, items, described)
         rows = batch.rows()
         cancel = ctypes.c_int32(0)
+        left_out = ctypes.create_string_buffer(max(len(rows), 1))
         options = _library.CopyOptions(
-            ctypes.sizeof(_library.CopyOptions), int(cast), threads, 0, ctypes.pointer(cancel)
+            ctypes.sizeof(_library.CopyOptions),
+            int(cast),
+            threads,
+            0,
+            ctypes.pointer(cancel),
+            ctypes.addressof(left_out),
         )
         report = _library.CopyReport()
 
@@ -514,21 +561,14 @@ class Model:
                 self._raise_load_error(error, orders)
             finally:
                 del error
-        return LoadReport(
-            report.bytes,
-            report.record_count,
-            report.thread_count,
-            report.plan_ns / 1e9,
-            report.wait_ns / 1e9,
-            report.copy_ns / 1e9,
-        )
+        return report, left_out.raw[: len(rows)]
 
     def _has_all_bytes(self) -> bool:
         if not self._is_ready and not self._is_view:
             self._is_ready = self._progress().state == _library.READY
         return self._is_ready
 
-    def _raise_load_error(self, error: Error, orders: list[tuple[Entry, tuple[Item, ...], Any]]) -> NoReturn:
+    def _raise_load_error(self, error: Error, orders: list[Order]) -> NoReturn:
         """Raises `error`, as an InvalidIndexError where an index is to blame."""
         if type(error) is InvalidArgumentError:
             for entry, items, _ in orders:
@@ -545,15 +585,23 @@ def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> 
     if threading.current_thread() is not threading.main_thread():  # signals are for that one
         return call()
     outcome: list[Error | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()), name="tensord load_into")
-    thread.start()
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        finally:
+            over.set()
+
+    threading.Thread(target=run, name="tensord call").start()
+    # Not by join(): one that was interrupted takes a thread that runs for one that has ended (bpo-45274).
     try:
-        thread.join()
+        over.wait()
     except BaseException:
         cancel.value = 1
-        while thread.is_alive():
+        while not over.is_set():
             with suppress(KeyboardInterrupt):
-                thread.join()
+                over.wait()
         raise
     return outcome.pop()
 
@@ -620,9 +668,14 @@ class View:
         return model._at(entry, place, model._framework, False)
 
     def load_into(
-        self, targets: AbstractMapping[str, AnyTensor], *, cast: bool = False, threads: int = 0
+        self,
+        targets: AbstractMapping[str, AnyTensor],
+        *,
+        cast: bool = False,
+        threads: int = 0,
+        stream: Any = None,
     ) -> LoadReport:
-        """Copies slices into the caller's CPU memory as one plan: `Model.load_into` with this view's indices.
+        """Copies slices into the caller's memory as one plan: `Model.load_into` with this view's indices.
 
         Parameters
         ----------
@@ -632,7 +685,7 @@ class View:
         if not isinstance(targets, AbstractMapping):
             raise InvalidTypeError(f"load_into of a view takes {{name: target, ...}}, not {targets!r}")
         orders = [(*self._slice(name), target) for name, target in targets.items()]
-        return self._model._load(orders, cast=cast, threads=threads)
+        return self._model._load(orders, cast=cast, threads=threads, stream=stream)
 
     def __repr__(self) -> str:
         return f"<tensord.View of {len(self)} slices of {self._model!r}>"
@@ -691,9 +744,23 @@ def open(
     options = _open_options(only, resident, autostart, memory_wait)
     pointer = ctypes.c_void_p()
     names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
-    code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
-    if code != _library.OK:
-        raise _open_error(code, last_error(code), names)
+    cancel = ctypes.c_int32(0)
+    options.cancel = ctypes.pointer(cancel)
+
+    def ask() -> Error | None:
+        code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
+        return None if code == _library.OK else _open_error(code, last_error(code), names)
+
+    try:
+        error = _interruptible(ask, cancel)
+    except BaseException:
+        library().tensord_close(pointer)  # it may have come to that
+        raise
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error
     model = Model(_Handle(pointer), names, chosen)
     if model._is_view and resident == "artifact":
         warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)

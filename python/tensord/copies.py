@@ -24,6 +24,8 @@ COPY = np.dtype(
         ("target_rank", "u4"),
         ("target_shape", "u8"),
         ("target_strides", "u8"),
+        ("on_device", "u4"),
+        ("reserved", "u4"),
     ]
 )
 
@@ -35,6 +37,9 @@ class LoadReport:
     bytes: int  # written
     records: int  # strided copies the plan came down to
     threads: int
+    device_bytes: int  # of `bytes`: written to GPU memory by the daemon's copy engines
+    staged_bytes: int  # of `bytes`: that came to GPU memory in a slower way; `slower_why` says why
+    slower_why: str
     plan_seconds: float
     wait_seconds: float  # for bytes that were not there yet
     copy_seconds: float
@@ -57,10 +62,12 @@ class Batch:
         self._kept: tuple[Any, ...] = ()
 
     def add(self, entry: Entry, items: tuple[Item, ...], target: Target) -> None:
-        address, number, shape, strides = target
+        address, number, shape, strides, on_device = target
         at = len(self._extents) * np.dtype(np.int64).itemsize
         items_at = len(self._items) * INDEX_ITEM.itemsize
-        self._rows.append((self._name_bytes, items_at, len(items), address, number, len(shape), at, at))
+        self._rows.append(
+            (self._name_bytes, items_at, len(items), address, number, len(shape), at, at, on_device, 0)
+        )
         self._names.append(entry.encoded)
         self._name_bytes += len(entry.encoded) + 1
         self._items += items
@@ -107,4 +114,4 @@ def bytes_target(entry: Entry, shape: tuple[int, ...], target: Target, *, is_who
             f"{list(wanted)} bytes as {DTYPES[number].name}, "
             f"not {list(target.shape)} as {DTYPES[target.number].name}"
         )
-    return Target(target.address, entry.number, shape, row_major_strides(shape, 1))
+    return Target(target.address, entry.number, shape, row_major_strides(shape, 1), target.on_device)

@@ -251,27 +251,34 @@ def has_torch() -> bool:
 
 
 @functools.cache
-def _torch_type(number: int) -> Any:
+def torch_type(number: int) -> Any:
     name = DTYPES[number].torch_name
     return None if name is None else getattr(torch_module(), name, None)
 
 
-def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> AnyTensor:
-    """A CPU tensor, zero-copy and writable: writes change this process's copy only.
-
-    torch has no negative strides: a place that runs backward is copied.
+def torch_dtype(number: int, *, name: str, dtype_text: str) -> Any:
+    """torch's type of a tensor's elements.
 
     Raises
     ------
     UnsupportedDtypeError
         torch (this version of it) has no such type: F6, types safetensors does not know, F4 before 2.8.
     """
-    torch = torch_module()
-    dtype = None if number == OPAQUE else _torch_type(number)
+    dtype = None if number == OPAQUE else torch_type(number)
     if dtype is None:
         raise UnsupportedDtypeError(
-            f"tensor {name!r}: torch {torch.__version__} has no type for {dtype_text}"
+            f"tensor {name!r}: torch {torch_module().__version__} has no type for {dtype_text}"
         )
+    return dtype
+
+
+def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> AnyTensor:
+    """A CPU tensor, zero-copy and writable: writes change this process's copy only.
+
+    torch has no negative strides: a place that runs backward is copied. Errors as `torch_dtype`.
+    """
+    torch = torch_module()
+    dtype = torch_dtype(number, name=name, dtype_text=dtype_text)
     carrier = _CARRIERS[max(DTYPES[number].bits // 8, 1)]
     array = _array(place, carrier, writable=True)
     if place.runs_backward:
@@ -284,12 +291,13 @@ def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> An
 
 
 class Target(NamedTuple):
-    """The caller's memory: a CPU tensor or array that may be written to."""
+    """The caller's memory: a tensor or array that may be written to."""
 
     address: int
     number: int  # tensord_dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # bytes
+    on_device: bool = False  # in the memory of a GPU or the like
 
 
 @functools.cache
@@ -300,7 +308,7 @@ def _numbers_of_numpy() -> dict[np.dtype, int]:
 
 @functools.cache
 def _numbers_of_torch() -> dict[Any, int]:
-    types = ((_torch_type(dtype.number), dtype.number) for dtype in DTYPES)
+    types = ((torch_type(dtype.number), dtype.number) for dtype in DTYPES)
     return {known: number for known, number in types if known is not None}
 
 
@@ -312,14 +320,17 @@ def target_of(name: str, tensor: Any) -> Target:
     InvalidArgumentError
         It is no array or tensor, is read-only, is sparse, or has elements tensord does not know.
     UnsupportedError
-        It is not in CPU memory.
+        It is on device meta.
     """
     if isinstance(tensor, np.ndarray):
         return _numpy_target(name, tensor)
     if hasattr(tensor, "data_ptr") and hasattr(tensor, "layout"):
         return _torch_target(name, tensor)
+    if hasattr(tensor, "__cuda_array_interface__"):
+        return _cuda_target(name, tensor.__cuda_array_interface__)
     raise InvalidArgumentError(
-        f"target of {name!r}: a numpy array or a torch tensor is needed, not {type(tensor).__name__}"
+        f"target of {name!r}: a numpy array, a torch tensor or a CUDA array is needed, "
+        f"not {type(tensor).__name__}"
     )
 
 
@@ -332,15 +343,27 @@ def _numpy_target(name: str, array: np.ndarray) -> Target:
     return Target(array.__array_interface__["data"][0], number, array.shape, array.strides)
 
 
+def _cuda_target(name: str, interface: Any) -> Target:
+    """Of CuPy and others (the CUDA Array Interface)."""
+    dtype = np.dtype(interface["typestr"])
+    number = _numbers_of_numpy().get(dtype)
+    if number is None:
+        raise InvalidArgumentError(f"target of {name!r}: tensord has no type for {dtype!r}")
+    address, read_only = interface["data"]
+    if read_only:
+        raise InvalidArgumentError(f"target of {name!r}: the array is read-only")
+    shape = tuple(interface["shape"])
+    strides = interface.get("strides") or row_major_strides(shape, dtype.itemsize)
+    return Target(address, number, shape, tuple(strides), on_device=True)
+
+
 def _torch_target(name: str, tensor: Any) -> Target:
     torch = torch_module()
     number = _numbers_of_torch().get(tensor.dtype)
     if number is None:
         raise InvalidArgumentError(f"target of {name!r}: tensord has no type for {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise UnsupportedError(
-            f"target of {name!r}: it is on device {tensor.device}; load_into writes CPU memory"
-        )
+    if tensor.device.type == "meta":
+        raise UnsupportedError(f"target of {name!r}: it is on device meta, which has no memory")
     if tensor.layout is not torch.strided:
         raise InvalidArgumentError(
             f"target of {name!r}: its layout is {tensor.layout}; a dense one is needed"
@@ -351,7 +374,7 @@ def _torch_target(name: str, tensor: Any) -> Target:
         )
     size = tensor.element_size()
     strides = tuple([stride * size for stride in tensor.stride()])
-    return Target(tensor.data_ptr(), number, tuple(tensor.shape), strides)
+    return Target(tensor.data_ptr(), number, tuple(tensor.shape), strides, tensor.device.type != "cpu")
 
 
 # ---- frameworks ----------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ class SCOPED_CAPABILITY MutexLock {
 
   // Waits for `condition.notify_*`; may wake without one.
   void wait(std::condition_variable& condition) { condition.wait(lock_); }
+  // False when the time is over.
+  template <typename Duration>
+  bool wait_for(std::condition_variable& condition, Duration time) {
+    return condition.wait_for(lock_, time) == std::cv_status::no_timeout;
+  }
 
  private:
   std::unique_lock<std::mutex> lock_;

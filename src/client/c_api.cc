@@ -126,7 +126,7 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   }
   if (copy.target_rank > 0 && copy.target_shape == nullptr)
     return refuse(copy.name, ": target_shape is NULL");
-  client::CopyOrder order{.name = copy.name};
+  client::CopyOrder order{.name = copy.name, .on_device = copy.on_device != 0};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
   order.target = static_cast<std::byte*>(copy.target);
   order.target_dtype = static_cast<tensor::Dtype>(copy.target_dtype);
@@ -194,6 +194,7 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
       wishes.autostart = autostart_of(known.autostart);
       wishes.index_only = known.index_only != 0;
       wishes.memory_wait_ms = known.memory_wait_ms;
+      wishes.cancel = known.cancel;
       wishes.resident =
           known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
       TRY_ASSIGN(wishes.only, to_texts("a name", known.only, known.only_count));
@@ -340,10 +341,16 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
     for (size_t at = 0; at < copy_count; ++at) {
       TRY_ASSIGN(orders[at], to_order(copies[at]));
     }
+    std::vector<client::LeftOut> left_out;
+    if (options != nullptr && options->left_out != nullptr) wishes.left_out = &left_out;
     TRY_ASSIGN(const client::LoadReport loaded, model->model->load_into(orders, wishes));
+    for (const auto& [order, by_shape] : left_out)
+      options->left_out[order] = by_shape ? TENSORD_LEFT_OUT_BY_SHAPE : TENSORD_LEFT_OUT_BY_MEMORY;
     if (report != nullptr) {
-      *report = {loaded.copy.target_bytes, loaded.record_count, loaded.copy.thread_count, 0, loaded.plan_ns,
-                 loaded.copy.wait_ns,      loaded.copy_ns};
+      *report = {loaded.copy.target_bytes, loaded.record_count, loaded.copy.thread_count, 0,
+                 loaded.plan_ns,           loaded.copy.wait_ns, loaded.copy_ns,           loaded.device.bytes,
+                 loaded.device.prepare_ns};
+      loaded.left_out_why.copy(report->left_out, sizeof report->left_out - 1);
     }
     return {};
   });

@@ -1,5 +1,6 @@
 #include "client/connection.h"
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include "base/text.h"
 #include "client/autostart.h"
 #include "client/version.h"
+#include "memory/copy.h"
 #include "rpc/messages.h"
 #include "rpc/unix_socket.h"
 
@@ -94,11 +96,30 @@ Result<Answer> Connection::receive(uint64_t id) {
   return answer;
 }
 
-Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base::Fd> fds) {
+// Until the answer begins to come. What is not `answered` when it is cancelled ends with the connection.
+Status Connection::await(uint64_t id, bool answered, const int32_t* cancel) {
+  constexpr int kLookMs = 50;
+  pollfd answer{socket_.get(), POLLIN, 0};
+  while (cancel != nullptr && ::poll(&answer, 1, kLookMs) == 0) {
+    if (memory::check_cancel(cancel)) continue;
+    if (!answered) return fail(Code::cancelled, "the caller gave up waiting for the daemon");
+    protocol::CancelT body;
+    body.id = id;
+    protocol::RequestUnion request;
+    request.Set(std::move(body));
+    return send(std::move(request), {}, kAnswerTimeoutMs);
+  }
+  return {};
+}
+
+Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base::Fd> fds,
+                               const int32_t* cancel) {
   MutexLock lock(mutex_);
   if (process_ != ::getpid() || !socket_.valid()) TRY(connect(autostart_, kGreetTimeoutMs));
   const uint64_t id = next_id_;
-  const Status sent = send(std::move(request), std::move(fds), kAnswerTimeoutMs);
+  const bool answered = request.type == protocol::Request::CopyToDevice;  // the target is in use until then
+  Status sent = send(std::move(request), std::move(fds), kAnswerTimeoutMs);
+  if (sent) sent = await(id, answered, cancel);
   Result<Answer> answer = sent ? receive(id) : base::pass_on(sent);
   if (!answer) {
     answer = tl::unexpected(from_daemon(socket_.get(), answer.error()));
@@ -106,7 +127,9 @@ Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base:
     return answer;
   }
   if (const auto* failure = answer->frame().reply_as_Failure()) {
-    return fail(base::code_from(failure->code()), failure->message()->str());
+    base::Error error{base::code_from(failure->code()), failure->message()->str()};
+    if (failure->target_dirty()) error.target = base::TargetState::dirty;
+    return tl::unexpected(std::move(error));
   }
   return answer;
 }

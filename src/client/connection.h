@@ -40,8 +40,10 @@ class Connection {
  public:
   static Result<std::unique_ptr<Connection>> open(Autostart autostart);
 
-  // Sends a request with descriptors and waits for its answer. A Failure comes back as its error.
-  Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds);
+  // Sends a request with descriptors and waits for its answer. A Failure comes back as its error. Once `cancel` points to
+  // another number than 0 the daemon is told to end it: Code::cancelled, for copies to devices when none is under way.
+  Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds,
+                     const int32_t* cancel = nullptr);
 
   // Sends a request that has no answer, to the daemon that this connection was opened to and to no other. What goes
   // wrong is forgotten, and ends the telling: a statistic is not worth waiting for, nor a daemon to be started.
@@ -55,6 +57,7 @@ class Connection {
   Result<protocol::HelloT> connect(Autostart autostart, int64_t timeout_ms) REQUIRES(mutex_);
   Status send(protocol::RequestUnion request, std::vector<base::Fd> fds, int64_t timeout_ms) REQUIRES(mutex_);
   Result<Answer> receive(uint64_t id) REQUIRES(mutex_);
+  Status await(uint64_t id, bool answered, const int32_t* cancel) REQUIRES(mutex_);
 
   Autostart autostart_ = Autostart::from_environment;  // constant after open(), as the next two
   bool keep_spans_ = false;

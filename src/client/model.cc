@@ -125,6 +125,44 @@ std::string origin_of(const tensor::Copy2D& record, std::span<const tensor::Want
   return {};
 }
 
+// Which orders (by position) go where.
+struct DeviceSplit {
+  std::vector<size_t> to_host, to_device;
+  std::vector<LeftOut> left_out;
+  std::string why;  // of one that was left out; the daemon's reason, if there is one
+
+  void leave_out(LeftOut order, const std::string& reason) {
+    if (why.empty() || (left_out.back().by_shape && !order.by_shape)) why = reason;
+    left_out.push_back(order);
+  }
+  std::vector<CopyOrder> orders(std::span<const CopyOrder> all) const {
+    std::vector<CopyOrder> some;
+    for (const size_t at : to_device) some.push_back(all[at]);
+    return some;
+  }
+};
+
+Result<DeviceSplit> split_by_memory(std::span<const CopyOrder> orders, std::optional<gpu::Exports>& exports) {
+  DeviceSplit split;
+  for (size_t at = 0; at < orders.size(); ++at) {
+    TRY_ASSIGN(const AddressRange range, addresses_of(orders[at]));
+    Result<std::optional<gpu::Exports::Place>> place;
+    if (exports && !range.empty()) place = exports->find(range.begin, range.end - range.begin);
+    if (!place) {
+      split.leave_out({at}, place.error().message);
+    } else if (!*place && orders[at].on_device && !range.empty()) {
+      split.leave_out({at}, "the GPU driver of this process does not know its target");
+    } else {
+      (*place ? split.to_device : split.to_host).push_back(at);
+    }
+  }
+  return split;
+}
+
+bool is_fit(const tensor::CopyPlan& plan) {
+  return std::all_of(plan.records.begin(), plan.records.end(), can_copy_to_device);
+}
+
 std::vector<std::string> names_of(std::span<const CopyOrder> orders) {
   std::set<std::string> names;
   for (const CopyOrder& order : orders) names.emplace(order.name);
@@ -174,12 +212,13 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   }
   protocol::RequestUnion request;
   request.Set(std::move(body));
-  auto answer = connection->ask(std::move(request), std::move(fds));
+  auto answer = connection->ask(std::move(request), std::move(fds), options.cancel);
   if (!answer && answer.error().message.starts_with("only: "))
     answer.error().message.insert(0, "open " + checkpoint.path + ": ");
   if (!answer) return base::pass_on(answer);
   std::shared_ptr<Model> model(new Model);
   model->connection_ = std::move(connection);
+  model->device_connections_ = std::make_unique<DeviceConnections>(options.autostart);
   TRY(model->adopt(checkpoint, options, std::move(*answer)));
   return model;
 }
@@ -232,11 +271,12 @@ Result<std::shared_ptr<Model>> Model::open_part(std::vector<std::string> names) 
 }
 
 Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection,
-                                                std::vector<std::string> names, protocol::Stay stay) const {
+                                                std::vector<std::string> names, protocol::Stay stay,
+                                                const int32_t* cancel) const {
   if (resident_ != Resident::view)
     return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
   TRY_ASSIGN(std::shared_ptr<Model> part,
-             ask(std::move(connection), checkpoint_, {.only = std::move(names)}, stay));
+             ask(std::move(connection), checkpoint_, {.only = std::move(names), .cancel = cancel}, stay));
   // After the daemon has looked: what is as it was now was so then.
   for (size_t at = 0; at < checkpoint_.fds.size(); ++at) {
     TRY(base::check_unchanged(checkpoint_.fds[at].get(), checkpoint_.identities[at], checkpoint_.files[at]));
@@ -361,9 +401,77 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
 Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
   if (resident_ == Resident::artifact && mapping_ == nullptr)
     return fail(Code::invalid_argument, path_ + " was opened for its index only");
-  auto done = resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(orders, options);
+  const gpu::Driver* driver = gpu::loaded_driver();
+  const bool on_device =
+      std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
+  const bool mixed = driver != nullptr || on_device;
+  auto done = mixed ? copy_mixed(driver, orders, options) : copy_to_host(orders, options);
   if (!done && !done.error().message.starts_with(path_)) done.error().message.insert(0, path_ + ": ");
   return done;
+}
+
+Result<LoadReport> Model::copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
+  return resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(orders, options);
+}
+
+// Where some targets may be GPU memory. All orders are checked before the first byte is written.
+Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,
+                                     const CopyOrderOptions& options) {
+  const int64_t begin_ns = base::monotonic_ns();
+  std::optional<gpu::Exports> exports;
+  if (driver != nullptr) exports.emplace(*driver);
+  TRY_ASSIGN(DeviceSplit split, split_by_memory(orders, exports));
+  if (split.to_device.empty() && split.left_out.empty()) return copy_to_host(orders, options);
+  if (resident_ == Resident::view) {
+    for (const size_t at : std::exchange(split.to_device, {}))
+      split.leave_out({at}, "the model is read in batches");
+  }
+  TRY_ASSIGN(Prepared prepared, prepare(orders, options));
+  if (split.to_device.size() < orders.size()) {
+    TRY_ASSIGN(prepared, prepare(split.orders(orders), options));
+  }
+  if (!is_fit(prepared.plan)) {
+    for (const size_t at : std::exchange(split.to_device, {})) {
+      TRY_ASSIGN(const Prepared one, prepare(orders.subspan(at, 1), options));
+      if (is_fit(one.plan)) split.to_device.push_back(at);
+      if (!is_fit(one.plan)) split.leave_out({at, true}, "a cast, or elements that are not side by side");
+    }
+    TRY_ASSIGN(prepared, prepare(split.orders(orders), options));
+  }
+  if (!split.left_out.empty() && options.left_out == nullptr)
+    return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.front().order].name),
+                ": ", split.why);
+  const int64_t plan_ns = base::monotonic_ns() - begin_ns;
+  LoadReport report{.begin_ns = begin_ns};
+  if (!split.to_host.empty()) {
+    std::vector<CopyOrder> to_host;
+    for (const size_t at : split.to_host) to_host.push_back(orders[at]);
+    TRY_ASSIGN(report, copy_to_host(to_host, options));
+  }
+  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
+  Result<DeviceCopied> copied;
+  if (!split.to_device.empty())
+    copied = copy_to_devices(prepared.plan, target, *exports, replica_, *device_connections_, options.cancel);
+  if (!copied) {
+    const Code code = copied.error().code;
+    const bool elsewhere = code == Code::unavailable || code == Code::unsupported || code == Code::denied ||
+                           code == Code::exhausted;
+    if (report.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
+    if (!elsewhere || options.left_out == nullptr || copied.error().target == base::TargetState::dirty)
+      return base::pass_on(copied);
+    for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, copied.error().message);
+    copied = DeviceCopied();
+  }
+  report.plan_ns += plan_ns;
+  report.record_count += prepared.plan.records.size();
+  report.device = *copied;
+  report.copy.target_bytes += copied->bytes;
+  report.copy.wait_ns += copied->wait_ns;
+  report.copy_ns += copied->copy_ns;
+  if (!split.left_out.empty()) *options.left_out = std::move(split.left_out);
+  report.left_out_why = std::move(split.why);
+  report_use(report);
+  return report;
 }
 
 Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
@@ -423,12 +531,13 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
     };
     std::shared_ptr<Model> batch = std::move(ahead);
     if (batch == nullptr) {
-      auto opened = open_part(connection, names_of(part->second), protocol::Stay::batch);
+      auto opened = open_part(connection, names_of(part->second), protocol::Stay::batch, options.cancel);
       if (!opened) return stopped(opened.error());
       batch = std::move(*opened);
     }
     if (const auto next = std::next(part); next != parts.end()) {
-      auto opened = open_part(connection, names_of(next->second), protocol::Stay::batch_ahead);
+      auto opened =
+          open_part(connection, names_of(next->second), protocol::Stay::batch_ahead, options.cancel);
       if (!opened && opened.error().code != Code::exhausted) return stopped(opened.error());
       if (opened) ahead = std::move(*opened);
     }
@@ -445,7 +554,7 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
 }
 
 void Model::report_use(const LoadReport& report) {
-  if (!mapping_->check_daemon()) return;  // a process with its pid may be there again
+  if (mapping_ == nullptr || !mapping_->check_daemon()) return;  // a process with its pid may be there again
   protocol::UsedT used;
   used.replica = replica_;
   used.begin_ns = report.begin_ns;
@@ -455,6 +564,8 @@ void Model::report_use(const LoadReport& report) {
   used.wait_ns = report.copy.wait_ns;
   used.copy_ns = report.copy_ns;
   used.copy_bytes = report.copy.target_bytes;
+  used.device_bytes = report.device.bytes;
+  used.slower_why = report.left_out_why.substr(0, rpc::kTextBytesMax);
   used.record_count = report.record_count;
   used.thread_count = report.copy.thread_count;
   constexpr size_t kSpanCountMax = 1 << 20;  // 32 MiB, below the limit of a frame

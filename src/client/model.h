@@ -12,6 +12,7 @@
 #include "base/fd.h"
 #include "base/result.h"
 #include "client/connection.h"
+#include "client/device_copy.h"
 #include "memory/copy.h"
 #include "memory/fill_map.h"
 #include "tensor/blocks.h"
@@ -63,7 +64,8 @@ struct OpenOptions {
   bool index_only = false;        // headers only
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
   Resident resident = Resident::artifact;
-  int64_t memory_wait_ms = 0;  // 0: as the daemon's setting says, -1: not at all
+  int64_t memory_wait_ms = 0;       // 0: as the daemon's setting says, -1: not at all
+  const int32_t* cancel = nullptr;  // as memory::CopyOptions, while the daemon's answer is waited for
 };
 
 // One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
@@ -74,12 +76,22 @@ struct CopyOrder {
   std::byte* target = nullptr;
   tensor::Strided to;
   tensor::Dtype target_dtype = tensor::Dtype::u8;
+  bool on_device = false;  // the target is GPU memory for sure; else it is found out
+};
+
+// An order whose target is GPU memory that was not written to.
+struct LeftOut {
+  size_t order = 0;
+  bool by_shape =
+      false;  // a cast, or elements that are not side by side; else: the daemon cannot write to this memory
 };
 
 struct CopyOrderOptions {
   bool cast = false;
   int thread_count = 0;
   const int32_t* cancel = nullptr;  // as memory::CopyOptions; waiting ends too, within a tenth of a second
+  // Orders by position that were not run. nullptr: they are Code::unsupported.
+  std::vector<LeftOut>* left_out = nullptr;
 };
 
 struct LoadReport {
@@ -88,6 +100,8 @@ struct LoadReport {
   int64_t begin_ns = 0;
   int64_t plan_ns = 0;
   int64_t copy_ns = 0;
+  DeviceCopied device;
+  std::string left_out_why;
 };
 
 // Thread safe.
@@ -140,8 +154,12 @@ class Model {
                                             protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
-                                           std::vector<std::string> names, protocol::Stay stay) const;
+                                           std::vector<std::string> names, protocol::Stay stay,
+                                           const int32_t* cancel = nullptr) const;
   Result<Parts> cut(std::span<const CopyOrder> orders) const;
+  Result<LoadReport> copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
+  Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,
+                                const CopyOrderOptions& options);
   Result<LoadReport> copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
   Result<LoadReport> copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   struct Prepared {
@@ -168,6 +186,7 @@ class Model {
   int64_t map_begin_ns_ = 0;
   int64_t map_ns_ = 0;
   std::shared_ptr<Connection> connection_;
+  std::unique_ptr<DeviceConnections> device_connections_;
   std::shared_ptr<Mapping> mapping_;
   std::optional<memory::FillView> fill_;
 

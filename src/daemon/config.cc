@@ -66,6 +66,7 @@ Status set_choice(Choice& target, const std::string& value, const char* const (&
 
 constexpr int kReadThreadsMax = 256;
 constexpr int64_t kDrainSecondsMax = 3600;
+constexpr int64_t kGpuIdleSecondsMax = 86'400;
 
 constexpr Setting kSettings[] = {
     {"runtime_dir", "FOLDER",
@@ -102,6 +103,13 @@ constexpr Setting kSettings[] = {
      [](Config& config, const std::string& value) {
        return set_choice(config.huge_pages, value, {"auto", "never"});
      }},
+    {"gpu", "CHOICE", "auto or off: whether clients' GPU memory is written to (default: auto)",
+     [](Config& config, const std::string& value) {
+       return set_choice(config.gpu, value, {"auto", "off"});
+     }},
+    {"gpu_idle_seconds", "COUNT",
+     "after so long without a copy a GPU is given back, with 0.5 GiB of its memory (default: 60)",
+     set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},
     {"log_level", "LEVEL",
      "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
      [](Config& config, const std::string& value) -> Status {

@@ -10,6 +10,7 @@
 
 #include "base/log.h"
 #include "base/result.h"
+#include "daemon/device_copies.h"
 #include "memory/fresh_pages.h"
 #include "storage/file_source.h"
 
@@ -36,6 +37,8 @@ struct Config {
   base::LogLevel log_level = base::LogLevel::info;
   std::string log_file;
   int64_t drain_seconds = 10;
+  GpuUse gpu = GpuUse::automatic;
+  int64_t gpu_idle_seconds = 60;
 };
 
 // One setting: --host-memory, host_memory in the file, $TENSORD_HOST_MEMORY.

@@ -79,6 +79,7 @@ json uses_value(const std::vector<engine::Use>& uses) {
                       {"wait_ns", use.wait_ns},
                       {"copy_ns", use.copy_ns},
                       {"copy_bytes", use.copy_bytes},
+                      {"device_bytes", use.device_bytes},
                       {"record_count", use.record_count},
                       {"thread_count", use.thread_count}});
   }

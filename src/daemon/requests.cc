@@ -90,6 +90,10 @@ void Requests::handle(rpc::Request request) {
       const protocol::Want& want = *request.frame().request_as_Want();
       return engine_.want(want.replica(), want.first_block(), want.last_block());
     }
+    case protocol::Request::CopyToDevice:
+      return copy_to_device(std::move(request));
+    case protocol::Request::Cancel:
+      return devices_.cancel(request.client.connection, request.frame().request_as_Cancel()->id());
     default:
       break;
   }
@@ -105,6 +109,21 @@ void Requests::open(rpc::Request request) {
   if (!order) return server_->reply(connection, rpc::reply_failure(id, order.error()));
   engine_.open(std::move(*order), [this, connection, id](Result<engine::Grant> grant) {
     server_->reply(connection, grant ? opened_frame(id, *grant) : rpc::reply_failure(id, grant.error()));
+  });
+}
+
+void Requests::copy_to_device(rpc::Request request) {
+  const rpc::ConnectionId connection = request.client.connection;
+  const uint64_t id = request.frame().id();
+  devices_.copy(std::move(request), [this, connection, id](const Result<gpu::DeviceReport>& report) {
+    if (!report) return server_->reply(connection, rpc::reply_failure(id, report.error()));
+    protocol::CopiedToDeviceT copied;
+    copied.bytes = report->bytes;
+    copied.call_count = report->call_count;
+    copied.prepare_ns = report->prepare_ns;
+    copied.wait_ns = report->wait_ns;
+    copied.copy_ns = report->end_ns - report->begin_ns;
+    server_->reply(connection, rpc::reply_copied(id, copied));
   });
 }
 
@@ -169,6 +188,8 @@ void Requests::used(const rpc::Request& request) {
   use.wait_ns = sane_ns(used.wait_ns());
   use.copy_ns = sane_ns(used.copy_ns());
   use.copy_bytes = std::min(used.copy_bytes(), tensor::kIndexBytesMax);
+  use.device_bytes = std::min(used.device_bytes(), use.copy_bytes);
+  if (used.slower_why() != nullptr) use.slower_why = used.slower_why()->str();
   use.record_count = used.record_count();
   use.thread_count = std::min(used.thread_count(), kUseThreadsMax);
   if (used.spans() != nullptr && facts_.keep_spans) {

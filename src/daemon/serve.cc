@@ -21,6 +21,7 @@
 #include "base/text.h"
 #include "catalog/catalog.h"
 #include "daemon/config.h"
+#include "daemon/device_copies.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -259,16 +260,22 @@ Status run(const Config& config) {
                     .read_threads = config.read_threads,
                     .connection_count_max = shares.connections,
                     .keep_spans = keep_spans};
-  Requests requests(engine, std::move(facts), [&] { shutdown.begin(); });
+  DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
+  Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
   TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
-             rpc::Server::start(
-                 *loop, std::move(listener),
-                 {.product_version = kVersion,
-                  .keep_spans = keep_spans,
-                  .user_id = ::getuid(),
-                  .connection_count_max = shares.connections,
-                  .closed = [&](rpc::ConnectionId id) { loop->post([&, id] { engine.withdraw(id); }); }},
-                 [&](rpc::Request request) { requests.handle(std::move(request)); }));
+             rpc::Server::start(*loop, std::move(listener),
+                                {.product_version = kVersion,
+                                 .keep_spans = keep_spans,
+                                 .user_id = ::getuid(),
+                                 .connection_count_max = shares.connections,
+                                 .closed =
+                                     [&](rpc::ConnectionId id) {
+                                       loop->post([&, id] {
+                                         engine.withdraw(id);
+                                         devices.forget(id);
+                                       });
+                                     }},
+                                [&](rpc::Request request) { requests.handle(std::move(request)); }));
   requests.reply_through(*server);
   shutdown.watch(*server);
   TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {

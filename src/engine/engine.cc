@@ -419,7 +419,7 @@ void Engine::remember(const Replica& replica) {
 // ---- letting go ---------------------------------------------------------------------------------------------------
 
 void Engine::settle(Replica& replica) {
-  const bool used = replica.load || !replica.leases.empty() || replica.verify_count > 0;
+  const bool used = replica.load || !replica.leases.empty() || replica.use_count > 0;
   if (!used && (replica.state == ReplicaState::failed || replica.doomed)) forget(replica.number);
   room_changed();
 }
@@ -464,7 +464,7 @@ Status Engine::evict(uint64_t number) {
     return fail(Code::denied, "replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
                 " pid ", holder.process_id, others, "; close it there first");
   }
-  if (replica.state <= ReplicaState::waiting || replica.verify_count > 0)
+  if (replica.state <= ReplicaState::waiting || replica.use_count > 0)
     return fail(Code::unavailable, "replica ", number, " ", replica.path(), " is busy; try again");
   if (replica.load) {
     replica.doomed = true;
@@ -519,7 +519,7 @@ void Engine::cancel_all() {
 
 size_t Engine::running_count() const {
   const auto busy = std::count_if(replicas_.begin(), replicas_.end(), [](const auto& entry) {
-    return entry.second->state <= ReplicaState::filling || entry.second->verify_count > 0;
+    return entry.second->state <= ReplicaState::filling || entry.second->use_count > 0;
   });
   return static_cast<size_t>(busy) + remembering_count_ + (leaving_bytes_ > 0 ? 1 : 0);
 }

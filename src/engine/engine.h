@@ -127,6 +127,11 @@ class Engine {
   // Code::cancelled after cancel_all().
   void verify(uint64_t replica, std::function<void(Result<VerifyReport>)> done);
 
+  // For somebody who reads the bytes of a replica that fills or is ready: it stays, where it is, until let_go().
+  // Code::not_found.
+  Result<const Replica*> hold(uint64_t replica);
+  void let_go(uint64_t replica);
+
   // A client waits for blocks [first, last) of a replica: they are read before others. Unknown replicas are ignored.
   void want(uint64_t replica, uint32_t first, uint32_t last);
 

@@ -78,7 +78,8 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
   report.direct_bytes = counters.direct_bytes;
   report.buffered_bytes = counters.buffered_bytes;
   report.read_path = source.read_path();
-  report.notes = source.notes();
+  const std::vector<std::string> notes = source.notes();  // before those of clients
+  report.notes.insert(report.notes.begin(), notes.begin(), notes.end());
   if (std::string problem = replica.pages->problem(); !problem.empty()) {
     report.notes.push_back(std::move(problem));
   }
@@ -156,6 +157,12 @@ void Engine::note_use(uint64_t number, Use use) {
   size_t span_count = report->spans.size();
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
+  if (!use.slower_why.empty()) {
+    const std::string note =
+        base::text(use.process_name, ": copies to GPU memory took a slower way: ", use.slower_why);
+    const bool known = std::find(report->notes.begin(), report->notes.end(), note) != report->notes.end();
+    if (!known && report->notes.size() < kUseCountMax) report->notes.push_back(note);
+  }
   report->uses.push_back(std::move(use));
 }
 
@@ -213,13 +220,29 @@ struct Verification {
   }
 };
 
+Result<const Replica*> Engine::hold(uint64_t number) {
+  const auto found = replicas_.find(number);
+  if (found == replicas_.end() || found->second->state < ReplicaState::filling || !found->second->fill)
+    return fail(Code::not_found, "there is no replica ", number, "; open the model again");
+  ++found->second->use_count;
+  return found->second.get();
+}
+
+void Engine::let_go(uint64_t number) {
+  Replica& replica = *replicas_.at(number);
+  --replica.use_count;
+  replica.last_used_ns = base::monotonic_ns();
+  settle(replica);
+  end_drain();
+}
+
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
     return done(
         fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
   }
-  ++replica.verify_count;
+  ++replica.use_count;
   auto job = std::make_shared<Verification>();
   job->content = replica.content;
   job->image = replica.memory.data();
@@ -235,18 +258,14 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
   }
   const int64_t begin_ns = base::monotonic_ns();
   auto finish = [this, job, number, done = std::move(done), begin_ns] {
-    Replica& verified = *replicas_.at(number);
-    --verified.verify_count;
-    verified.last_used_ns = base::monotonic_ns();
     VerifyReport report = job->take_report();
     report.ns = base::monotonic_ns() - begin_ns;
     Result<VerifyReport> result = std::move(report);
     if (cancelling_) {
-      result = fail(Code::cancelled, "verify ", verified.path(), ": the daemon was stopped");
+      result = fail(Code::cancelled, "verify ", result->path, ": the daemon was stopped");
     }
-    settle(verified);
+    let_go(number);
     done(std::move(result));
-    end_drain();
   };
   for (int thread = 0; thread < pool_.thread_count(); ++thread) verify_portion(job, finish);
 }

@@ -53,6 +53,8 @@ struct Use {
   int64_t wait_ns = 0;
   int64_t copy_ns = 0;
   uint64_t copy_bytes = 0;
+  uint64_t device_bytes = 0;  // of those: to GPU memory, by copy engines
+  std::string slower_why;     // why copies to GPU memory took another way
   uint64_t record_count = 0;
   uint32_t thread_count = 0;
   std::vector<UseSpan> spans;

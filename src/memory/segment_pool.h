@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "base/mutex.h"
 #include "memory/mapped.h"
 
 namespace tensord::memory {
@@ -28,6 +30,15 @@ inline constexpr uint64_t kUndividedBytesMax = 16 << 20;
 std::vector<uint64_t> segment_sizes(uint64_t image_bytes);
 uint64_t memory_bytes(uint64_t image_bytes);  // their sum
 
+// What devices keep with a segment, as long as it has its pages.
+struct Attachment {
+  virtual ~Attachment() = default;
+};
+struct AttachmentSlot {
+  base::Mutex mutex;
+  std::shared_ptr<Attachment> attachment GUARDED_BY(mutex);
+};
+
 // One memfd, mapped for writing here; sealed so that nobody else can map it so, shrink or grow it. Unmapped and closed
 // when it goes.
 class Segment {
@@ -42,6 +53,7 @@ class Segment {
   // So many bytes from its beginning have their pages; the rest costs its first touch.
   uint64_t touched_bytes() const { return touched_bytes_; }
   void set_touched(uint64_t bytes) { touched_bytes_ = bytes; }
+  const std::shared_ptr<AttachmentSlot>& slot() const { return slot_; }
 
   Status move_to(std::byte* address) { return mapped_.move_to(address); }
 
@@ -50,6 +62,7 @@ class Segment {
   Mapped mapped_;
   uid_t owner_ = 0;
   uint64_t touched_bytes_ = 0;
+  std::shared_ptr<AttachmentSlot> slot_ = std::make_shared<AttachmentSlot>();
 };
 
 // Segments at consecutive addresses: the memory of one replica.

@@ -54,6 +54,7 @@ bool is_short(const flatbuffers::String* words) { return words == nullptr || wor
 
 bool texts_are_short(const protocol::RequestFrame& frame) {
   if (const auto* call = frame.request_as_Call()) return is_short(call->selector());
+  if (const auto* used = frame.request_as_Used()) return is_short(used->slower_why());
   const auto* open = frame.request_as_Open();
   if (open == nullptr) return true;
   if (open->paths()->size() > kFrameFdsMax || !is_short(open->path())) return false;
@@ -130,9 +131,14 @@ Frame reply_report(uint64_t request_id, const std::string& json) {
   return reply_frame(request_id, std::move(report));
 }
 
+Frame reply_copied(uint64_t request_id, const protocol::CopiedToDeviceT& copied) {
+  return reply_frame(request_id, copied);
+}
+
 Frame reply_failure(uint64_t request_id, const base::Error& error) {
   protocol::FailureT failure;
   failure.code = static_cast<uint8_t>(error.code);
+  failure.target_dirty = error.target == base::TargetState::dirty;
   failure.message = error.message.substr(0, kFailureBytesMax);
   return reply_frame(request_id, std::move(failure));
 }

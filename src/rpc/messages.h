@@ -30,6 +30,7 @@ Status check_request(std::span<const std::byte> bytes);
 // once). What does not fit a frame, or cannot be duplicated, becomes a Failure with Code::exhausted.
 Frame reply_opened(uint64_t request_id, const protocol::OpenedT& opened, const std::vector<int>& fds);
 Frame reply_report(uint64_t request_id, const std::string& json);
+Frame reply_copied(uint64_t request_id, const protocol::CopiedToDeviceT& copied);
 Frame reply_failure(uint64_t request_id, const base::Error& error);
 
 // The answer to a client of another version, on both sides in the same words.

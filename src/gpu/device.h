@@ -1,0 +1,85 @@
+// Device: one GPU as the daemon uses it: a thread that opens its clients' memory and keeps its copy engines busy.
+//
+//   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB over two streams ──► retired in order
+//
+// A job whose bytes are still being read lets others pass. The thread sleeps while chunks are under way.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "base/mutex.h"
+#include "gpu/copy_job.h"
+#include "gpu/pinned.h"
+#include "gpu/target_memory.h"
+
+namespace tensord::gpu {
+
+class Device {
+ public:
+  // `number` is the driver's. After `idle_ms` without a job all that it holds of the device's memory is given back, and
+  // host memory is unregistered.
+  Device(const Driver& driver, int number, int64_t idle_ms);
+  ~Device();  // jobs end with Code::cancelled
+
+  // All thread safe, none waits.
+  void submit(std::unique_ptr<CopyJob> job);
+  void cancel(uint64_t client, uint64_t number);  // nothing when it is over
+  void forget(uint64_t client);                   // it is gone: its jobs end, its memory is closed
+
+ private:
+  struct Running;
+  // Pieces under way on one stream, and the event behind them.
+  struct Chunk {
+    Handle event = nullptr;
+    std::shared_ptr<Running> running;
+  };
+  struct Batch;
+
+  void run();
+  bool take_calls();
+  void step();
+  Status wake_up();
+  void rest();
+  void start(std::unique_ptr<CopyJob> job);
+  Status pin(Running& running);
+  void end_jobs(const std::function<bool(const CopyJob&)>& which, const base::Error& why);
+  Result<bool> issue_chunk(const std::shared_ptr<Running>& running);
+  Result<bool> is_ready(Running& running, const Piece& piece);
+  Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
+  Status flush(Running& running, Batch& batch, Handle stream);
+  Result<Address> target(Running& running, uint32_t number);
+  Result<const std::byte*> source(Running& running, const Piece& piece);
+  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream);
+  void retire_oldest();
+  void finish_if_over(const std::shared_ptr<Running>& running);
+  void restart(const base::Error& why);
+
+  const Driver& driver_;
+  const int number_;
+  const int64_t idle_ms_;
+
+  // The thread's own:
+  std::shared_ptr<Primary> primary_;  // while awake, as the next two
+  std::vector<Handle> streams_;
+  std::vector<Handle> free_events_;
+  std::deque<Chunk> chunks_;  // oldest first
+  std::deque<std::shared_ptr<Running>> running_;
+  std::map<std::pair<uint64_t, IpcHandle>, std::shared_ptr<OpenedMemory>> opened_;  // by client
+  std::vector<std::weak_ptr<memory::AttachmentSlot>> pinned_;
+
+  base::Mutex mutex_;
+  std::condition_variable called_;
+  std::deque<std::function<void()>> calls_ GUARDED_BY(mutex_);
+  bool stopping_ GUARDED_BY(mutex_) = false;
+  std::thread thread_;  // last: it uses all the others
+};
+
+}  // namespace tensord::gpu

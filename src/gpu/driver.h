@@ -1,0 +1,137 @@
+// The driver of the GPUs: the few functions of CUDA's driver API that are used, found when the program runs. Everything of
+// CUDA's is in this folder; a driver of another make fits behind the same table.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "base/result.h"
+
+namespace tensord::gpu {
+
+using base::Result;
+using base::Status;
+
+// Numbers and layouts are those of CUDA 12.8 and newer (cuda.h).
+using Answer = int;           // 0: done
+using Address = uint64_t;     // of device memory; one address space for all devices and the host
+using Handle = void*;         // of a context, a stream, an event
+using Allocation = uint64_t;  // of physical device memory
+using Uuid = std::array<char, 16>;
+using IpcHandle = std::array<char, 64>;
+
+struct Location {
+  int type = 1;  // a device
+  int id = 0;
+};
+struct AllocationKind {
+  int type = 1;          // pinned: the only one there is
+  int handle_types = 1;  // a descriptor
+  Location location;
+  void* unused = nullptr;
+  uint64_t flags = 0;
+};
+struct Access {
+  Location location;
+  int flags = 0;
+};
+inline constexpr int kReadOnly = 1, kReadWrite = 3;
+
+struct Side {
+  size_t x_bytes = 0, y = 0;
+  int type = 0;  // 1: host, 2: device
+  const void* host = nullptr;
+  Address device = 0;
+  void* array = nullptr;
+  size_t pitch = 0;
+};
+struct Rows {
+  Side source, target;
+  size_t row_bytes = 0, row_count = 0;
+};
+struct BatchKind {
+  int source_order = 1;  // sources are read in the order of the stream
+  Location source_hint{0, 0}, target_hint{0, 0};
+  unsigned flags = 0;
+};
+
+// What is asked of an address.
+enum Attribute : int {
+  kMemoryType = 2,
+  kDeviceOrdinal = 9,
+  kIpcCapable = 10,
+  kRangeBegin = 11,
+  kRangeBytes = 12,
+  kHandleTypes = 14,
+  kMappedBytes = 18,  // of the one allocation that is mapped there
+  kMappedBegin = 19,
+};
+inline constexpr int kDeviceMemory = 2;
+
+// Answers that mean something of their own.
+inline constexpr Answer kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kNotPermitted = 800,
+                        kNotSupported = 801;
+inline constexpr unsigned kPortable = 1;        // registered host memory counts for every device
+inline constexpr unsigned kNonBlocking = 1;     // a stream that does not wait for the default one
+inline constexpr unsigned kSleepUntilDone = 3;  // an event: waiting sleeps, and no times are taken
+inline constexpr unsigned kPeers = 1;           // memory of another device is made reachable as it is opened
+
+struct Driver {
+  Answer (*init)(unsigned);
+  Answer (*version)(int*);
+  Answer (*error_name)(Answer, const char**);
+  Answer (*device_count)(int*);
+  Answer (*device_uuid)(Uuid*, int device);
+  Answer (*device_name)(char*, int size_bytes, int device);
+  Answer (*device_bytes)(size_t*, int device);
+  Answer (*device_attribute)(int*, int attribute, int device);
+  Answer (*retain)(Handle*, int device);  // the one that all of a process share; made at the first call
+  Answer (*release)(int device);
+  Answer (*set_current)(Handle);
+  Answer (*current)(Handle*);
+  Answer (*memory_info)(size_t* free_bytes, size_t* total_bytes);
+  Answer (*describe)(unsigned count, const Attribute*, void** values, Address);
+  Answer (*host_register)(void*, size_t, unsigned flags);
+  Answer (*host_unregister)(void*);
+  Answer (*make_stream)(Handle*, unsigned flags);
+  Answer (*end_stream)(Handle);
+  Answer (*make_event)(Handle*, unsigned flags);
+  Answer (*end_event)(Handle);
+  Answer (*record)(Handle event, Handle stream);
+  Answer (*wait)(Handle event);
+  Answer (*copy)(Address target, const void* source, size_t, Handle stream);  // from host memory
+  Answer (*copy_rows)(const Rows*, Handle stream);
+  // nullptr before CUDA 13
+  Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*,
+                       size_t* kind_begins, size_t kind_count, Handle stream);
+  Answer (*ipc_export)(IpcHandle*, Address);
+  Answer (*ipc_open)(Address*, IpcHandle, unsigned flags);
+  Answer (*ipc_close)(Address);
+  Answer (*granularity)(size_t*, const AllocationKind*, int wish);
+  Answer (*allocate)(Allocation*, size_t, const AllocationKind*, uint64_t flags);
+  Answer (*free)(Allocation);
+  Answer (*allocation_of)(Allocation*, void* address);
+  Answer (*export_fd)(int* fd, Allocation, int handle_type, uint64_t flags);
+  Answer (*import_fd)(Allocation*, void* fd, int handle_type);
+  Answer (*reserve)(Address*, size_t, size_t alignment, Address wish, uint64_t flags);
+  Answer (*unreserve)(Address, size_t);
+  Answer (*map)(Address, size_t, size_t offset, Allocation, uint64_t flags);
+  Answer (*unmap)(Address, size_t);
+  Answer (*set_access)(Address, size_t, const Access*, size_t count);
+
+  // "CUDA_ERROR_OUT_OF_MEMORY"
+  std::string name_of(Answer answer) const;
+  // Status of an answer: "WHAT: CUDA_ERROR_...". Code::exhausted, denied and unsupported where the answer says so, else
+  // unavailable.
+  Status check(Answer answer, const char* what) const;
+};
+
+// The driver of this process, loaded and initialized at the first call; it stays. Code::unavailable, with the reason, when
+// there is none, it is too old, or it finds no device. Thread safe.
+Result<const Driver*> driver();
+// The same where this process has loaded a driver itself; else nullptr, at no cost: who has none has no device memory.
+const Driver* loaded_driver();
+
+}  // namespace tensord::gpu
