@@ -157,17 +157,6 @@ void give_model(std::shared_ptr<client::Model> opened, tensord_model** out) {
   *out = made.release();
 }
 
-constexpr std::array<std::pair<const char*, tensord::protocol::Verb>, 8> kVerbs = {{
-    {"status", tensord::protocol::Verb::status},
-    {"list", tensord::protocol::Verb::list},
-    {"evict", tensord::protocol::Verb::evict},
-    {"pin", tensord::protocol::Verb::pin},
-    {"unpin", tensord::protocol::Verb::unpin},
-    {"verify", tensord::protocol::Verb::verify},
-    {"explain", tensord::protocol::Verb::explain},
-    {"stop", tensord::protocol::Verb::stop},
-}};
-
 }  // namespace
 
 extern "C" {
@@ -358,11 +347,13 @@ int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t c
 
 int tensord_call(const char* verb, const char* selector, int autostart, char** json) {
   return guarded({{"verb", verb}, {"json", json}}, [&]() -> Status {
-    const auto known = std::find_if(kVerbs.begin(), kVerbs.end(),
-                                    [&](const auto& entry) { return std::strcmp(entry.first, verb) == 0; });
-    if (known == kVerbs.end()) return refuse("no verb ", tensord::base::quoted(verb));
+    const auto& verbs = tensord::protocol::EnumValuesVerb();
+    const auto* known = std::find_if(std::begin(verbs), std::end(verbs), [&](tensord::protocol::Verb one) {
+      return std::strcmp(tensord::protocol::EnumNameVerb(one), verb) == 0;
+    });
+    if (known == std::end(verbs)) return refuse("no verb ", tensord::base::quoted(verb));
     TRY_ASSIGN(const std::string answer,
-               client::call(known->second, selector == nullptr ? "" : selector, autostart_of(autostart)));
+               client::call(*known, selector == nullptr ? "" : selector, autostart_of(autostart)));
     return give_text(answer, json);
   });
 }
