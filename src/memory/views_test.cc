@@ -102,7 +102,7 @@ class Trial {
     for (size_t rank = below(6); rank > 0; --rank)
       tensor.shape.push_back(below(20) == 0 ? 0 : 1 + below(rank > 3 ? 5 : 12));
     tensor.offset = source.size() + below(9);
-    tensor.size_bytes = tensor.element_count() * *dtype_bytes(tensor.dtype);
+    tensor.size_bytes = *tensor::element_count(tensor.shape) * *dtype_bytes(tensor.dtype);
     source.resize(tensor.offset + tensor.size_bytes + below(9));
     for (std::byte& byte : source) byte = static_cast<std::byte>(random_());
     return tensor;

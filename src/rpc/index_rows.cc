@@ -56,14 +56,10 @@ tensor::Index to_index(const protocol::IndexRows& rows) {
 // Of types that are no whole number of bytes, only the parser knows how they are packed.
 bool shape_fits(const tensor::Tensor& tensor) {
   if (tensor.shape.size() > tensor::kRankMax) return false;
-  std::optional<uint64_t> bytes = tensor::dtype_bytes(tensor.dtype);
-  if (!bytes) return true;
-  if (std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end())
-    return tensor.size_bytes == 0;
-  for (const uint64_t extent : tensor.shape) {
-    if (bytes) bytes = base::checked_multiply(*bytes, extent);
-  }
-  return bytes == tensor.size_bytes;
+  const std::optional<uint32_t> element_bytes = tensor::dtype_bytes(tensor.dtype);
+  if (!element_bytes) return true;
+  const std::optional<uint64_t> count = tensor::element_count(tensor.shape);
+  return count && base::checked_multiply(*count, *element_bytes) == tensor.size_bytes;
 }
 
 bool makes_sense(const tensor::Index& index) {

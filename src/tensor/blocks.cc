@@ -107,14 +107,6 @@ uint64_t Windows::image_offset(const Tensor& tensor) const {
   return window.image_offset + (tensor.offset - window.file_offset);
 }
 
-const Window* Windows::at(uint64_t image_offset) const {
-  const auto behind = std::partition_point(
-      list.begin(), list.end(), [&](const Window& window) { return window.image_offset <= image_offset; });
-  if (behind == list.begin()) return nullptr;
-  const Window& window = *std::prev(behind);
-  return image_offset - window.image_offset < window.size_bytes ? &window : nullptr;
-}
-
 ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_bytes) const {
   if (range_bytes == 0) return {};
   const uint64_t image_end = base::checked_add(image_offset, range_bytes).value_or(UINT64_MAX);

@@ -44,8 +44,6 @@ struct Windows {
 
   // Of a tensor of the index that the windows were made from; 0 for one without bytes. O(log n).
   uint64_t image_offset(const Tensor& tensor) const;
-  // The window that holds a byte of the image; nullptr between and behind them. O(log n).
-  const Window* at(uint64_t image_offset) const;
 };
 
 struct Leaf {

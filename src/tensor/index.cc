@@ -13,9 +13,11 @@ using base::Code;
 using base::fail;
 using base::quoted;
 
-uint64_t Tensor::element_count() const {
-  uint64_t count = 1;
-  for (const uint64_t extent : shape) count *= extent;
+std::optional<uint64_t> element_count(std::span<const uint64_t> shape) {
+  std::optional<uint64_t> count = 1;
+  for (const uint64_t extent : shape) {
+    if (count) count = base::checked_multiply(*count, extent);
+  }
   return count;
 }
 

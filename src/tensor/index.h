@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -36,10 +37,11 @@ struct Tensor {
   uint64_t offset = 0;          // of the first byte, from the start of the file
   uint64_t size_bytes = 0;
 
-  uint64_t element_count()
-      const;  // product of the shape; 1 for a scalar. Checked at parse time: cannot overflow.
   bool operator==(const Tensor&) const = default;
 };
+
+// The product of a shape, 1 of a scalar's; nullopt where it does not fit.
+std::optional<uint64_t> element_count(std::span<const uint64_t> shape);
 
 struct IndexFile {
   std::string path;  // as the client names it; for messages

@@ -90,9 +90,11 @@ TEST(Index, no_files_make_an_empty_index) {
 }
 
 TEST(Index, a_scalar_has_one_element) {
-  EXPECT_EQ(Tensor{}.element_count(), 1u);
-  EXPECT_EQ((Tensor{.shape = {3, 0, 5}}.element_count()), 0u);
-  EXPECT_EQ((Tensor{.shape = {3, 4}}.element_count()), 12u);
+  const auto count_of = [](std::vector<uint64_t> shape) { return element_count(shape); };
+  EXPECT_EQ(count_of({}), 1u);
+  EXPECT_EQ(count_of({3, 0, 5}), 0u);
+  EXPECT_EQ(count_of({3, 4}), 12u);
+  EXPECT_EQ(count_of({uint64_t{1} << 63, 2}), std::nullopt);
 }
 
 }  // namespace tensord::tensor

@@ -136,10 +136,7 @@ class HeaderReader final : public JsonEvents {
   }
 
   Status check_shape(uint64_t range_bytes) const {
-    std::optional<uint64_t> product = 1;
-    for (const uint64_t extent : tensor_.shape) {
-      if (product) product = checked_multiply(*product, extent);
-    }
+    const std::optional<uint64_t> product = element_count(tensor_.shape);
     if (!product) return refuse_tensor("the product of its shape does not fit 64 bits");
     if (tensor_.dtype == Dtype::opaque) return {};
     const auto bits = checked_multiply(*product, dtype_bits(tensor_.dtype));

@@ -11,7 +11,7 @@ Tensor tensor_of(Dtype dtype, std::vector<uint64_t> shape) {
   tensor.dtype = dtype;
   tensor.dtype_text = std::string(dtype_name(dtype));
   tensor.shape = std::move(shape);
-  tensor.size_bytes = tensor.element_count() * dtype_bits(dtype) / 8;
+  tensor.size_bytes = *element_count(tensor.shape) * dtype_bits(dtype) / 8;
   return tensor;
 }
 
