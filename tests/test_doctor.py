@@ -8,8 +8,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import tensord
 from conftest import Daemon, counted
-from tensord.cli.doctor import MEASUREMENTS, Check, judge, look_around
+from tensord.cli.doctor import MEASUREMENTS, Check, judge, keep, look_around
 
 
 def test_doctor_measures_and_explain_knows_what_is_possible(
@@ -54,6 +56,16 @@ def test_doctor_stores_what_it_measured_without_a_daemon(
     assert str(nobody.state_folder / "machine.json") in done.stdout
     assert nobody.run("doctor", str(tmp_path / "none")).returncode == 1
     assert nobody.run("doctor", "--loud").returncode == 2
+
+
+def test_rates_are_kept_at_once_or_not_at_all(tmp_path: Path) -> None:
+    stored = tmp_path / "machine.json"
+    report = {"machine": "\udcff", "bytes_per_s": {"memcpy_1": 1.6}, "machine_file": str(stored)}
+    assert keep(report) == str(stored) and list(tmp_path.iterdir()) == [stored]
+    assert json.loads(stored.read_text()) == {"machine": "?", "bytes_per_s": {"memcpy_1": 2.0}}
+    nowhere = tmp_path / "none" / "machine.json"
+    with pytest.raises(tensord.NotFoundError, match=f"write {nowhere}: No such file or directory"):
+        keep({**report, "machine_file": str(nowhere)})
 
 
 RATES = {

@@ -18,9 +18,9 @@ struct Effort {
 // memory can be had.
 base::Result<Rates> measure(const std::string& path, const Effort& effort = {});
 
-// `argv[0]` is the verb, `argv[1]` a path for measure() (default: the state folder). Saves the rates and prints one JSON
-// document: machine, bytes_per_s, problems, memory_limit_bytes (null: none), saved; or error. Returns the exit status: 0
-// done, 1 it failed, 2 the command line makes no sense.
+// `argv[0]` is the verb, `argv[1]` a path for measure() (default: the state folder). Prints one JSON document:
+// machine, bytes_per_s, problems, memory_limit_bytes (null: none), machine_file (where the first two are to be kept); or
+// error. Returns the exit status: 0 done, 1 it failed, 2 the command line makes no sense.
 int measure_main(int argc, char** argv);
 
 }  // namespace tensord::doctor

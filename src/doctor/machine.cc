@@ -6,9 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cmath>
-#include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -107,17 +104,6 @@ std::optional<Rates> load_rates(const std::string& state_dir, const std::string&
   base::log(base::LogLevel::warning, path, " is ignored: ", rates.error().message,
             "; `tensord doctor` writes it anew");
   return std::nullopt;
-}
-
-base::Status save_rates(const std::string& state_dir, const std::string& machine, const Rates& rates) {
-  json file = {{"machine", machine}, {"bytes_per_s", json::object()}};
-  for (const auto& [name, rate] : rates.bytes_per_s) file["bytes_per_s"][name] = std::round(rate);
-  const std::string path = machine_file(state_dir), part = path + ".part";
-  std::ofstream out(part);
-  out << file.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
-  out.close();
-  if (out && ::rename(part.c_str(), path.c_str()) == 0) return {};
-  return tl::unexpected(base::errno_error("write " + path, errno));
 }
 
 }  // namespace tensord::doctor

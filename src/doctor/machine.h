@@ -44,7 +44,4 @@ std::string machine_file(const std::string& state_dir);
 // nullopt where there is no file; a file that is damaged, or of another machine, is ignored with a log line.
 std::optional<Rates> load_rates(const std::string& state_dir, const std::string& machine);
 
-// Replaces the file at once or not at all.
-base::Status save_rates(const std::string& state_dir, const std::string& machine, const Rates& rates);
-
 }  // namespace tensord::doctor

@@ -138,16 +138,6 @@ struct Bench {
     return rate;
   }
 
-  double copy_alone() { return copy(1, kMiB, kMiB); }
-  double copy_all() { return copy(0, kMiB, kMiB); }
-  double gather() { return copy(0, 4 << 10, 8 << 10); }
-  double touch_small() { return touch(HugePages::unwanted); }
-  double touch_huge() { return touch(HugePages::wanted); }
-  double read_plain() { return read_cached(CachedPath::plain); }
-  double read_streamed() { return read_cached(CachedPath::stream); }
-  double read_direct() { return read_disk(direct.get(), &SourceCounters::direct_bytes); }
-  double read_buffered() { return read_disk(nullptr, &SourceCounters::buffered_bytes); }
-
   uint64_t size_bytes = 0;
   int thread_count = 1;
   memory::SegmentRun source, target;
@@ -159,15 +149,21 @@ struct Bench {
 
 struct Measurement {
   const char* name;
-  double (Bench::*run)();
+  double (*run)(Bench& bench);
 };
 
 constexpr Measurement kMeasurements[] = {
-    {"memcpy_1", &Bench::copy_alone},        {"memcpy_all", &Bench::copy_all},
-    {"gather_all", &Bench::gather},          {"fresh_4k", &Bench::touch_small},
-    {"fresh_huge", &Bench::touch_huge},      {"cache_pread", &Bench::read_plain},
-    {"cache_stream", &Bench::read_streamed}, {"cache_mapped", &Bench::read_mapped},
-    {"disk_direct", &Bench::read_direct},    {"disk_buffered", &Bench::read_buffered},
+    {"memcpy_1", [](Bench& bench) { return bench.copy(1, kMiB, kMiB); }},
+    {"memcpy_all", [](Bench& bench) { return bench.copy(0, kMiB, kMiB); }},
+    {"gather_all", [](Bench& bench) { return bench.copy(0, 4 << 10, 8 << 10); }},
+    {"fresh_4k", [](Bench& bench) { return bench.touch(HugePages::unwanted); }},
+    {"fresh_huge", [](Bench& bench) { return bench.touch(HugePages::wanted); }},
+    {"cache_pread", [](Bench& bench) { return bench.read_cached(CachedPath::plain); }},
+    {"cache_stream", [](Bench& bench) { return bench.read_cached(CachedPath::stream); }},
+    {"cache_mapped", [](Bench& bench) { return bench.read_mapped(); }},
+    {"disk_direct",
+     [](Bench& bench) { return bench.read_disk(bench.direct.get(), &SourceCounters::direct_bytes); }},
+    {"disk_buffered", [](Bench& bench) { return bench.read_disk(nullptr, &SourceCounters::buffered_bytes); }},
 };
 
 base::Status open_file(const std::string& path, Bench& bench) {
@@ -220,8 +216,7 @@ Result<Rates> measure(const std::string& path, const Effort& effort) {
   std::vector<double> runs[std::size(kMeasurements)];
   const int64_t end_ns = base::monotonic_ns() + kTotalNs;
   for (int round = 0; round < effort.round_count && base::monotonic_ns() < end_ns; ++round) {
-    for (size_t at = 0; at < std::size(kMeasurements); ++at)
-      runs[at].push_back((bench.*kMeasurements[at].run)());
+    for (size_t at = 0; at < std::size(kMeasurements); ++at) runs[at].push_back(kMeasurements[at].run(bench));
   }
   Rates rates;
   for (size_t at = 0; at < std::size(kMeasurements); ++at) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import daemon
-from .output import STDERR, Output, complain, document
+from .output import STDERR, Output, complain, document, os_error
 from .table import Table, rate_text, size_text
 
 GOOD, COULD_BE_BETTER, MISSING = "good", "could be better", "missing"
@@ -178,8 +179,22 @@ def examine(path: str) -> Output:
     if os.isatty(STDERR):
         complain("measuring, this takes 5 to 20 s\n")
     report = daemon.measured(path)
+    report["saved"] = keep(report)
     checks = judge(report["bytes_per_s"]) + look_around(report["problems"], report["memory_limit_bytes"])
     return told(report, checks)
+
+
+def keep(report: Mapping[str, Any]) -> str:
+    """Replaces the machine's file, which doctor/machine.cc reads, at once or not at all."""
+    path = str(report["machine_file"])
+    rates = {name: float(round(rate)) for name, rate in report["bytes_per_s"].items()}
+    kept = json.dumps({"bytes_per_s": rates, "machine": report["machine"]}, indent=2, ensure_ascii=False)
+    try:
+        Path(f"{path}.part").write_text(f"{kept}\n", encoding="utf-8", errors="replace")
+        Path(f"{path}.part").replace(path)
+    except OSError as error:
+        raise os_error(f"write {path}", error) from None
+    return path
 
 
 def told(report: dict[str, Any], checks: list[Check]) -> Output:
