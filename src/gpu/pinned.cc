@@ -11,21 +11,20 @@ Result<std::shared_ptr<Primary>> Primary::retain(const Driver& driver, int devic
   Handle handle = nullptr;
   TRY(driver.check(driver.retain(&handle, device), "begin to use a GPU"));
   std::shared_ptr<Primary> primary(new Primary(driver, device, handle));
-  TRY(primary->make_current());
+  TRY(driver.check(driver.set_current(handle), "use a GPU"));
   return primary;
 }
 
 Primary::~Primary() { driver_.release(device_); }
-
-Status Primary::make_current() const { return driver_.check(driver_.set_current(handle_), "use a GPU"); }
 
 Result<std::shared_ptr<Pinned>> Pinned::map(std::shared_ptr<Primary> primary, std::byte* segment,
                                             uint64_t size_bytes) {
   // Of size 0: a second mapping of the same pages. mmap() would be refused, the segment is sealed.
   void* data = ::mremap(segment, 0, size_bytes, MREMAP_MAYMOVE);
   if (data == MAP_FAILED) return base::fail_errno(errno, "map a segment for a GPU");
-  return std::shared_ptr<Pinned>(
-      new Pinned(std::move(primary), memory::Mapped(static_cast<std::byte*>(data), size_bytes)));
+  memory::Mapped mapped(static_cast<std::byte*>(data), size_bytes);
+  std::shared_ptr<Pinned> pinned(new Pinned(std::move(primary), std::move(mapped)));
+  return pinned;
 }
 
 Pinned::Pinned(std::shared_ptr<Primary> primary, memory::Mapped mapped)
@@ -35,7 +34,7 @@ Pinned::Pinned(std::shared_ptr<Primary> primary, memory::Mapped mapped)
 
 Pinned::~Pinned() {
   base::MutexLock lock(mutex_);
-  if (!primary_->make_current()) return;
+  const Current current(primary_->driver(), primary_->handle());
   for (size_t part = 0; part < registered_.size(); ++part) {
     if (registered_[part]) primary_->driver().host_unregister(mapped_.data() + part * kPinBytes);
   }
@@ -48,6 +47,8 @@ Result<const std::byte*> Pinned::at(uint64_t offset) {
     const uint64_t begin = part * kPinBytes;
     const uint64_t part_bytes = std::min(kPinBytes, mapped_.size_bytes() - begin);
     const Driver& driver = primary_->driver();
+    const Current current(driver, primary_->handle());
+    TRY(driver.check(current.answer(), "use a GPU"));
     TRY(driver.check(driver.host_register(mapped_.data() + begin, part_bytes, kPortable),
                      "register host memory with the GPU driver"));
     registered_[part] = true;

@@ -21,8 +21,8 @@ class Primary {
   // Made at the first call, which takes 0.1 to 0.3 s, and current on the calling thread.
   static Result<std::shared_ptr<Primary>> retain(const Driver& driver, int device);
   ~Primary();
-  Status make_current() const;
   const Driver& driver() const { return driver_; }
+  Handle handle() const { return handle_; }
 
  private:
   Primary(const Driver& driver, int device, Handle handle)
@@ -32,7 +32,8 @@ class Primary {
   const Handle handle_;
 };
 
-// One segment. Thread safe. Unregistered when the last reference goes.
+// One segment. Thread safe. Unregistered when the last reference goes. Registered with one device, whatever is current on
+// the calling thread; all devices can copy out of it.
 class Pinned final : public memory::Attachment {
  public:
   static Result<std::shared_ptr<Pinned>> map(std::shared_ptr<Primary> primary, std::byte* segment,
