@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/text.h"
 #include "gpu/copy_job.h"
 #include "gpu/driver.h"
 
