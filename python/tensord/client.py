@@ -510,6 +510,8 @@ class Model:
                 stream,
                 cast=cast,
                 threads=threads,
+                why=slower_why,
+                is_dirty=report.bytes > 0,
             )
         return LoadReport(
             report.bytes + staged_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._library import LEFT_OUT_BY_SHAPE
-from .errors import UnsupportedError
+from .errors import Error, UnsupportedError
 from .tensors import DTYPES, Entry, torch_module, torch_type
 
 if TYPE_CHECKING:
@@ -37,7 +37,15 @@ def say_once(why: str) -> None:
 
 
 def copy_left_out(
-    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, *, cast: bool, threads: int
+    model: Model,
+    orders: Sequence[Order],
+    reasons: Sequence[int],
+    stream: Any,
+    *,
+    cast: bool,
+    threads: int,
+    why: str,
+    is_dirty: bool,
 ) -> int:
     """Copies what `Model._run` left out.
 
@@ -45,16 +53,33 @@ def copy_left_out(
     ----------
     reasons : sequence of int
         For each order: LEFT_OUT_BY_SHAPE or LEFT_OUT_BY_MEMORY.
+    why : str
+        The same in words, of one of them.
+    is_dirty : bool
+        Whether other targets of the call were written to.
 
     Returns
     -------
     int
         How many bytes were written to the targets.
     """
-    torch = torch_module()
-    for _, _, target in orders:
+    for entry, _, target in orders:
         if not hasattr(target, "copy_"):
-            raise UnsupportedError("load_into: such a copy needs torch tensors as targets")
+            raise UnsupportedError(
+                f"load_into {entry.name!r}: {why}; the slower way takes torch tensors alone as targets",
+                target_dirty=is_dirty,
+            )
+    try:
+        return _copy_slower(model, orders, reasons, stream, cast=cast, threads=threads)
+    except Error as error:
+        error.target_dirty = True  # maybe by an earlier one
+        raise
+
+
+def _copy_slower(
+    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, *, cast: bool, threads: int
+) -> int:
+    torch = torch_module()
     by_cpu = [order for order, why in zip(orders, reasons) if why != LEFT_OUT_BY_SHAPE]
     by_shape = [order for order, why in zip(orders, reasons) if why == LEFT_OUT_BY_SHAPE]
     with torch.no_grad(), torch.cuda.stream(stream):
