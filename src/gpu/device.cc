@@ -79,7 +79,6 @@ void Device::forget(uint64_t client) {
   calls_.push_back([this, client] {
     end_jobs([=](const CopyJob& job) { return job.client == client; },
              {Code::cancelled, "the client is gone"});
-    std::erase_if(opened_, [&](const auto& entry) { return entry.first.first == client; });
   });
   called_.notify_one();
 }
@@ -146,7 +145,6 @@ Status Device::wake_up() {
 
 void Device::rest() {
   if (primary_ == nullptr) return;
-  opened_.clear();
   for (const auto& weak : std::exchange(pinned_, {})) {
     const auto slot = weak.lock();
     if (slot == nullptr) continue;
@@ -260,19 +258,7 @@ Result<Address> Device::target(Running& running, uint32_t number) {
   std::shared_ptr<OpenedMemory>& memory = running.targets[number];
   if (memory != nullptr) return memory->address();
   const int64_t begin_ns = base::monotonic_ns();
-  const Target& wanted = running.job->targets[number];
-  if (wanted.ipc) {
-    std::shared_ptr<OpenedMemory>& kept = opened_[{running.job->client, *wanted.ipc}];
-    if (kept == nullptr) {
-      auto opened = OpenedMemory::open(driver_, number_, wanted);
-      if (!opened) opened_.erase({running.job->client, *wanted.ipc});
-      if (!opened) return base::pass_on(opened);
-      kept = std::move(*opened);
-    }
-    memory = kept;
-  } else {
-    TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, wanted));
-  }
+  TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, running.job->targets[number]));
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
   return memory->address();
 }

@@ -312,33 +312,50 @@ TEST_F(DeviceTest, a_cancelled_job_ends_while_its_bytes_are_not_there) {
   EXPECT_EQ(done_count(1, 7), 1);
 }
 
-TEST_F(DeviceTest, memory_stays_open_for_its_client_until_that_is_gone) {
-  const ClientMemory &one = plain(kMiB), &other = plain(kMiB);
+// What a client frees stays taken while it is open here.
+TEST_F(DeviceTest, memory_is_closed_when_its_job_is_over) {
+  const ClientMemory &one = plain(kMiB), &other = chunked(4 * kMiB);
   for (uint64_t number = 0; number < 3; ++number) {
-    device_->submit(job(1, number, {&one}, many_copies(10)));
+    device_->submit(job(1, number, {number % 2 == 0 ? &one : &other}, many_copies()));
     ASSERT_TRUE(outcome(1, number));
+    EXPECT_EQ(fake_.count("opened"), 0);
+    EXPECT_EQ(fake_.count("mappings"), 2);
+    EXPECT_EQ(fake_.count("reservations"), 1);
   }
-  device_->submit(job(2, 0, {&other}, many_copies(10)));
-  ASSERT_TRUE(outcome(2, 0));
-  EXPECT_EQ(fake_.count("opened"), 2);
-  device_->forget(1);
-  until([&] { return fake_.count("opened") == 1; });
-  auto never = job(2, 1, {&other}, many_copies(10));
-  never->ready = [](uint64_t, uint64_t) -> Result<bool> { return false; };
-  device_->submit(std::move(never));
-  device_->forget(2);
-  const auto report = outcome(2, 1);
-  ASSERT_FALSE(report);
-  EXPECT_EQ(report.error().code, Code::cancelled);
-  until([&] { return fake_.count("opened") == 0; });
 }
 
-TEST_F(DeviceTest, chunked_memory_is_closed_when_its_job_is_over) {
-  const ClientMemory& memory = chunked(4 * kMiB);
-  const long before = fake_.count("mappings");
-  device_->submit(job(1, 1, {&memory}, many_copies()));
+TEST_F(DeviceTest, jobs_that_share_memory_close_it_with_the_last) {
+  const ClientMemory& memory = plain(kMiB);
+  std::atomic<bool> there = false;
+  auto late = job(1, 1, {&memory}, many_copies());
+  late->ready = [&](uint64_t begin, uint64_t) -> Result<bool> { return there || begin < 80'000; };
+  device_->submit(std::move(late));
+  until([&] { return fake_.count("opened") == 1; });
+  device_->submit(job(2, 1, {&memory}, many_copies()));
+  ASSERT_TRUE(outcome(2, 1));
+  EXPECT_EQ(fake_.count("opened"), 1);
+  there = true;
   ASSERT_TRUE(outcome(1, 1));
-  EXPECT_EQ(fake_.count("mappings"), before);
+  EXPECT_EQ(fake_.count("opened"), 0);
+  EXPECT_TRUE(holds(memory, many_copies()));
+}
+
+TEST_F(DeviceTest, jobs_of_a_client_that_is_gone_end) {
+  const ClientMemory& memory = plain(kMiB);
+  for (const uint64_t client : {1, 2}) {
+    auto never = job(client, 1, {&memory}, many_copies());
+    never->ready = [](uint64_t begin, uint64_t) -> Result<bool> { return begin < 80'000; };
+    device_->submit(std::move(never));
+  }
+  until([&] { return fake_.count("opened") == 1; });
+  device_->forget(1);
+  const auto report = outcome(1, 1);
+  ASSERT_FALSE(report);
+  EXPECT_EQ(report.error().code, Code::cancelled);
+  EXPECT_EQ(done_count(2, 1), 0);
+  device_->forget(2);
+  ASSERT_FALSE(outcome(2, 1));
+  EXPECT_EQ(fake_.count("opened"), 0);
 }
 
 TEST_F(DeviceTest, an_idle_device_is_given_back_and_can_be_used_again) {

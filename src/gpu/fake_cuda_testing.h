@@ -46,11 +46,10 @@ class FakeCuda {
   long (*count)(const char* name);
 
   // What is held that should not be: "streams 2 stray 1".
-  std::string left(bool with_primaries = true) const {
+  std::string left() const {
     std::string text;
     for (const char* name : {"primaries", "registrations", "opened", "allocations", "reservations",
                              "mappings", "streams", "events", "stray", "lost"}) {
-      if (!with_primaries && std::strcmp(name, "primaries") == 0) continue;
       if (const long found = count(name); found != 0)
         text += std::string(name) + " " + std::to_string(found) + " ";
     }
