@@ -271,6 +271,7 @@ Result<const std::byte*> Device::source(Running& running, const Piece& piece) {
     base::MutexLock lock(segment.slot->mutex);
     if (segment.slot->attachment == nullptr) {
       TRY_ASSIGN(segment.slot->attachment, Pinned::map(primary_, segment.data, segment.size_bytes));
+      std::erase_if(pinned_, [](const auto& slot) { return slot.expired(); });
       pinned_.push_back(segment.slot);
     }
     pinned = std::static_pointer_cast<Pinned>(segment.slot->attachment);
