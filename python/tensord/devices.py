@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._library import LEFT_OUT_BY_SHAPE
+from ._library import LEFT_OUT_BY_SHAPE, CopyReport
 from .errors import Error, UnsupportedError
 from .tensors import DTYPES, Entry, torch_module, torch_type
 
@@ -29,7 +29,7 @@ def wait_for_streams(targets: Iterable[Any], stream: Any) -> None:
         (stream or torch_module().cuda.current_stream(device)).synchronize()
 
 
-def say_once(why: str) -> None:
+def _say_once(why: str) -> None:
     """Logs why copies take a slower way, each reason once in this process."""
     if why not in _said:
         _said.add(why)
@@ -40,44 +40,49 @@ def copy_left_out(
     model: Model,
     orders: Sequence[Order],
     reasons: Sequence[int],
+    report: CopyReport,
     stream: Any,
     *,
     cast: bool,
     threads: int,
-    why: str,
-    is_dirty: bool,
-) -> int:
+) -> tuple[int, str]:
     """Copies what `Model._run` left out.
 
     Parameters
     ----------
     reasons : sequence of int
-        For each order: LEFT_OUT_BY_SHAPE or LEFT_OUT_BY_MEMORY.
-    why : str
-        The same in words, of one of them.
-    is_dirty : bool
-        Whether other targets of the call were written to.
+        For each order: LEFT_OUT_BY_SHAPE, LEFT_OUT_BY_MEMORY, or 0 for what is copied.
+    report : CopyReport
+        Of what is copied.
 
     Returns
     -------
     int
         How many bytes were written to the targets.
+    str
+        Why they were left out.
     """
-    for entry, _, target in orders:
+    left_out = [(order, why) for order, why in zip(orders, reasons) if why]
+    slower_why = report.left_out.decode("utf-8", "replace")
+    for (entry, _, target), _ in left_out:
         if not hasattr(target, "copy_"):
             raise UnsupportedError(
-                f"load_into {entry.name!r}: {why}; the slower way takes torch tensors alone as targets",
-                target_dirty=is_dirty,
+                f"load_into {entry.name!r}: {slower_why}; the slower way takes torch tensors alone",
+                target_dirty=report.bytes > 0,
             )
+    _say_once(slower_why)
     try:
-        return _copy_slower(model, orders, reasons, stream, cast=cast, threads=threads)
+        staged_bytes = _copy_slower(
+            model, [order for order, _ in left_out], [why for _, why in left_out], stream, cast, threads
+        )
     except Error as error:
         error.target_dirty = True  # maybe by an earlier one
         raise
+    return staged_bytes, slower_why
 
 
 def _copy_slower(
-    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, *, cast: bool, threads: int
+    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, cast: bool, threads: int
 ) -> int:
     torch = torch_module()
     by_cpu = [order for order, why in zip(orders, reasons) if why != LEFT_OUT_BY_SHAPE]
