@@ -119,8 +119,13 @@ def interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> E
         finally:
             ended.set()
 
-    threading.Thread(target=run, name="tensord load_into").start()
+    thread = threading.Thread(target=run, name="tensord load_into")
     try:
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads
+            ended.set()
+            raise
         ended.wait()  # not join(): interrupted, it takes a thread that runs for one that has ended (3.11)
     except BaseException:
         cancel.value = 1
