@@ -218,14 +218,14 @@ def test_tensor_at_an_odd_address() -> None:
 def test_target_of_an_array() -> None:
     array = np.zeros((4, 6), np.float32)[::-1, ::2]
     target = target_of("w", array)
-    assert target == (array.ctypes.data, NUMBER["F32"], (4, 3), (-24, 8))
+    assert target == (array.ctypes.data, NUMBER["F32"], (4, 3), (-24, 8), False)
 
 
 def test_target_of_a_tensor() -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.zeros((4, 6), dtype=torch.bfloat16).t()[1:]
     target = target_of("w", tensor)
-    assert target == (tensor.data_ptr(), NUMBER["BF16"], (5, 4), (2, 12))
+    assert target == (tensor.data_ptr(), NUMBER["BF16"], (5, 4), (2, 12), False)
 
 
 def test_targets_that_are_none() -> None:
