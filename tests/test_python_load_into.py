@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +17,8 @@ import numpy as np
 import pytest
 import tensord
 from conftest import Raw, counted
+from processes import until
+from tensord.copies import interruptible
 
 pytestmark = pytest.mark.usefixtures("daemon")
 
@@ -318,3 +325,23 @@ def test_targets_that_overlap_are_named(model: tensord.Model) -> None:
         tensord.InvalidArgumentError, match=r"\('cube'\) and record \d \('vector'\) both write byte 16 of"
     ):
         model.load_into([("cube", np.s_[0, 0], words[:6]), ("vector", np.s_[:4], halves[8:12])])
+
+
+def test_an_interrupt_is_raised_when_the_call_has_ended() -> None:
+    cancel = ctypes.c_int32(0)
+    begun, ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        begun.set()
+        until(lambda: cancel.value, "it is cancelled")
+        time.sleep(0.2)  # copies under way
+        ended.set()
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(call, cancel)
+    assert ended.is_set()

@@ -6,18 +6,17 @@ import ctypes
 import json
 import math
 import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, Literal, NoReturn, Union
 
 from . import _library
 from ._library import check, last_error, library
-from .copies import Batch, LoadReport, bytes_target
-from .devices import copy_left_out, say_once, wait_for_streams
+from .copies import Batch, LoadReport, bytes_target, interruptible
+from .devices import copy_left_out, wait_for_streams
 from .errors import (
     CorruptError,
     DeniedError,
@@ -496,20 +495,11 @@ class Model:
     def _load(self, orders: list[Order], *, cast: bool, threads: int, stream: Any = None) -> LoadReport:
         wait_for_streams((target for _, _, target in orders), stream)
         report, reasons = self._run(orders, cast=cast, threads=threads)
-        staged_bytes = 0
-        slower_why = ""
         begin = time.monotonic()
+        staged_bytes, slower_why = 0, ""
         if any(reasons):
-            slower_why = report.left_out.decode("utf-8", "replace")
-            say_once(slower_why)
-            left_out = [(order, why) for order, why in zip(orders, reasons) if why]
-            staged_bytes = copy_left_out(
-                self,
-                [order for order, _ in left_out],
-                [why for _, why in left_out],
-                stream,
-                cast=cast,
-                threads=threads,
+            staged_bytes, slower_why = copy_left_out(
+                self, orders, reasons, report, stream, cast=cast, threads=threads
             )
         return LoadReport(
             report.bytes + staged_bytes,
@@ -555,7 +545,7 @@ class Model:
             )
             return None if code == _library.OK else last_error(code)
 
-        error = copy() if self._has_all_bytes() else _interruptible(copy, cancel)
+        error = copy() if self._has_all_bytes() else interruptible(copy, cancel)
         if error is not None:
             try:
                 self._raise_load_error(error, orders)
@@ -578,32 +568,6 @@ class Model:
             raise error
         finally:
             del error  # else it and this frame hold each other, and with them the targets
-
-
-def _interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> Error | None:
-    """Runs `call` so that Ctrl-C is answered: `cancel` is set, and the call has ended when that is raised."""
-    if threading.current_thread() is not threading.main_thread():  # signals are for that one
-        return call()
-    outcome: list[Error | None] = []
-    over = threading.Event()
-
-    def run() -> None:
-        try:
-            outcome.append(call())
-        finally:
-            over.set()
-
-    threading.Thread(target=run, name="tensord call").start()
-    # Not by join(): one that was interrupted takes a thread that runs for one that has ended (bpo-45274).
-    try:
-        over.wait()
-    except BaseException:
-        cancel.value = 1
-        while not over.is_set():
-            with suppress(KeyboardInterrupt):
-                over.wait()
-        raise
-    return outcome.pop()
 
 
 def _triples(targets: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -752,7 +716,7 @@ def open(
         return None if code == _library.OK else _open_error(code, last_error(code), names)
 
     try:
-        error = _interruptible(ask, cancel)
+        error = interruptible(ask, cancel)
     except BaseException:
         library().tensord_close(pointer)  # it may have come to that
         raise

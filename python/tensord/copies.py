@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .errors import InvalidArgumentError
+from . import _library
+from .errors import Error, InvalidArgumentError
 from .indexing import INDEX_ITEM, Item
 from .tensors import DTYPES, OPAQUE, U8, Entry, Target, row_major_strides
 
@@ -115,3 +120,33 @@ def bytes_target(entry: Entry, shape: tuple[int, ...], target: Target, *, is_who
             f"not {list(target.shape)} as {DTYPES[target.number].name}"
         )
     return Target(target.address, entry.number, shape, row_major_strides(shape, 1), target.on_device)
+
+
+def interruptible(call: Callable[[], Error | None], cancel: ctypes.c_int32) -> Error | None:
+    """Runs `call` so that Ctrl-C is answered: `cancel` is set, and the call has ended when that is raised."""
+    if threading.current_thread() is not threading.main_thread():  # signals are for that one
+        return call()
+    outcome: list[Error | None] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, name="tensord call")
+    try:
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads
+            ended.set()
+            raise
+        ended.wait()  # not join(): interrupted, it takes a thread that runs for one that has ended (3.11)
+    except BaseException:
+        cancel.value = 1
+        while not ended.is_set():
+            with suppress(KeyboardInterrupt):
+                time.sleep(0.002)
+        raise
+    return outcome.pop()

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._library import LEFT_OUT_BY_SHAPE
-from .errors import UnsupportedError
+from ._library import LEFT_OUT_BY_SHAPE, CopyReport
+from .errors import Error, UnsupportedError
 from .tensors import DTYPES, Entry, torch_module, torch_type
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def wait_for_streams(targets: Iterable[Any], stream: Any) -> None:
         (stream or torch_module().cuda.current_stream(device)).synchronize()
 
 
-def say_once(why: str) -> None:
+def _say_once(why: str) -> None:
     """Logs why copies take a slower way, each reason once in this process."""
     if why not in _said:
         _said.add(why)
@@ -37,24 +37,54 @@ def say_once(why: str) -> None:
 
 
 def copy_left_out(
-    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, *, cast: bool, threads: int
-) -> int:
+    model: Model,
+    orders: Sequence[Order],
+    reasons: Sequence[int],
+    report: CopyReport,
+    stream: Any,
+    *,
+    cast: bool,
+    threads: int,
+) -> tuple[int, str]:
     """Copies what `Model._run` left out.
 
     Parameters
     ----------
     reasons : sequence of int
-        For each order: LEFT_OUT_BY_SHAPE or LEFT_OUT_BY_MEMORY.
+        For each order: LEFT_OUT_BY_SHAPE, LEFT_OUT_BY_MEMORY, or 0 for what is copied.
+    report : CopyReport
+        Of what is copied.
 
     Returns
     -------
     int
         How many bytes were written to the targets.
+    str
+        Why they were left out.
     """
-    torch = torch_module()
-    for _, _, target in orders:
+    left_out = [(order, why) for order, why in zip(orders, reasons) if why]
+    slower_why = report.left_out.decode("utf-8", "replace")
+    for (entry, _, target), _ in left_out:
         if not hasattr(target, "copy_"):
-            raise UnsupportedError("load_into: such a copy needs torch tensors as targets")
+            raise UnsupportedError(
+                f"load_into {entry.name!r}: {slower_why}; the slower way takes torch tensors alone",
+                target_dirty=report.bytes > 0,
+            )
+    _say_once(slower_why)
+    try:
+        staged_bytes = _copy_slower(
+            model, [order for order, _ in left_out], [why for _, why in left_out], stream, cast, threads
+        )
+    except Error as error:
+        error.target_dirty = True  # maybe by an earlier one
+        raise
+    return staged_bytes, slower_why
+
+
+def _copy_slower(
+    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, cast: bool, threads: int
+) -> int:
+    torch = torch_module()
     by_cpu = [order for order, why in zip(orders, reasons) if why != LEFT_OUT_BY_SHAPE]
     by_shape = [order for order, why in zip(orders, reasons) if why == LEFT_OUT_BY_SHAPE]
     with torch.no_grad(), torch.cuda.stream(stream):

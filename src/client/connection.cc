@@ -100,7 +100,7 @@ Result<Answer> Connection::receive(uint64_t id) {
 Status Connection::await(uint64_t id, bool answered, const int32_t* cancel) {
   constexpr int kLookMs = 50;
   pollfd answer{socket_.get(), POLLIN, 0};
-  while (cancel != nullptr && ::poll(&answer, 1, kLookMs) == 0) {
+  while (cancel != nullptr && ::poll(&answer, 1, kLookMs) <= 0) {
     if (memory::check_cancel(cancel)) continue;
     if (!answered) return fail(Code::cancelled, "the caller gave up waiting for the daemon");
     protocol::CancelT body;

@@ -23,8 +23,7 @@ struct DeviceCopied {
 // Rows of plain bytes, neither too short nor too far apart, and not too many loops around them.
 bool can_copy_to_device(const tensor::Copy2D& record);
 
-// One for each device: a connection is busy until all that it asked for is copied, and what the daemon opened for it stays
-// open for a while. Thread safe.
+// One for each device: a connection is busy until all that it asked for is copied. Thread safe.
 class DeviceConnections {
  public:
   explicit DeviceConnections(Autostart autostart) : autostart_(autostart) {}

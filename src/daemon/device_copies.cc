@@ -57,8 +57,7 @@ std::string text_of(const gpu::Uuid& uuid) {
 }  // namespace
 
 Result<gpu::Device*> DeviceCopies::device(const gpu::Uuid& uuid) {
-  std::unique_ptr<gpu::Device>& known = devices_[uuid];
-  if (known != nullptr) return known.get();
+  if (const auto known = devices_.find(uuid); known != devices_.end()) return known->second.get();
   if (options_.use == GpuUse::off) return fail(Code::unavailable, "this daemon uses no GPU (gpu is off)");
   TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
   int device_count = 0;
@@ -66,8 +65,8 @@ Result<gpu::Device*> DeviceCopies::device(const gpu::Uuid& uuid) {
   for (int number = 0; number < device_count; ++number) {
     gpu::Uuid one;
     if (driver->device_uuid(&one, number) != 0 || one != uuid) continue;
-    known = std::make_unique<gpu::Device>(*driver, number, options_.idle_ms);
-    return known.get();
+    auto used = std::make_unique<gpu::Device>(*driver, number, options_.idle_ms);
+    return devices_.emplace(uuid, std::move(used)).first->second.get();
   }
   return fail(Code::unavailable, "the daemon does not see ", text_of(uuid),
               "; start it with all GPUs visible (CUDA_VISIBLE_DEVICES unset, in containers --gpus all)");
@@ -129,15 +128,11 @@ void DeviceCopies::copy(rpc::Request request, std::function<void(Result<gpu::Dev
 }
 
 void DeviceCopies::cancel(rpc::ConnectionId connection, uint64_t request) {
-  for (const auto& [uuid, device] : devices_) {
-    if (device != nullptr) device->cancel(connection, request);
-  }
+  for (const auto& [uuid, device] : devices_) device->cancel(connection, request);
 }
 
 void DeviceCopies::forget(rpc::ConnectionId connection) {
-  for (const auto& [uuid, device] : devices_) {
-    if (device != nullptr) device->forget(connection);
-  }
+  for (const auto& [uuid, device] : devices_) device->forget(connection);
 }
 
 }  // namespace tensord::daemon

@@ -96,12 +96,12 @@ struct Replica {
   uid_t owner = 0;
   ReplicaState state = ReplicaState::indexing;
   bool pinned = false;
-  bool stays = false;    // somebody wants it beyond the leases
-  bool checked = false;  // every leaf was known before
-  bool doomed = false;   // evicted while it was filling: goes when the load has ended
+  bool stays = false;      // somebody wants it beyond the leases
+  bool checked = false;    // every leaf was known before
+  bool doomed = false;     // evicted while it was filling: goes when the load has ended
   uint32_t use_count = 0;  // verifications and copies to devices that run
-  int64_t asked_ns = 0;  // when it was opened first
-  int64_t room_ns = 0;   // since when it waited for room
+  int64_t asked_ns = 0;    // when it was opened first
+  int64_t room_ns = 0;     // since when it waited for room
   int64_t last_used_ns = 0;
 
   std::vector<OpenFile> files;  // until the load begins
@@ -126,9 +126,7 @@ struct Replica {
   }
   // Nobody waits for it any more: its clients went while it was filling.
   bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
-  bool held() const {
-    return !leases.empty() || pinned || use_count > 0 || state <= ReplicaState::waiting;
-  }
+  bool held() const { return !leases.empty() || pinned || use_count > 0 || state <= ReplicaState::waiting; }
   // Whether a process holds it for longer than a batch takes.
   bool is_held_by(pid_t process_id) const {
     return std::any_of(leases.begin(), leases.end(), [&](const auto& lease) {

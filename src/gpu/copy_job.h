@@ -59,7 +59,7 @@ struct DeviceReport {
 };
 
 struct CopyJob {
-  uint64_t client = 0;  // Device::forget() ends its jobs and closes its targets
+  uint64_t client = 0;  // Device::forget() ends its jobs
   uint64_t number = 0;  // of the client's request
   uint64_t image_bytes = 0;
   std::vector<HostSegment> source;  // of the image, one after another; they stay until `done` is called

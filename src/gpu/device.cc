@@ -80,7 +80,6 @@ void Device::forget(uint64_t client) {
   calls_.push_back([this, client] {
     end_jobs([=](const CopyJob& job) { return job.client == client; },
              {Code::cancelled, "the client is gone"});
-    std::erase_if(opened_, [&](const auto& entry) { return entry.first.first == client; });
   });
   called_.notify_one();
 }
@@ -105,7 +104,7 @@ bool Device::take_calls() {
         rest();
       }
     }
-    if (stopping_) return false;
+    if (stopping_ && calls_.empty()) return false;  // each job that was submitted has to end
     calls.swap(calls_);
   }
   for (const auto& call : calls) call();
@@ -115,10 +114,8 @@ bool Device::take_calls() {
 // Every job in turn gets a chunk under way, if its bytes are there.
 void Device::step() {
   bool issued = false;
-  for (size_t turns = running_.size(); turns > 0; --turns) {
-    const std::shared_ptr<Running> running = running_.front();
-    running_.pop_front();
-    running_.push_back(running);
+  const auto all = running_;
+  for (const auto& running : all) {
     if (running->error || !running->next) continue;
     const auto done = issue_chunk(running);
     if (!done) running->error = done.error();
@@ -126,7 +123,6 @@ void Device::step() {
     while (chunks_.size() >= kChunkCountMax) retire_oldest();
   }
   if (!issued && !chunks_.empty()) retire_oldest();
-  const auto all = running_;
   for (const auto& running : all) finish_if_over(running);
   if (issued || !chunks_.empty() || running_.empty()) return;
   const int64_t begin_ns = base::monotonic_ns();
@@ -150,7 +146,6 @@ Status Device::wake_up() {
 
 void Device::rest() {
   if (primary_ == nullptr) return;
-  opened_.clear();
   for (const auto& weak : std::exchange(pinned_, {})) {
     const auto slot = weak.lock();
     if (slot == nullptr) continue;
@@ -190,6 +185,7 @@ Status Device::pin(Running& running) {
     base::MutexLock lock(segment.slot->mutex);
     if (segment.slot->attachment == nullptr) {
       TRY_ASSIGN(segment.slot->attachment, Pinned::map(primary_, segment.data, segment.size_bytes));
+      std::erase_if(pinned_, [](const auto& slot) { return slot.expired(); });
       pinned_.push_back(segment.slot);
     }
     const auto pinned = std::static_pointer_cast<Pinned>(segment.slot->attachment);
@@ -302,19 +298,7 @@ Result<Address> Device::target(Running& running, uint32_t number) {
   std::shared_ptr<OpenedMemory>& memory = running.targets[number];
   if (memory != nullptr) return memory->address();
   const int64_t begin_ns = base::monotonic_ns();
-  const Target& wanted = running.job->targets[number];
-  if (wanted.ipc) {
-    std::shared_ptr<OpenedMemory>& kept = opened_[{running.job->client, *wanted.ipc}];
-    if (kept == nullptr) {
-      auto opened = OpenedMemory::open(driver_, number_, wanted);
-      if (!opened) opened_.erase({running.job->client, *wanted.ipc});
-      if (!opened) return base::pass_on(opened);
-      kept = std::move(*opened);
-    }
-    memory = kept;
-  } else {
-    TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, wanted));
-  }
+  TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, running.job->targets[number]));
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
   return memory->address();
 }
@@ -326,17 +310,25 @@ Result<const std::byte*> Device::source(Running& running, const Piece& piece) {
   return data;
 }
 
+// Where no event can be had it waits for what was issued itself: nothing may be under way behind a job's end.
 Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream) {
   Handle event = nullptr;
+  Status closed;
   if (free_events_.empty()) {
-    TRY(driver_.check(driver_.make_event(&event, kSleepUntilDone), "make an event on a GPU"));
+    closed = driver_.check(driver_.make_event(&event, kSleepUntilDone), "make an event on a GPU");
   } else {
     event = free_events_.back();
     free_events_.pop_back();
   }
-  chunks_.push_back({event, running});
-  ++running->chunk_count;
-  return driver_.check(driver_.record(event, stream), "record an event on a GPU");
+  if (closed) closed = driver_.check(driver_.record(event, stream), "record an event on a GPU");
+  if (closed) {
+    chunks_.push_back({event, running});
+    ++running->chunk_count;
+    return {};
+  }
+  if (event != nullptr) free_events_.push_back(event);
+  driver_.wait_stream(stream);
+  return closed;
 }
 
 void Device::retire_oldest() {
@@ -366,8 +358,8 @@ void Device::finish_if_over(const std::shared_ptr<Running>& running) {
 // The device failed while it copied: whose fault that was nobody knows. All jobs end, and it begins anew.
 void Device::restart(const base::Error& why) {
   base::log(base::LogLevel::error, "GPU ", number_, " begins anew: ", why.message);
+  for (Handle stream : streams_) driver_.wait_stream(stream);
   for (const Chunk& chunk : std::exchange(chunks_, {})) {
-    driver_.wait(chunk.event);
     driver_.end_event(chunk.event);
     --chunk.running->chunk_count;
   }

@@ -2,13 +2,14 @@
 //
 //   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB over two streams ──► retired in order
 //
-// A job whose bytes are still being read lets others pass. The thread sleeps while chunks are under way.
+// A job whose bytes are still being read lets others pass. The thread sleeps while chunks are under way. A client's memory is
+// open for one job: what it frees stays taken as long as it is open here, and opening costs little (36 us for 2 MiB, 0.5 ms for
+// 16 GiB; H100).
 #pragma once
 
 #include <condition_variable>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -32,7 +33,7 @@ class Device {
   // All thread safe, none waits.
   void submit(std::unique_ptr<CopyJob> job);
   void cancel(uint64_t client, uint64_t number);  // nothing when it is over
-  void forget(uint64_t client);                   // it is gone: its jobs end, its memory is closed
+  void forget(uint64_t client);                   // it is gone: its jobs end
 
  private:
   struct Running;
@@ -72,7 +73,6 @@ class Device {
   std::vector<Handle> free_events_;
   std::deque<Chunk> chunks_;  // oldest first
   std::deque<std::shared_ptr<Running>> running_;
-  std::map<std::pair<uint64_t, IpcHandle>, std::shared_ptr<OpenedMemory>> opened_;  // by client
   std::vector<std::weak_ptr<memory::AttachmentSlot>> pinned_;
 
   base::Mutex mutex_;

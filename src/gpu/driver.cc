@@ -57,6 +57,7 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.host_unregister, "cuMemHostUnregister");
   symbols.find(driver.make_stream, "cuStreamCreate");
   symbols.find(driver.end_stream, "cuStreamDestroy_v2");
+  symbols.find(driver.wait_stream, "cuStreamSynchronize");
   symbols.find(driver.make_event, "cuEventCreate");
   symbols.find(driver.end_event, "cuEventDestroy_v2");
   symbols.find(driver.record, "cuEventRecord");

@@ -97,6 +97,7 @@ struct Driver {
   Answer (*host_unregister)(void*);
   Answer (*make_stream)(Handle*, unsigned flags);
   Answer (*end_stream)(Handle);
+  Answer (*wait_stream)(Handle);
   Answer (*make_event)(Handle*, unsigned flags);
   Answer (*end_event)(Handle);
   Answer (*record)(Handle event, Handle stream);
@@ -126,6 +127,25 @@ struct Driver {
   // Status of an answer: "WHAT: CUDA_ERROR_...". Code::exhausted, denied and unsupported where the answer says so, else
   // unavailable.
   Status check(Answer answer, const char* what) const;
+};
+
+// Makes a device current on this thread; what was before is so again when it goes.
+class Current {
+ public:
+  Current(const Driver& driver, Handle primary) : driver_(driver), answer_(driver.current(&before_)) {
+    if (answer_ == 0) answer_ = driver_.set_current(primary);
+  }
+  ~Current() {
+    if (answer_ == 0) driver_.set_current(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+  Answer answer() const { return answer_; }
+
+ private:
+  const Driver& driver_;
+  Handle before_ = nullptr;
+  Answer answer_;
 };
 
 // The driver of this process, loaded and initialized at the first call; it stays. Code::unavailable, with the reason, when

@@ -43,15 +43,16 @@ Result<std::optional<Exports::Place>> Exports::find(Address address, uint64_t si
   return place;
 }
 
-// The device must be current on this thread meanwhile; what was current before is so again.
 Result<Target> Exports::export_ipc(Address begin, int device) {
-  Handle before = nullptr, handle = nullptr;
-  TRY(driver_.check(driver_.current(&before), "ask which GPU is current"));
+  Handle handle = nullptr;
   TRY(driver_.check(driver_.retain(&handle, device), "use a GPU"));
   Target target;
-  Answer answer = driver_.set_current(handle);
-  if (answer == 0) answer = driver_.ipc_export(&target.ipc.emplace(), begin);
-  driver_.set_current(before);
+  Answer answer = 0;
+  {
+    const Current current(driver_, handle);
+    answer = current.answer();
+    if (answer == 0) answer = driver_.ipc_export(&target.ipc.emplace(), begin);
+  }
   driver_.release(device);
   TRY(driver_.check(answer, "share GPU memory with the daemon"));
   return target;

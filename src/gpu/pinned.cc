@@ -14,13 +14,11 @@ Result<std::shared_ptr<Primary>> Primary::retain(const Driver& driver, int devic
   Handle handle = nullptr;
   TRY(driver.check(driver.retain(&handle, device), "begin to use a GPU"));
   std::shared_ptr<Primary> primary(new Primary(driver, device, handle));
-  TRY(primary->make_current());
+  TRY(driver.check(driver.set_current(handle), "use a GPU"));
   return primary;
 }
 
 Primary::~Primary() { driver_.release(device_); }
-
-Status Primary::make_current() const { return driver_.check(driver_.set_current(handle_), "use a GPU"); }
 
 Result<std::shared_ptr<Pinned>> Pinned::map(std::shared_ptr<Primary> primary, std::byte* segment,
                                             uint64_t size_bytes) {
@@ -33,8 +31,9 @@ Result<std::shared_ptr<Pinned>> Pinned::map(std::shared_ptr<Primary> primary, st
     ::munmap(address, size_bytes);
     return base::fail_errno(error, "map a segment for a GPU");
   }
-  return std::shared_ptr<Pinned>(
-      new Pinned(std::move(primary), memory::Mapped(static_cast<std::byte*>(data), size_bytes)));
+  memory::Mapped mapped(static_cast<std::byte*>(data), size_bytes);
+  std::shared_ptr<Pinned> pinned(new Pinned(std::move(primary), std::move(mapped)));
+  return pinned;
 }
 
 Pinned::Pinned(std::shared_ptr<Primary> primary, memory::Mapped mapped)
@@ -44,7 +43,7 @@ Pinned::Pinned(std::shared_ptr<Primary> primary, memory::Mapped mapped)
 
 Pinned::~Pinned() {
   base::MutexLock lock(mutex_);
-  if (!primary_->make_current()) return;
+  const Current current(primary_->driver(), primary_->handle());
   for (size_t part = 0; part < parts_.size(); ++part) {
     if (parts_[part] == Part::registered)
       primary_->driver().host_unregister(mapped_.data() + part * kPinBytes);
@@ -62,7 +61,9 @@ Result<const std::byte*> Pinned::at(uint64_t offset) {
   const uint64_t begin = part * kPinBytes;
   const uint64_t size_bytes = std::min(kPinBytes, mapped_.size_bytes() - begin);
   const Driver& driver = primary_->driver();
-  const Status registered = driver.check(driver.host_register(mapped_.data() + begin, size_bytes, kPortable),
+  const Current current(driver, primary_->handle());
+  Status registered = driver.check(current.answer(), "use a GPU");
+  if (registered) registered = driver.check(driver.host_register(mapped_.data() + begin, size_bytes, kPortable),
                                          "register host memory with the GPU driver");
   base::MutexLock lock(mutex_);
   parts_[part] = registered ? Part::registered : Part::plain;
@@ -92,7 +93,7 @@ void PinAhead::run() {
     const Stretch& stretch = stretches_[at];
     while (!stopping_ && !stretch.ready()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     // What fails here fails again where the bytes are needed, and is told there.
-    if (!stopping_ && stretch.segment->make_current()) (void)stretch.segment->at(stretch.offset);
+    if (!stopping_) (void)stretch.segment->at(stretch.offset);
   }
 }
 

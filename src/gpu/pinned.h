@@ -25,8 +25,8 @@ class Primary {
   // Made at the first call, which takes 0.1 to 0.3 s, and current on the calling thread.
   static Result<std::shared_ptr<Primary>> retain(const Driver& driver, int device);
   ~Primary();
-  Status make_current() const;
   const Driver& driver() const { return driver_; }
+  Handle handle() const { return handle_; }
 
  private:
   Primary(const Driver& driver, int device, Handle handle)
@@ -36,7 +36,8 @@ class Primary {
   const Handle handle_;
 };
 
-// One segment. Thread safe. Unregistered when the last reference goes.
+// One segment. Thread safe. Unregistered when the last reference goes. Registered with one device, whatever is current on
+// the calling thread; all devices can copy out of it.
 class Pinned final : public memory::Attachment {
  public:
   static Result<std::shared_ptr<Pinned>> map(std::shared_ptr<Primary> primary, std::byte* segment,
@@ -47,7 +48,6 @@ class Pinned final : public memory::Attachment {
   // Where a device reads the byte at `offset`, and the rest of its part; the part is registered where it is not.
   Result<const std::byte*> at(uint64_t offset);
   bool is_registered(uint64_t offset);
-  Status make_current() const { return primary_->make_current(); }
 
  private:
   enum class Part : uint8_t { plain, busy, registered };
