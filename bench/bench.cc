@@ -119,8 +119,8 @@ void Bench::add(Figure figure) {
     line.resize(std::max<size_t>(line.size(), 64), ' ');
     line += base::text(" ", figure.value, " ", figure.unit);
     if (figure.spread) line += base::text(", spread ", *figure.spread * 100, " %");
-    for (const char* rate : {"product_gb_s", "ceiling_gb_s", "product_ms", "ceiling_ms", "product_cpu_s",
-                             "ceiling_cpu_s", "p99_ms"}) {
+    for (const char* rate :
+         {"product_gb_s", "ceiling_gb_s", "product_ms", "ceiling_ms", "product_cpu_s", "ceiling_cpu_s", "p99_ms"}) {
       if (figure.details.contains(rate)) line += base::text("  ", rate, " ", figure.details[rate]);
     }
     if (!figure.note.empty()) line += base::text("  (", figure.note, ")");
@@ -151,8 +151,7 @@ Status Bench::write_json(const std::string& path) const {
     json value = {{"case", case_name},     {"name", figure.name},      {"unit", figure.unit},
                   {"value", figure.value}, {"void", figure.is_void()}, {"details", figure.details}};
     value["spread"] = figure.spread ? json(*figure.spread) : json();
-    value["goal"] =
-        figure.goal ? json({{"sign", sign(*figure.goal)}, {"value", figure.goal->value}}) : json();
+    value["goal"] = figure.goal ? json({{"sign", sign(*figure.goal)}, {"value", figure.goal->value}}) : json();
     value["met"] = figure.goal ? json(figure.meets_goal() && !figure.is_void()) : json();
     if (!figure.note.empty()) value["note"] = figure.note;
     if (!figure.samples.empty()) value["samples"] = figure.samples;

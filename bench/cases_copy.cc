@@ -93,8 +93,7 @@ struct Request {
 };
 
 // Slices of `index`, packed into one target.
-std::vector<Request> requests_of(const tensor::Index& index, std::span<const Slice> slices,
-                                 uint64_t& target_bytes) {
+std::vector<Request> requests_of(const tensor::Index& index, std::span<const Slice> slices, uint64_t& target_bytes) {
   std::map<std::string_view, const tensor::Tensor*> by_name;
   for (const tensor::Tensor& tensor : index.tensors) by_name[tensor.name] = &tensor;
   std::vector<Request> requests;
@@ -102,8 +101,7 @@ std::vector<Request> requests_of(const tensor::Index& index, std::span<const Sli
     Request request{.tensor = by_name.at(slice.name)};
     request.to = {.offset = target_bytes, .element_bytes = kElementBytes};
     const auto add = [&](uint64_t begin, uint64_t count) {
-      request.items.push_back(
-          {.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)});
+      request.items.push_back({.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)});
       request.to.shape.push_back(count);
     };
     if (request.tensor->shape.size() == 2) add(slice.row_begin, slice.row_count);
@@ -118,8 +116,7 @@ std::vector<Request> requests_of(const tensor::Index& index, std::span<const Sli
 }
 
 // From index expressions to a checked plan: all that load_into does before the first byte moves.
-Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Request> requests,
-                                 uint64_t target_bytes) {
+Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Request> requests, uint64_t target_bytes) {
   std::vector<tensor::Wanted> wanted;
   for (const Request& request : requests) {
     TRY_ASSIGN(tensor::Strided from, tensor::resolve(*request.tensor, request.items, request.tensor->offset));
@@ -149,13 +146,11 @@ Status add_compile(Bench& bench, const char* name, std::span<const TensorShape> 
     times_ms.push_back(static_cast<double>(base::monotonic_ns() - begin_ns) / 1e6);
     record_count = plan.records.size();
   }
-  Figure time{
-      .name = base::text(name, ", ", requests.size(), " slices"), .unit = "ms", .value = median(times_ms)};
+  Figure time{.name = base::text(name, ", ", requests.size(), " slices"), .unit = "ms", .value = median(times_ms)};
   time.goal = at_most(most_ms);
   time.details = {{"p99_ms", quantile(times_ms, 0.99)}, {"iqr", spread(times_ms)}};
   bench.add(std::move(time));
-  Figure records{
-      .name = base::text(name, ", records"), .unit = "records", .value = static_cast<double>(record_count)};
+  Figure records{.name = base::text(name, ", records"), .unit = "records", .value = static_cast<double>(record_count)};
   if (records_max) records.goal = at_most(*records_max);
   bench.add(std::move(records));
   return {};
@@ -187,8 +182,7 @@ Status run_tensor_parallel(Bench& bench) {
   for (const Part part : {Part::all, Part::columns}) {
     for (const uint64_t rank_count : {2, 4, 8}) {
       TRY_ASSIGN(Gather gather, Gather::make(model, rank_slices(shapes, rank_count, 1, part)));
-      const std::string name =
-          base::text("tp", rank_count, part == Part::all ? ", all tensors" : ", column slices");
+      const std::string name = base::text("tp", rank_count, part == Part::all ? ", all tensors" : ", column slices");
       TRY_ASSIGN(Figure figure, race_gather(bench, gather, name, path));
       figure.details["records"] = static_cast<double>(gather.last_report().record_count);
       figure.details["plan_ms"] = static_cast<double>(gather.last_report().plan_ns) / 1e6;

@@ -137,8 +137,7 @@ Status add_client_memory(Bench& bench, const Daemon& daemon, const std::string& 
 Status add_peer_memory(Bench& bench, const std::string& name, const std::string& path, int count) {
   const std::string who = base::text(count, " processes, ", name);
   TRY_ASSIGN(const memory::Mapped file, map_file(path));
-  if (name.find("mapped") == name.npos &&
-      static_cast<uint64_t>(count) * file.size_bytes() > available_bytes() / 3) {
+  if (name.find("mapped") == name.npos && static_cast<uint64_t>(count) * file.size_bytes() > available_bytes() / 3) {
     bench.skip(who, "needs more memory than this machine should give");
     return {};
   }
@@ -182,8 +181,7 @@ Status run_attach(Bench& bench) {
     TRY_ASSIGN(const std::string path, make_checkpoint(bench, file, shapes));
     TRY_ASSIGN(std::shared_ptr<client::Model> holder, open_ready(path));
     const auto named = [&](const std::string& name) {
-      return base::text(holder->index().payload_bytes() / 1'000'000, " MB in ", shapes.size(), " tensors, ",
-                        name);
+      return base::text(holder->index().payload_bytes() / 1'000'000, " MB in ", shapes.size(), " tensors, ", name);
     };
     const int client_count = bench.tiny() ? 4 : 100;
     TRY_ASSIGN(const AttachTimes alone, attach_at_once(path, 1, bench.tiny() ? 3 : 1000));
@@ -194,8 +192,8 @@ Status run_attach(Bench& bench) {
         TRY_ASSIGN(others.emplace_back(), open_ready(path));
       }
       TRY_ASSIGN(const AttachTimes beside, attach_at_once(path, 1, bench.tiny() ? 3 : 1000));
-      bench.add(attach_figure(named(base::text("1 client beside ", others.size(), " that hold it")), beside,
-                              at_most(1)));
+      bench.add(
+          attach_figure(named(base::text("1 client beside ", others.size(), " that hold it")), beside, at_most(1)));
     }
     TRY_ASSIGN(const AttachTimes burst, attach_at_once(path, client_count, bench.tiny() ? 2 : 20));
     Figure figure = attach_figure(named(base::text("burst of ", client_count, " clients")), burst, {});
@@ -211,8 +209,7 @@ Status run_control(Bench& bench) {
     const int64_t duration_ns = bench.tiny() ? 10'000'000 : 300'000'000;
     std::vector<double> rates;
     for (int round = 0; round < bench.options().pair_count; ++round) {
-      TRY_ASSIGN(const memory::Mapped shared,
-                 share_memory(sizeof(double) * static_cast<uint64_t>(client_count)));
+      TRY_ASSIGN(const memory::Mapped shared, share_memory(sizeof(double) * static_cast<uint64_t>(client_count)));
       auto* const counts = reinterpret_cast<double*>(shared.data());
       const auto work = [&](int number) -> Status {
         TRY_ASSIGN(const auto connection, client::Connection::open(client::Autostart::no));
@@ -275,12 +272,10 @@ Status run_first_tensor(Bench& bench) {
            TRY(base::read_exactly(file.get(), 8, bytes, path));
            return stopwatch.read();
          }}};
-    const auto peers =
-        peer_acts(bench, daemon, {{"act", "first"}, {"path", path}, {"name", first.name}}, before, 0);
+    const auto peers = peer_acts(bench, daemon, {{"act", "first"}, {"path", path}, {"name", first.name}}, before, 0);
     TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, product, peers));
-    bench.add(
-        time_figure(base::text("first of ", shapes.size(), " tensors, ", is_cold ? "cold" : "hot page cache"),
-                    raced, {}));
+    bench.add(time_figure(base::text("first of ", shapes.size(), " tensors, ", is_cold ? "cold" : "hot page cache"),
+                          raced, {}));
   }
   TRY_ASSIGN(const auto holder, open_ready(path));
   const int rounds = bench.tiny() ? 3 : 200;

@@ -32,8 +32,7 @@ Status make_ready(const Daemon& daemon, const std::string& path, Cache cache) {
   if (cache == Cache::hot) return {};
   TRY(drop_cache(path));
   std::error_code ignored;
-  touch_free_memory(
-      std::filesystem::file_size(path, ignored));  // for the page cache of those that read through it
+  touch_free_memory(std::filesystem::file_size(path, ignored));  // for the page cache of those that read through it
   return {};
 }
 
@@ -56,8 +55,8 @@ Status compare_replica(const std::string& path) {
   return {};
 }
 
-std::vector<Contender> load_peers(Bench& bench, const Daemon& daemon, const std::string& path,
-                                  uint64_t size_bytes, Cache cache) {
+std::vector<Contender> load_peers(Bench& bench, const Daemon& daemon, const std::string& path, uint64_t size_bytes,
+                                  Cache cache) {
   return peer_acts(
       bench, daemon, {{"act", "load"}, {"path", path}},
       [&daemon, path, cache] { return make_ready(daemon, path, cache); },
@@ -84,9 +83,8 @@ Status race_hot(Bench& bench, const char* name, const std::string& path, double 
   auto peers = load_peers(bench, daemon, path, reader.size_bytes(), Cache::hot);
   if (available_bytes() < reader.size_bytes() + 2 * kGiB) keep_those_that_share(peers, reader.size_bytes());
   TRY_ASSIGN(const auto ceilings, fastest(reader.ways(), 3, bench.tiny() ? 1 : 2));
-  TRY_ASSIGN(const Race raced,
-             race(
-                 bench.options(), ceilings, [&] { return load(daemon, path, Cache::hot); }, peers));
+  TRY_ASSIGN(const Race raced, race(
+                                   bench.options(), ceilings, [&] { return load(daemon, path, Cache::hot); }, peers));
   bench.add(race_figure(base::text(name, ", verified load"), raced, static_cast<double>(reader.size_bytes()),
                         at_least(goal)));
   return {};
@@ -158,8 +156,7 @@ struct Group {
 }  // namespace
 
 Status run_hot_load(Bench& bench) {
-  TRY_ASSIGN(const std::string large,
-             make_checkpoint(bench, "large.safetensors", qwen_shapes(large_qwen(bench))));
+  TRY_ASSIGN(const std::string large, make_checkpoint(bench, "large.safetensors", qwen_shapes(large_qwen(bench))));
   TRY(race_hot(bench, "2 GB", large, 0.92));
   const auto shapes = qwen_shapes(huge_qwen(bench));
   uint64_t bytes = 0;
@@ -168,8 +165,7 @@ Status run_hot_load(Bench& bench) {
   ::statvfs(bench.options().folder.c_str(), &disk);
   const bool is_there = ::access((bench.options().folder + "/huge.safetensors").c_str(), F_OK) == 0;
   // Page cache, replica, and the ceiling's memory; in files of other runs the disk's part is spent already.
-  if (available_bytes() < 2 * bytes + 3 * kGiB ||
-      (!is_there && disk.f_bavail * disk.f_frsize < bytes + kGiB)) {
+  if (available_bytes() < 2 * bytes + 3 * kGiB || (!is_there && disk.f_bavail * disk.f_frsize < bytes + kGiB)) {
     bench.skip("8 GB, verified load", "needs 19 GiB of free memory and 9 GiB of disk");
     return {};
   }
@@ -178,8 +174,7 @@ Status run_hot_load(Bench& bench) {
 }
 
 Status run_cold_load(Bench& bench) {
-  TRY_ASSIGN(const std::string path,
-             make_checkpoint(bench, "cold.safetensors", qwen_shapes(cold_qwen(bench))));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "cold.safetensors", qwen_shapes(cold_qwen(bench))));
   if (const Status able = drop_cache(path); !able) {
     bench.skip("cold load", able.error().message);
     return {};
@@ -190,17 +185,14 @@ Status run_cold_load(Bench& bench) {
   TRY(compare_replica(path));
   const auto peers = load_peers(bench, daemon, path, reader->size_bytes(), Cache::cold);
   TRY_ASSIGN(const auto ceilings, reader->fastest_ways(bench.options(), 3));
-  TRY_ASSIGN(const Race raced,
-             race(
-                 bench.options(), ceilings, [&] { return load(daemon, path, Cache::cold); }, peers));
-  bench.add(
-      race_figure("1.3 GB, verified load", raced, static_cast<double>(reader->size_bytes()), at_least(0.97)));
+  TRY_ASSIGN(const Race raced, race(
+                                   bench.options(), ceilings, [&] { return load(daemon, path, Cache::cold); }, peers));
+  bench.add(race_figure("1.3 GB, verified load", raced, static_cast<double>(reader->size_bytes()), at_least(0.97)));
   return {};
 }
 
 Status run_verification(Bench& bench) {
-  TRY_ASSIGN(const std::string path,
-             make_checkpoint(bench, "large.safetensors", qwen_shapes(large_qwen(bench))));
+  TRY_ASSIGN(const std::string path, make_checkpoint(bench, "large.safetensors", qwen_shapes(large_qwen(bench))));
   TRY_ASSIGN(const HotReader reader,
              HotReader::make(path, static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN)), 2 * kGiB));
   const Contender plain[] = {
@@ -228,8 +220,7 @@ Status run_group(Bench& bench) {
   Group group{daemon, path, shapes, true, {}};
   TRY_ASSIGN(const Race raced, race(bench.options(), ceilings, [&] { return group.run(); }));
   const auto bytes = static_cast<double>(reader->size_bytes());
-  bench.add(
-      race_figure("tp4, ranks after 0, 50, 150, 400 ms, until all have their slices", raced, bytes, {}));
+  bench.add(race_figure("tp4, ranks after 0, 50, 150, 400 ms, until all have their slices", raced, bytes, {}));
   Figure read{.name = "read from the disk", .unit = "of the payload"};
   read.value = median(group.disk_bytes) / bytes;
   read.goal = at_most(1.02);
@@ -260,8 +251,7 @@ Status run_churn(Bench& bench) {
   const Stopwatch stopwatch;
   for (int at = 0; at < count; ++at) TRY(cycle());
   bench.add({.name = "one after another", .unit = "cycles/s", .value = count / stopwatch.read().seconds});
-  Figure memory{.name = base::text("the daemon's memory after ", count, " more cycles"),
-                .unit = "of that before"};
+  Figure memory{.name = base::text("the daemon's memory after ", count, " more cycles"), .unit = "of that before"};
   memory.value = static_cast<double>(process_bytes(daemon.pid(), "VmRSS")) / before;
   memory.goal = at_most(1.01);
   bench.add(std::move(memory));
@@ -297,8 +287,7 @@ Status run_small(Bench& bench) {
   TRY_ASSIGN(const auto model, open_ready(path));
   TRY_ASSIGN(Gather gather, Gather::make(model, slices));
   const auto peers = slice_peers(bench, daemon, path, {slices});
-  TRY_ASSIGN(Figure figure,
-             race_gather(bench, gather, base::text("load_into of all ", shapes.size()), path, peers));
+  TRY_ASSIGN(Figure figure, race_gather(bench, gather, base::text("load_into of all ", shapes.size()), path, peers));
   bench.add(std::move(figure));
   return bench.drop_peers();
 }

@@ -40,8 +40,8 @@ Status run_rank(const std::string& path, const std::vector<Slice>& slices, int n
     if (board.command == kStop) return gather ? Status() : base::pass_on(gather);
     if (gather) {
       rank.begin_ns = base::monotonic_ns();
-      const auto sample = board.command == kProduct ? gather->run_product()
-                                                    : gather->run_loop(static_cast<size_t>(board.command));
+      const auto sample =
+          board.command == kProduct ? gather->run_product() : gather->run_loop(static_cast<size_t>(board.command));
       rank.end_ns = base::monotonic_ns();
       if (sample) rank.cpu_s = sample->cpu_s;
       rank.failed |= !sample;
@@ -107,8 +107,7 @@ Status run_ranks(Bench& bench) {
       if (bench.tiny() && (rank_count != 2 || process_count > 2)) continue;
       std::vector<std::vector<Slice>> slices;
       for (int number = 0; number < process_count; ++number)
-        slices.push_back(
-            rank_slices(layer, rank_count, static_cast<uint64_t>(number) % rank_count, Part::columns));
+        slices.push_back(rank_slices(layer, rank_count, static_cast<uint64_t>(number) % rank_count, Part::columns));
       TRY(race_ranks(bench, daemon, path, slices,
                      base::text("tp", rank_count, ", column slices, ", process_count, " processes at once")));
     }

@@ -40,10 +40,8 @@ Sample for_each(uint64_t count, const std::function<void(uint64_t number)>& work
 void transpose_8x8(const uint16_t* source, uint64_t source_pitch, uint16_t* target, uint64_t target_pitch) {
   __m128i a[8], b[8];
   for (int row = 0; row < 8; ++row)
-    a[row] =
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + static_cast<uint64_t>(row) * source_pitch));
-  for (int step = 0; step < 3;
-       ++step) {  // each step interleaves row i with row i + 4; after three, columns are rows
+    a[row] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + static_cast<uint64_t>(row) * source_pitch));
+  for (int step = 0; step < 3; ++step) {  // each step interleaves row i with row i + 4; after three, columns are rows
     for (int row = 0; row < 4; ++row) {
       b[2 * row] = _mm_unpacklo_epi16(a[row], a[row + 4]);
       b[2 * row + 1] = _mm_unpackhi_epi16(a[row], a[row + 4]);
@@ -92,8 +90,7 @@ __attribute__((target("avx2"))) void widen(const uint16_t* source, float* target
 template <Store kStore>
 __attribute__((target("avx2,f16c"))) void halve(const uint16_t* source, uint16_t* target, uint64_t count) {
   for (uint64_t at = 0; at < count; at += 8) {
-    const __m128i half =
-        _mm256_cvtps_ph(_mm256_castsi256_ps(widened(source + at)), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i half = _mm256_cvtps_ph(_mm256_castsi256_ps(widened(source + at)), _MM_FROUND_TO_NEAREST_INT);
     auto* const to = reinterpret_cast<__m128i*>(target + at);
     if (kStore == Store::stream) {
       _mm_stream_si128(to, half);
@@ -134,8 +131,7 @@ struct Order {
 };
 
 // `ceilings` write the same target; the first of them says what its bytes must be.
-Status race_order(Bench& bench, client::Model& model, const Order& order,
-                  std::span<const Contender> ceilings) {
+Status race_order(Bench& bench, client::Model& model, const Order& order, std::span<const Contender> ceilings) {
   const client::CopyOrder orders[] = {order.order};
   const auto product = [&]() -> Result<Sample> {
     const Stopwatch stopwatch;
@@ -154,33 +150,29 @@ Status race_order(Bench& bench, client::Model& model, const Order& order,
 }
 
 // The middle half of rows of every plane, and of `columns_part` the middle of the columns.
-Status race_cube(Bench& bench, client::Model& model, const Shape& cube, uint64_t column_part,
-                 std::byte* target) {
+Status race_cube(Bench& bench, client::Model& model, const Shape& cube, uint64_t column_part, std::byte* target) {
   TRY_ASSIGN(const tensor::Tensor* tensor, model.find("cube"));
   const Shape cut{cube.planes, cube.rows / 2, cube.columns / column_part};
   const uint64_t first_row = cube.rows / 4, first_column = (cube.columns - cut.columns) / 2;
   Order order{text("3-D: [:, ", first_row, ":", first_row + cut.rows, ", ", first_column, ":",
-                   first_column + cut.columns, "] of [", cube.planes, ", ", cube.rows, ", ", cube.columns,
-                   "]")};
+                   first_column + cut.columns, "] of [", cube.planes, ", ", cube.rows, ", ", cube.columns, "]")};
   const auto row_bytes = static_cast<int64_t>(cut.columns * 2);
-  order.order = {
-      .name = "cube",
-      .items = {range(0, cut.planes), range(first_row, cut.rows), range(first_column, cut.columns)},
-      .target = target,
-      .to = {.shape = {cut.planes, cut.rows, cut.columns},
-             .strides = {row_bytes * static_cast<int64_t>(cut.rows), row_bytes, 2},
-             .element_bytes = 2},
-      .target_dtype = tensor::Dtype::bf16};
+  order.order = {.name = "cube",
+                 .items = {range(0, cut.planes), range(first_row, cut.rows), range(first_column, cut.columns)},
+                 .target = target,
+                 .to = {.shape = {cut.planes, cut.rows, cut.columns},
+                        .strides = {row_bytes * static_cast<int64_t>(cut.rows), row_bytes, 2},
+                        .element_bytes = 2},
+                 .target_dtype = tensor::Dtype::bf16};
   order.target_bytes = order.moved_bytes = cut.planes * cut.rows * cut.columns * 2;
   std::vector<Rows> pieces;
   for (uint64_t plane = 0; plane < cut.planes; ++plane) {
-    Rows rows{
-        .source = model.data(*tensor) + ((plane * cube.rows + first_row) * cube.columns + first_column) * 2,
-        .target = target + plane * cut.rows * cut.columns * 2,
-        .row_bytes = cut.columns * 2,
-        .row_count = cut.rows,
-        .source_pitch = cube.columns * 2,
-        .target_pitch = cut.columns * 2};
+    Rows rows{.source = model.data(*tensor) + ((plane * cube.rows + first_row) * cube.columns + first_column) * 2,
+              .target = target + plane * cut.rows * cut.columns * 2,
+              .row_bytes = cut.columns * 2,
+              .row_count = cut.rows,
+              .source_pitch = cube.columns * 2,
+              .target_pitch = cut.columns * 2};
     if (rows.row_bytes == rows.source_pitch)
       rows = {rows.source, rows.target, rows.bytes(), 1, rows.bytes(), rows.bytes()};
     cut_rows(rows, pieces);
@@ -200,22 +192,20 @@ Status run_shapes(Bench& bench) {
   const Shape cube = bench.tiny() ? Shape{4, 32, 256} : Shape{64, 512, 4096};
   const uint64_t side = bench.tiny() ? 256 : 8192;
   TRY_ASSIGN(const std::string path,
-             make_checkpoint(bench, "shapes.safetensors",
-                             std::vector<TensorShape>{{"cube", {cube.planes, cube.rows, cube.columns}},
-                                                      {"square", {side, side}}}));
+             make_checkpoint(
+                 bench, "shapes.safetensors",
+                 std::vector<TensorShape>{{"cube", {cube.planes, cube.rows, cube.columns}}, {"square", {side, side}}}));
   TRY_ASSIGN(const Daemon daemon, Daemon::start(bench.options()));
   TRY_ASSIGN(const auto model, open_ready(path));
   touch(model->mapping()->data(), model->image_bytes());
   TRY_ASSIGN(const tensor::Tensor* square, model->find("square"));
   const uint64_t count = side * side;
-  TRY_ASSIGN(const memory::Mapped memory,
-             make_memory(std::max(count * 4, cube.planes * cube.rows * cube.columns * 2)));
+  TRY_ASSIGN(const memory::Mapped memory, make_memory(std::max(count * 4, cube.planes * cube.rows * cube.columns * 2)));
   std::byte* const target = memory.data();
   for (const uint64_t column_part : {1, 2, 8}) TRY(race_cube(bench, *model, cube, column_part, target));
 
   const auto* const source = reinterpret_cast<const uint16_t*>(model->data(*square));
-  const auto whole = [&](std::string name, tensor::Dtype dtype, std::vector<int64_t> strides,
-                         uint32_t bytes) {
+  const auto whole = [&](std::string name, tensor::Dtype dtype, std::vector<int64_t> strides, uint32_t bytes) {
     Order order{std::move(name)};
     order.order = {.name = "square",
                    .items = {},
@@ -233,8 +223,7 @@ Status run_shapes(Bench& bench) {
                      }});
   }
   TRY(race_order(bench, *model,
-                 whole(text("transpose of [", side, ", ", side, "]"), tensor::Dtype::bf16, {2, pitch * 2}, 2),
-                 loops));
+                 whole(text("transpose of [", side, ", ", side, "]"), tensor::Dtype::bf16, {2, pitch * 2}, 2), loops));
   const bool is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   loops = {cast_loop<float>("plain loop", source, target, count, widen_plain)};
   if (is_wide) {

@@ -26,8 +26,7 @@ std::string header_of(std::span<const TensorShape> tensors, uint64_t alignment) 
   uint64_t offset = 0;
   for (const TensorShape& tensor : tensors) {
     json += base::text(json.size() > 1 ? "," : "", "\"", tensor.name, "\":{\"dtype\":\"BF16\",\"shape\":[");
-    for (size_t at = 0; at < tensor.shape.size(); ++at)
-      json += base::text(at > 0 ? "," : "", tensor.shape[at]);
+    for (size_t at = 0; at < tensor.shape.size(); ++at) json += base::text(at > 0 ? "," : "", tensor.shape[at]);
     json += base::text("],\"data_offsets\":[", offset, ",", offset + tensor.size_bytes(), "]}");
     offset += tensor.size_bytes();
   }
@@ -90,8 +89,7 @@ Result<size_t> read_and_count_missing(const std::string& path) {
   if (::mincore(file.data(), file.size_bytes(), resident.data()) != 0) {
     return tl::unexpected(base::errno_error("ask what is in the page cache of " + path, errno));
   }
-  const auto missing =
-      std::count_if(resident.begin(), resident.end(), [](unsigned char page) { return !(page & 1); });
+  const auto missing = std::count_if(resident.begin(), resident.end(), [](unsigned char page) { return !(page & 1); });
   return static_cast<size_t>(missing);
 }
 
@@ -103,19 +101,17 @@ Status warm(const std::string& path) {
     TRY_ASSIGN(missing, read_and_count_missing(path));
     if (missing == 0) return {};
   }
-  return base::fail(
-      base::Code::exhausted,
-      base::text(path, ": ", missing, " pages do not stay in the page cache; free some memory"));
+  return base::fail(base::Code::exhausted,
+                    base::text(path, ": ", missing, " pages do not stay in the page cache; free some memory"));
 }
 
 // Writes what is missing: the bytes when the size is wrong, else the header when it differs.
-Result<std::string> make_file(const Bench& bench, const std::string& file,
-                              std::span<const TensorShape> tensors, uint64_t header_alignment) {
+Result<std::string> make_file(const Bench& bench, const std::string& file, std::span<const TensorShape> tensors,
+                              uint64_t header_alignment) {
   const std::string path = bench.options().folder + "/" + file;
   const std::string header = header_of(tensors, header_alignment);
-  const uint64_t payload_bytes =
-      std::accumulate(tensors.begin(), tensors.end(), uint64_t{0},
-                      [](uint64_t sum, const auto& one) { return sum + one.size_bytes(); });
+  const uint64_t payload_bytes = std::accumulate(tensors.begin(), tensors.end(), uint64_t{0},
+                                                 [](uint64_t sum, const auto& one) { return sum + one.size_bytes(); });
   const base::Fd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!fd.valid()) return tl::unexpected(base::errno_error("make " + path, errno));
   if (holds(fd.get(), header, header.size() + payload_bytes)) {
@@ -123,8 +119,8 @@ Result<std::string> make_file(const Bench& bench, const std::string& file,
     return path;
   }
   struct stat status;
-  const bool same_size = ::fstat(fd.get(), &status) == 0 &&
-                         static_cast<uint64_t>(status.st_size) == header.size() + payload_bytes;
+  const bool same_size =
+      ::fstat(fd.get(), &status) == 0 && static_cast<uint64_t>(status.st_size) == header.size() + payload_bytes;
   if (!same_size) {
     if (::ftruncate(fd.get(), 0) != 0) return tl::unexpected(base::errno_error("empty " + path, errno));
     TRY(write_random(fd.get(), header.size(), payload_bytes, path));
@@ -170,8 +166,7 @@ std::vector<TensorShape> qwen_shapes(const Qwen& qwen) {
 
 Qwen large_qwen(const Bench& bench) {
   if (bench.tiny())
-    return {
-        .hidden = 160, .intermediate = 544, .queries = 160, .key_values = 32, .layers = 3, .vocabulary = 0};
+    return {.hidden = 160, .intermediate = 544, .queries = 160, .key_values = 32, .layers = 3, .vocabulary = 0};
   return {.layers = 3, .vocabulary = 0};
 }
 
@@ -187,8 +182,7 @@ Qwen huge_qwen(const Bench& bench) {
   return qwen;
 }
 
-Result<std::string> make_checkpoint(const Bench& bench, const std::string& file,
-                                    std::span<const TensorShape> tensors) {
+Result<std::string> make_checkpoint(const Bench& bench, const std::string& file, std::span<const TensorShape> tensors) {
   return make_file(bench, file, tensors, 8);
 }
 

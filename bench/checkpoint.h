@@ -38,8 +38,7 @@ Qwen huge_qwen(const Bench& bench);
 
 // FOLDER/FILE with these tensors one after another, hot in the page cache (checked: an error when it does not fit
 // there). A file of the right size and header is left alone. Returns its path.
-Result<std::string> make_checkpoint(const Bench& bench, const std::string& file,
-                                    std::span<const TensorShape> tensors);
+Result<std::string> make_checkpoint(const Bench& bench, const std::string& file, std::span<const TensorShape> tensors);
 
 // A file of one matrix [rows, row_elements] over always the same `size_bytes`: what differs from the last call is the
 // header alone, so the file stays hot and needs not be written again.

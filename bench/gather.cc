@@ -47,8 +47,7 @@ __attribute__((target("avx2"))) void stream_avx2(const Rows& rows) {
 template <bool kStream>
 __attribute__((target("avx512f"))) void copy_wide(const Rows& rows) {
   const uint64_t wide_bytes = rows.row_bytes & ~uint64_t{63};
-  if (kStream && (reinterpret_cast<uint64_t>(rows.target) | rows.target_pitch) % 64 != 0)
-    return copy_memcpy(rows);
+  if (kStream && (reinterpret_cast<uint64_t>(rows.target) | rows.target_pitch) % 64 != 0) return copy_memcpy(rows);
   for (uint64_t row = 0; row < rows.row_count; ++row) {
     const std::byte* source = rows.source + row * rows.source_pitch;
     std::byte* target = rows.target + row * rows.target_pitch;
@@ -85,8 +84,7 @@ tensor::IndexItem range(uint64_t begin, uint64_t count) {
 
 }  // namespace
 
-std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank,
-                               Part part) {
+std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank, Part part) {
   std::vector<Slice> slices;
   for (const TensorShape& tensor : tensors) {
     const auto dimension = cut_dimension(tensor.name);
@@ -126,10 +124,7 @@ void cut_rows(const Rows& rows, std::vector<Rows>& pieces) {
 }
 
 std::span<const char* const> row_loops() {
-  return std::span(kLoopNames)
-      .first(__builtin_cpu_supports("avx512f") ? 4
-             : __builtin_cpu_supports("avx2")  ? 2
-                                               : 1);
+  return std::span(kLoopNames).first(__builtin_cpu_supports("avx512f") ? 4 : __builtin_cpu_supports("avx2") ? 2 : 1);
 }
 
 Sample run_row_loop(std::span<const Rows> pieces, size_t loop, int thread_count) {
@@ -207,8 +202,7 @@ Result<Sample> Gather::run_product() {
 std::vector<Contender> Gather::loops() const {
   std::vector<Contender> all;
   for (size_t loop = 0; loop < row_loops().size(); ++loop) {
-    all.push_back(
-        {base::text("loop of ", row_loops()[loop]), [this, loop] { return Result<Sample>(run_loop(loop)); }});
+    all.push_back({base::text("loop of ", row_loops()[loop]), [this, loop] { return Result<Sample>(run_loop(loop)); }});
   }
   return all;
 }
@@ -224,14 +218,12 @@ Status Gather::check(const std::string& path) {
   for (const Rows& rows : rows_) {
     // The file is one window of the image, so that all its tensors are shifted alike.
     const auto& tensors = model_->index().tensors;
-    const tensor::Tensor& any = *std::find_if(tensors.begin(), tensors.end(),
-                                              [](const tensor::Tensor& one) { return one.size_bytes > 0; });
+    const tensor::Tensor& any =
+        *std::find_if(tensors.begin(), tensors.end(), [](const tensor::Tensor& one) { return one.size_bytes > 0; });
     const std::byte* expected = file.data() + any.offset + (rows.source - model_->data(any));
     for (uint64_t row = 0; row < rows.row_count; ++row) {
-      if (std::memcmp(rows.target + row * rows.target_pitch, expected + row * rows.source_pitch,
-                      rows.row_bytes) != 0) {
-        return base::fail(base::Code::corrupt,
-                          base::text(path, ": row ", row, " of a slice differs from the file"));
+      if (std::memcmp(rows.target + row * rows.target_pitch, expected + row * rows.source_pitch, rows.row_bytes) != 0) {
+        return base::fail(base::Code::corrupt, base::text(path, ": row ", row, " of a slice differs from the file"));
       }
     }
   }
@@ -241,9 +233,8 @@ Status Gather::check(const std::string& path) {
 Result<Figure> race_gather(const Bench& bench, Gather& gather, std::string name, const std::string& path,
                            std::span<const Contender> peers) {
   TRY(gather.check(path));
-  TRY_ASSIGN(const Race raced,
-             race(
-                 bench.options(), gather.loops(), [&] { return gather.run_product(); }, peers));
+  TRY_ASSIGN(const Race raced, race(
+                                   bench.options(), gather.loops(), [&] { return gather.run_product(); }, peers));
   Figure figure = race_figure(std::move(name), raced, static_cast<double>(gather.bytes()), at_least(0.90));
   figure.details["threads"] = gather.last_report().copy.thread_count;
   return figure;

@@ -41,8 +41,7 @@ struct Slice {
 
 // What `rank` of `rank_count` tensor-parallel ranks holds of the tensors of qwen_shapes.
 enum class Part { all, columns };
-std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank,
-                               Part part);
+std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank, Part part);
 
 // Bytes of the slices packed.
 uint64_t packed_bytes(std::span<const Slice> slices);

@@ -17,10 +17,8 @@ namespace tensord::bench {
 namespace {
 
 constexpr Case kCases[] = {
-    {"attach", "a resident artifact: from open to a usable mapping, alone, beside 99 and in bursts of 100",
-     run_attach},
-    {"hot_load", "page cache to verified replica, 2 and 8 GB, against raw loops into touched memory",
-     run_hot_load},
+    {"attach", "a resident artifact: from open to a usable mapping, alone, beside 99 and in bursts of 100", run_attach},
+    {"hot_load", "page cache to verified replica, 2 and 8 GB, against raw loops into touched memory", run_hot_load},
     {"cold_load", "disk to verified replica, against the best O_DIRECT reader found", run_cold_load},
     {"group", "four tp4 ranks arriving at different times, cold: time, and bytes from the disk", run_group},
     {"first_tensor", "until the first tensor can be used: cold, hot, resident", run_first_tensor},
@@ -28,13 +26,10 @@ constexpr Case kCases[] = {
     {"churn", "load and unload again and again, and the memory afterwards", run_churn},
     {"verification", "what hashing adds to a raw read, by two loops", run_verification},
     {"strided", "slices into own memory, rows of 256 B to 1 MiB, against a loop of memcpy", run_strided},
-    {"tp", "tensor-parallel ranks of a 2 GB checkpoint into own memory, against the same loop",
-     run_tensor_parallel},
-    {"ranks", "column slices of tp2, tp4, tp8 by 1 to 8 processes at once, against the loop in as many",
-     run_ranks},
+    {"tp", "tensor-parallel ranks of a 2 GB checkpoint into own memory, against the same loop", run_tensor_parallel},
+    {"ranks", "column slices of tp2, tp4, tp8 by 1 to 8 processes at once, against the loop in as many", run_ranks},
     {"shapes", "3-D slices, transposes and casts, against loops written by hand", run_shapes},
-    {"plan_compile", "from index expressions to a checked plan: Qwen3-14B and 6,144 experts",
-     run_plan_compile},
+    {"plan_compile", "from index expressions to a checked plan: Qwen3-14B and 6,144 experts", run_plan_compile},
     {"memory", "memory of the daemon and of 1 to 8 processes (PSS), ours and safetensors'", run_memory},
     {"faults", "page faults and allocations in a warm load_into", run_faults},
     {"control", "status requests a second", run_control},
@@ -97,10 +92,8 @@ Result<CommandLine> parse(int argc, char** argv) {
     }
   }
   for (const std::string& name : line.cases) {
-    if (std::none_of(std::begin(kCases), std::end(kCases),
-                     [&](const Case& one) { return name == one.name; })) {
-      return base::fail(base::Code::invalid_argument,
-                        "--case " + name + ": there is no such case; see --list");
+    if (std::none_of(std::begin(kCases), std::end(kCases), [&](const Case& one) { return name == one.name; })) {
+      return base::fail(base::Code::invalid_argument, "--case " + name + ": there is no such case; see --list");
     }
   }
   if (line.options.tiny) {
@@ -113,8 +106,7 @@ Result<CommandLine> parse(int argc, char** argv) {
 
 int run(const CommandLine& line) {
   if (const std::string unfit = unfit_build(); !unfit.empty() && !line.options.tiny) {
-    std::fprintf(stderr, "tensord_bench: %s prints no figures; use a release build, or --tiny\n",
-                 unfit.c_str());
+    std::fprintf(stderr, "tensord_bench: %s prints no figures; use a release build, or --tiny\n", unfit.c_str());
     return 2;
   }
   std::filesystem::create_directories(line.options.folder);

@@ -104,9 +104,8 @@ Result<Race> race_once(const Options& options, std::span<const Contender> ceilin
     }
   }
   const auto products = samples.begin() + static_cast<std::ptrdiff_t>(product_at);
-  const auto best = std::min_element(samples.begin(), products, [](const auto& a, const auto& b) {
-    return median(a.seconds) < median(b.seconds);
-  });
+  const auto best = std::min_element(
+      samples.begin(), products, [](const auto& a, const auto& b) { return median(a.seconds) < median(b.seconds); });
   Race race{.product_s = products->seconds, .product_cpu_s = products->cpu_s};
   if (best != products) {
     race.ceiling = ceilings[static_cast<size_t>(best - samples.begin())].name;
@@ -115,8 +114,7 @@ Result<Race> race_once(const Options& options, std::span<const Contender> ceilin
   }
   const auto ratios_to = [&](const std::vector<double>& seconds) {
     std::vector<double> ratios;
-    for (size_t round = 0; round < seconds.size(); ++round)
-      ratios.push_back(seconds[round] / race.product_s[round]);
+    for (size_t round = 0; round < seconds.size(); ++round) ratios.push_back(seconds[round] / race.product_s[round]);
     return ratios;
   };
   race.ratios = ratios_to(race.ceiling_s);
@@ -124,8 +122,7 @@ Result<Race> race_once(const Options& options, std::span<const Contender> ceilin
     if (!peer_figures[at].cannot.empty()) continue;
     const Samples& one = products[static_cast<std::ptrdiff_t>(at) + 1];
     const auto ratios = ratios_to(one.seconds);
-    peer_figures[at] = {peers[at].name, median(one.seconds), median(one.cpu_s),
-                        median(ratios), spread(ratios),      ""};
+    peer_figures[at] = {peers[at].name, median(one.seconds), median(one.cpu_s), median(ratios), spread(ratios), ""};
   }
   return race;
 }
@@ -153,8 +150,8 @@ Result<Race> race(const Options& options, std::span<const Contender> ceilings, c
   Race best;
   int tries = 0;
   do {
-    TRY_ASSIGN(Race now, race_once(options, ceilings, product,
-                                   tries == 0 ? peers : std::span<const Contender>(), peer_figures));
+    TRY_ASSIGN(Race now,
+               race_once(options, ceilings, product, tries == 0 ? peers : std::span<const Contender>(), peer_figures));
     ++tries;
     if (best.product_s.empty() || spread(now.ratios) < spread(best.ratios)) best = std::move(now);
   } while (!best.ratios.empty() && spread(best.ratios) > kSpreadMax && tries < options.try_count);

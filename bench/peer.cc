@@ -124,8 +124,8 @@ Result<Sample> ask_together(Bench& bench, const std::string& name, int number, c
   return Sample(static_cast<double>(end_ns - begin_ns) / 1e9, cpu_s + daemons.read().cpu_s);
 }
 
-std::vector<Contender> peer_acts(Bench& bench, const Daemon& daemon, json request,
-                                 std::function<Status()> before, uint64_t fresh_bytes) {
+std::vector<Contender> peer_acts(Bench& bench, const Daemon& daemon, json request, std::function<Status()> before,
+                                 uint64_t fresh_bytes) {
   std::vector<Contender> acts;
   if (bench.options().python.empty()) return acts;
   request["environment"] = daemon.environment();
@@ -148,24 +148,23 @@ std::vector<Contender> slice_peers(Bench& bench, const Daemon& daemon, const std
   if (bench.options().python.empty()) return acts;
   for (const std::string& name : bench.options().peers) {
     const auto is_open = std::make_shared<bool>(false);
-    acts.push_back({name, [&bench, &daemon, path, slices, name, is_open]() -> Result<Sample> {
-                      for (size_t number = 0; !*is_open && number < slices.size(); ++number) {
-                        json pieces = json::array();
-                        for (const Slice& slice : slices[number]) {
-                          pieces.push_back({slice.name, slice.row_begin, slice.row_count, slice.column_begin,
-                                            slice.column_count});
-                        }
-                        TRY_ASSIGN(Peer * peer, bench.peer(name, static_cast<int>(number)));
-                        TRY(peer->ask({{"act", "open_slices"},
-                                       {"path", path},
-                                       {"slices", std::move(pieces)},
-                                       {"environment", daemon.environment()}}));
-                      }
-                      *is_open = true;
-                      return ask_together(
-                          bench, name, static_cast<int>(slices.size()), {{"act", "gather"}},
-                          name == kProduct ? std::vector{daemon.pid()} : std::vector<pid_t>());
-                    }});
+    acts.push_back(
+        {name, [&bench, &daemon, path, slices, name, is_open]() -> Result<Sample> {
+           for (size_t number = 0; !*is_open && number < slices.size(); ++number) {
+             json pieces = json::array();
+             for (const Slice& slice : slices[number]) {
+               pieces.push_back({slice.name, slice.row_begin, slice.row_count, slice.column_begin, slice.column_count});
+             }
+             TRY_ASSIGN(Peer * peer, bench.peer(name, static_cast<int>(number)));
+             TRY(peer->ask({{"act", "open_slices"},
+                            {"path", path},
+                            {"slices", std::move(pieces)},
+                            {"environment", daemon.environment()}}));
+           }
+           *is_open = true;
+           return ask_together(bench, name, static_cast<int>(slices.size()), {{"act", "gather"}},
+                               name == kProduct ? std::vector{daemon.pid()} : std::vector<pid_t>());
+         }});
   }
   return acts;
 }

@@ -70,8 +70,7 @@ Result<Daemon> Daemon::start(const Options& options) {
     }
     std::this_thread::sleep_for(kPause);
   }
-  return base::fail(Code::unavailable,
-                    base::text("start ", options.binary, ": it does not listen; ", last_line(log)));
+  return base::fail(Code::unavailable, base::text("start ", options.binary, ": it does not listen; ", last_line(log)));
 }
 
 Daemon::~Daemon() {
@@ -108,8 +107,7 @@ Status Daemon::evict(const std::string& path) const {
 }
 
 Result<std::shared_ptr<client::Model>> open_ready(const std::string& path) {
-  TRY_ASSIGN(std::shared_ptr<client::Model> model,
-             client::Model::open({path}, {.autostart = client::Autostart::no}));
+  TRY_ASSIGN(std::shared_ptr<client::Model> model, client::Model::open({path}, {.autostart = client::Autostart::no}));
   TRY(model->wait(nullptr, -1));
   return model;
 }
@@ -164,8 +162,7 @@ void make_barrier(pthread_barrier_t& barrier, int process_count) {
 }
 
 void touch_free_memory(uint64_t size_bytes) {
-  void* data =
-      ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
   if (data != MAP_FAILED) ::munmap(data, size_bytes);
 }
 
@@ -190,9 +187,7 @@ uint64_t process_bytes(pid_t pid, const std::string& field) {
   return number_in(base::text("/proc/", pid, "/status"), field) * 1024;
 }
 
-uint64_t shared_bytes(pid_t pid) {
-  return number_in(base::text("/proc/", pid, "/smaps_rollup"), "Pss") * 1024;
-}
+uint64_t shared_bytes(pid_t pid) { return number_in(base::text("/proc/", pid, "/smaps_rollup"), "Pss") * 1024; }
 
 uint64_t available_bytes() { return number_in("/proc/meminfo", "MemAvailable") * 1024; }
 

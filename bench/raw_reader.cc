@@ -146,8 +146,7 @@ Result<Sample> HotReader::read_mapping(By by) const {
 std::vector<Contender> HotReader::ways() const {
   std::vector<Contender> ways;
   for (const uint64_t piece : kPieces) {
-    ways.push_back(
-        {base::text("pread of ", piece / kKiB, " KiB"), [this, piece] { return read_straight(piece); }});
+    ways.push_back({base::text("pread of ", piece / kKiB, " KiB"), [this, piece] { return read_straight(piece); }});
   }
   ways.push_back({"pread of 256 KiB, streamed on", [this] { return read_bounced(Hash::no); }});
   ways.push_back({"mapping, memcpy", [this] { return read_mapping(By::memcpy); }});
@@ -158,8 +157,8 @@ std::vector<Contender> HotReader::ways() const {
 // ---- cold --------------------------------------------------------------------------------------------------
 
 std::string DirectWay::text() const {
-  return base::text(engine == Engine::uring ? "io_uring" : "pread threads", ", ", depth, " x ",
-                    block_bytes / kMiB, " MiB, ", pages == Pages::huge ? "huge" : "4 KiB", " pages");
+  return base::text(engine == Engine::uring ? "io_uring" : "pread threads", ", ", depth, " x ", block_bytes / kMiB,
+                    " MiB, ", pages == Pages::huge ? "huge" : "4 KiB", " pages");
 }
 
 Result<std::unique_ptr<DirectReader>> DirectReader::make(const std::string& path) {
@@ -167,8 +166,7 @@ Result<std::unique_ptr<DirectReader>> DirectReader::make(const std::string& path
   reader->path_ = path;
   reader->file_.reset(::open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
   if (!reader->file_.valid()) {
-    return base::fail(Code::unsupported,
-                      base::errno_error("open " + path + " past the page cache", errno).message);
+    return base::fail(Code::unsupported, base::errno_error("open " + path + " past the page cache", errno).message);
   }
   TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(reader->file_.get(), path));
   reader->size_bytes_ = identity.size_bytes;
@@ -209,8 +207,7 @@ DirectReader::~DirectReader() {
 
 Result<Sample> DirectReader::read(const DirectWay& way, uint64_t size_bytes) const {
   TRY(drop_cache(path_));
-  return way.engine == DirectWay::Engine::uring ? read_by_uring(way, size_bytes)
-                                                : read_by_threads(way, size_bytes);
+  return way.engine == DirectWay::Engine::uring ? read_by_uring(way, size_bytes) : read_by_threads(way, size_bytes);
 }
 
 Result<Sample> DirectReader::read_by_threads(const DirectWay& way, uint64_t size_bytes) const {
@@ -246,9 +243,7 @@ Result<Sample> DirectReader::read_by_uring(const DirectWay& way, uint64_t size_b
                                static_cast<int>(at / kRegisteredMax));
     ::io_uring_sqe_set_data64(entry, at);
   };
-  const auto end_of = [&](uint64_t at) {
-    return std::min((at / way.block_bytes + 1) * way.block_bytes, size_bytes);
-  };
+  const auto end_of = [&](uint64_t at) { return std::min((at / way.block_bytes + 1) * way.block_bytes, size_bytes); };
   int under_way = 0;
   while (under_way > 0 || (next < size_bytes && error == 0)) {
     for (; error == 0 && under_way < way.depth && next < size_bytes; ++under_way) {
@@ -289,8 +284,7 @@ Result<std::vector<Contender>> DirectReader::fastest_ways(const Options& options
   std::vector<Contender> trials;
   const uint64_t trial_bytes = std::min(kTrialBytes, size_bytes_ / kPageBytes * kPageBytes);
   for (size_t at = 0; at < ways.size(); ++at) {
-    trials.push_back(
-        {base::text(at), [this, way = ways[at], trial_bytes] { return read(way, trial_bytes); }});
+    trials.push_back({base::text(at), [this, way = ways[at], trial_bytes] { return read(way, trial_bytes); }});
   }
   TRY_ASSIGN(const auto best, fastest(std::move(trials), count, options.tiny ? 1 : 2));
   std::vector<Contender> acts;

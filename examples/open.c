@@ -59,8 +59,8 @@ static int load_half(tensord_model* model, const tensord_tensor* matrix) {
   if (status != TENSORD_OK) {
     complain(status);
   } else if ((status = compare_half(matrix, mine, row_bytes)) == 0) {
-    printf("%s[:, -%" PRIu64 ":]: %" PRIu64 " bytes in %" PRIu64 " records, as in the mapping\n",
-           matrix->name, half, report.bytes, report.record_count);
+    printf("%s[:, -%" PRIu64 ":]: %" PRIu64 " bytes in %" PRIu64 " records, as in the mapping\n", matrix->name, half,
+           report.bytes, report.record_count);
   }
   free(mine);
   return status;

@@ -21,8 +21,7 @@ std::string shape_text(const tensord::Tensor& tensor) {
 // The first matrix whose elements are whole bytes and that has a column to leave out.
 const tensord::Tensor* find_matrix(const std::vector<tensord::Tensor>& tensors) {
   for (const tensord::Tensor& tensor : tensors) {
-    if (tensor.dtype() >= TENSORD_U8 && tensor.shape().size() == 2 && tensor.shape()[0] > 0 &&
-        tensor.shape()[1] > 1) {
+    if (tensor.dtype() >= TENSORD_U8 && tensor.shape().size() == 2 && tensor.shape()[0] > 0 && tensor.shape()[1] > 1) {
       return &tensor;
     }
   }
@@ -36,10 +35,9 @@ int load_half(const tensord::Model& model, const tensord::Tensor& matrix) {
   const uint64_t pitch = columns * element_bytes, row_bytes = half * element_bytes;
 
   std::vector<std::byte> mine(rows * row_bytes);
-  const auto report =
-      model.load_into({{.name = std::string(matrix.name()),
-                        .index = {tensord::all, tensord::slice(-static_cast<int64_t>(half), {})},
-                        .target = {mine.data(), matrix.dtype(), {rows, half}}}});
+  const auto report = model.load_into({{.name = std::string(matrix.name()),
+                                        .index = {tensord::all, tensord::slice(-static_cast<int64_t>(half), {})},
+                                        .target = {mine.data(), matrix.dtype(), {rows, half}}}});
   if (!report) return complain(report.error());
   for (uint64_t row = 0; row < rows; ++row) {
     const std::byte* theirs = matrix.bytes().data() + row * pitch + (pitch - row_bytes);
@@ -48,9 +46,8 @@ int load_half(const tensord::Model& model, const tensord::Tensor& matrix) {
       return 1;
     }
   }
-  std::printf("%s[:, -%llu:]: %llu bytes in %llu records, as in the mapping\n",
-              std::string(matrix.name()).c_str(), static_cast<unsigned long long>(half),
-              static_cast<unsigned long long>(report->bytes),
+  std::printf("%s[:, -%llu:]: %llu bytes in %llu records, as in the mapping\n", std::string(matrix.name()).c_str(),
+              static_cast<unsigned long long>(half), static_cast<unsigned long long>(report->bytes),
               static_cast<unsigned long long>(report->record_count));
   return 0;
 }

@@ -11,10 +11,9 @@ int main(int argc, char** argv) {
   if (verb == "serve") return tensord::daemon::serve_main(argc - 1, argv + 1);
   if (verb == "measure") return tensord::doctor::measure_main(argc - 1, argv + 1);
   if (verb == "--version") return std::puts("tensord " TENSORD_VERSION) < 0 ? 1 : 0;
-  std::fprintf(
-      stderr,
-      "tensord: %s: this program knows `serve`, `measure` and `--version`; all other verbs come with the "
-      "Python package: `pip install tensord`, or `python -m tensord`\n",
-      verb.empty() ? "no verb" : argv[1]);
+  std::fprintf(stderr,
+               "tensord: %s: this program knows `serve`, `measure` and `--version`; all other verbs come with the "
+               "Python package: `pip install tensord`, or `python -m tensord`\n",
+               verb.empty() ? "no verb" : argv[1]);
   return 2;
 }

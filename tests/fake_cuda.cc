@@ -105,9 +105,7 @@ int setting(const char* name, int otherwise) {
   const char* text = std::getenv(name);
   return text == nullptr ? otherwise : std::atoi(text);
 }
-bool has_device(int device) {
-  return device >= 0 && device < std::min(setting("FAKE_CUDA_DEVICES", 1), kDevicesMax);
-}
+bool has_device(int device) { return device >= 0 && device < std::min(setting("FAKE_CUDA_DEVICES", 1), kDevicesMax); }
 bool has_primary() { return current >= 0 && state().primaries[current] > 0; }
 
 // ---- faults and counts ----
@@ -140,8 +138,7 @@ std::map<std::string, long> counts() {
     if (range.kind == Kind::ipc) ++counts["opened"];
     if (range.kind == Kind::reserved) ++counts["reservations"];
   }
-  counts["primaries"] =
-      std::count_if(all.primaries, all.primaries + kDevicesMax, [](int one) { return one > 0; });
+  counts["primaries"] = std::count_if(all.primaries, all.primaries + kDevicesMax, [](int one) { return one > 0; });
   return counts;
 }
 
@@ -165,8 +162,7 @@ template <typename Body>
 Answer call(const char* name, const Body& body) {
   const std::lock_guard lock(state().mutex);
   const auto fault = state().faults.find(name);
-  if (fault != state().faults.end() && ++fault->second.call_count >= fault->second.from)
-    return fault->second.answer;
+  if (fault != state().faults.end() && ++fault->second.call_count >= fault->second.from) return fault->second.answer;
   const Answer answer = body();
   write_counts();
   return answer;
@@ -239,8 +235,7 @@ uint64_t memory_bytes(int fd) {
   char name[64] = "";
   struct stat about {};
   const std::string link = "/proc/self/fd/" + std::to_string(fd);
-  if (::readlink(link.c_str(), name, sizeof name - 1) < 0 || std::strstr(name, "memfd:fake-cuda") == nullptr)
-    return 0;
+  if (::readlink(link.c_str(), name, sizeof name - 1) < 0 || std::strstr(name, "memfd:fake-cuda") == nullptr) return 0;
   return ::fstat(fd, &about) == 0 ? static_cast<uint64_t>(about.st_size) : 0;
 }
 
@@ -255,8 +250,7 @@ Answer free_range(std::map<Address, Range>& ranges, Address begin) {
   const Range range = ranges.at(begin);
   for (const Stream& stream : state().streams) {
     for (const Copy& copy : stream.waiting)
-      state().stray_count +=
-          range.meets(copy.target, copy.target_end()) || range.meets(copy.source, copy.source_end());
+      state().stray_count += range.meets(copy.target, copy.target_end()) || range.meets(copy.source, copy.source_end());
   }
   if (range.kind != Kind::host) map_at(range.begin, range.end - range.begin, -1, PROT_NONE);
   if (range.fd >= 0) ::close(range.fd);
@@ -320,8 +314,7 @@ Copy flat(Address target, Address source, size_t size) {
 Answer run(Stream& stream, uint64_t until) {
   for (; stream.done_count < until; ++stream.done_count, stream.waiting.pop_front()) {
     const Copy& copy = stream.waiting.front();
-    if (!can_write(copy.target, copy.target_end()) || !can_read(copy.source, copy.source_end()))
-      return kIllegalAddress;
+    if (!can_write(copy.target, copy.target_end()) || !can_read(copy.source, copy.source_end())) return kIllegalAddress;
     for (size_t row = 0; row < copy.row_count; ++row) {
       std::memcpy(reinterpret_cast<void*>(copy.target + row * copy.target_pitch),
                   reinterpret_cast<const void*>(copy.source + row * copy.source_pitch), copy.row_bytes);
@@ -398,8 +391,7 @@ Answer cuDeviceGetName(char* name, int size_bytes, int device) {
   });
 }
 Answer cuDeviceTotalMem_v2(size_t* size, int device) {
-  return call("cuDeviceTotalMem_v2",
-              [&] { return *size = kArenaBytes, has_device(device) ? 0 : kInvalidDevice; });
+  return call("cuDeviceTotalMem_v2", [&] { return *size = kArenaBytes, has_device(device) ? 0 : kInvalidDevice; });
 }
 Answer cuDeviceGetAttribute(int* value, int, int device) {
   return call("cuDeviceGetAttribute", [&] { return *value = 1, has_device(device) ? 0 : kInvalidDevice; });
@@ -433,8 +425,7 @@ Answer cuCtxSetCurrent(Handle handle) {
   });
 }
 Answer cuCtxGetCurrent(Handle* handle) {
-  return call("cuCtxGetCurrent",
-              [&] { return *handle = current < 0 ? nullptr : &state().primaries[current], 0; });
+  return call("cuCtxGetCurrent", [&] { return *handle = current < 0 ? nullptr : &state().primaries[current], 0; });
 }
 
 // Of what is no device memory: zeros, as the driver does.
@@ -508,9 +499,7 @@ Answer cuEventCreate(Handle* handle, unsigned) {
 }
 Answer cuEventDestroy_v2(Handle handle) {
   return call_freeing("cuEventDestroy_v2", [&] {
-    return std::erase_if(state().events, [&](const Event& one) { return &one == handle; }) == 1
-               ? 0
-               : kInvalidHandle;
+    return std::erase_if(state().events, [&](const Event& one) { return &one == handle; }) == 1 ? 0 : kInvalidHandle;
   });
 }
 Answer cuEventRecord(Handle handle, Handle on) {
@@ -532,15 +521,14 @@ Answer cuEventSynchronize(Handle handle) {
 }
 
 Answer cuMemcpyHtoDAsync_v2(Address target, const void* source, size_t size, Handle stream) {
-  return call_on_device("cuMemcpyHtoDAsync_v2", [&] {
-    return queue({flat(target, reinterpret_cast<Address>(source), size)}, stream);
-  });
+  return call_on_device("cuMemcpyHtoDAsync_v2",
+                        [&] { return queue({flat(target, reinterpret_cast<Address>(source), size)}, stream); });
 }
 Answer cuMemcpy2DAsync_v2(const Rows* rows, Handle stream) {
   return call_on_device("cuMemcpy2DAsync_v2", [&] {
     if (rows->source.type != 1 || rows->target.type != 2) return kInvalidValue;
-    return queue({{rows->target.device, reinterpret_cast<Address>(rows->source.host), rows->row_bytes,
-                   rows->row_count, rows->target.pitch, rows->source.pitch}},
+    return queue({{rows->target.device, reinterpret_cast<Address>(rows->source.host), rows->row_bytes, rows->row_count,
+                   rows->target.pitch, rows->source.pitch}},
                  stream);
   });
 }
@@ -620,9 +608,8 @@ Answer cuMemCreate(Allocation* handle, size_t size, const AllocationKind* kind, 
   });
 }
 Answer cuMemRelease(Allocation handle) {
-  return call_freeing("cuMemRelease", [&] {
-    return state().allocations.count(handle) == 0 ? kInvalidValue : (let_go(handle), 0);
-  });
+  return call_freeing("cuMemRelease",
+                      [&] { return state().allocations.count(handle) == 0 ? kInvalidValue : (let_go(handle), 0); });
 }
 Answer cuMemRetainAllocationHandle(Allocation* handle, void* address) {
   return call("cuMemRetainAllocationHandle", [&] {
@@ -719,8 +706,7 @@ Address fake_cuda_malloc(int device, uint64_t size) {
   const Address begin = take_addresses(rounded(size, kPage), kPage);
   const int fd = make_memory(size);
   if (begin == 0 || !map_at(begin, size, fd, PROT_READ | PROT_WRITE)) std::abort();
-  state().ranges[begin] = {
-      .begin = begin, .end = begin + size, .device = device, .fd = fd, .serial = state().next++};
+  state().ranges[begin] = {.begin = begin, .end = begin + size, .device = device, .fd = fd, .serial = state().next++};
   return begin;
 }
 // What cannot be shared.
@@ -750,8 +736,7 @@ Address fake_cuda_vmm(int device, uint64_t size, uint64_t chunk) {
 void fake_cuda_free(Address address) {
   const std::lock_guard lock(state().mutex);
   const Range range = state().ranges.at(address);
-  for (auto at = state().mapped.lower_bound(range.begin);
-       at != state().mapped.end() && at->first < range.end;)
+  for (auto at = state().mapped.lower_bound(range.begin); at != state().mapped.end() && at->first < range.end;)
     free_range(state().mapped, (at++)->first);
   free_range(state().ranges, address);
 }

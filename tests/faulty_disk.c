@@ -43,6 +43,4 @@ ssize_t pread64(int fd, void* target, size_t size_bytes, off64_t offset) {
   return real(fd, target, size_bytes, offset);
 }
 
-ssize_t pread(int fd, void* target, size_t size_bytes, off_t offset) {
-  return pread64(fd, target, size_bytes, offset);
-}
+ssize_t pread(int fd, void* target, size_t size_bytes, off_t offset) { return pread64(fd, target, size_bytes, offset); }

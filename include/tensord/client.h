@@ -95,8 +95,7 @@ inline constexpr IndexItem slice(std::optional<int64_t> start, std::optional<int
                                  std::optional<int64_t> step = std::nullopt) {
   const uint32_t given =
       (start ? TENSORD_HAS_START : 0) | (stop ? TENSORD_HAS_STOP : 0) | (step ? TENSORD_HAS_STEP : 0);
-  return IndexItem(
-      tensord_index_item{TENSORD_SLICE, given, start.value_or(0), stop.value_or(0), step.value_or(0)});
+  return IndexItem(tensord_index_item{TENSORD_SLICE, given, start.value_or(0), stop.value_or(0), step.value_or(0)});
 }
 
 // Which part of a tensor: {all, slice(0, 8704)}, or parsed out of "[:, 0:8704]". Empty: the whole tensor.
@@ -183,7 +182,7 @@ struct OpenOptions {
   Read read = Read::everything;
   Resident resident = Resident::artifact;
   std::vector<std::string> only = {};  // names and patterns of the tensors that are wanted; empty: all
-  int64_t memory_wait_ms = 0;  // for memory that others hold; 0: as the daemon's setting says, -1: none
+  int64_t memory_wait_ms = 0;          // for memory that others hold; 0: as the daemon's setting says, -1: none
 };
 
 inline constexpr int64_t kNoTimeout = -1;
@@ -199,8 +198,8 @@ class Model {
   Result<Model> open_part(const std::vector<std::string>& names) const;
 
   size_t tensor_count() const { return tensord_tensor_count(model_.get()); }
-  std::vector<Tensor> tensors() const;     // in the order of names
-  std::vector<std::string> files() const;  // the paths of the files the tensors lie in
+  std::vector<Tensor> tensors() const;                                // in the order of names
+  std::vector<std::string> files() const;                             // the paths of the files the tensors lie in
   std::vector<std::pair<std::string, std::string>> metadata() const;  // the files' free-form __metadata__
   Result<Tensor> find(const std::string& name) const;
 
@@ -222,8 +221,7 @@ class Model {
 
   // Copies (slices of) tensors into the caller's memory as one plan, checked whole before the first byte is written.
   // Waits for the bytes it needs. Its threads end before it returns.
-  Result<tensord_copy_report> load_into(const std::vector<Copy>& copies,
-                                        const CopyOptions& options = {}) const;
+  Result<tensord_copy_report> load_into(const std::vector<Copy>& copies, const CopyOptions& options = {}) const;
 
  private:
   struct Close {
@@ -242,8 +240,7 @@ Result<std::string> call(const std::string& verb, const std::string& selector = 
 inline std::optional<tensord_index_item> Index::parse_item(std::string_view text) {
   const auto trim = [](std::string_view part) {
     const size_t begin = part.find_first_not_of(' ');
-    return begin == part.npos ? std::string_view()
-                              : part.substr(begin, part.find_last_not_of(' ') + 1 - begin);
+    return begin == part.npos ? std::string_view() : part.substr(begin, part.find_last_not_of(' ') + 1 - begin);
   };
   const auto number = [&](std::string_view part, int64_t& out) {
     const std::string_view digits = trim(part);
@@ -281,9 +278,8 @@ inline Result<Index> Index::parse(std::string_view text) {
     const std::string_view part = rest.substr(0, comma);
     const std::optional<tensord_index_item> item = parse_item(part);
     if (!item) {
-      return Error{TENSORD_INVALID_ARGUMENT,
-                   "index " + std::string(text) + ": '" + std::string(part) +
-                       "' is no number, no slice start:stop:step, no ... and no None"};
+      return Error{TENSORD_INVALID_ARGUMENT, "index " + std::string(text) + ": '" + std::string(part) +
+                                                 "' is no number, no slice start:stop:step, no ... and no None"};
     }
     index.items_.push_back(*item);
     rest = comma == rest.npos ? std::string_view() : rest.substr(comma + 1);
@@ -322,8 +318,7 @@ inline Result<Model> Model::open_part(const std::vector<std::string>& names) con
 inline std::vector<Tensor> Model::tensors() const {
   std::vector<Tensor> tensors;
   tensord_tensor raw;
-  for (size_t at = 0; tensord_tensor_at(model_.get(), at, &raw) == TENSORD_OK; ++at)
-    tensors.emplace_back(raw);
+  for (size_t at = 0; tensord_tensor_at(model_.get(), at, &raw) == TENSORD_OK; ++at) tensors.emplace_back(raw);
   return tensors;
 }
 
@@ -375,20 +370,19 @@ inline Result<tensord_region> Model::resolve(const std::string& name, const Inde
   return result_of(code, region);
 }
 
-inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& copies,
-                                                    const CopyOptions& options) const {
+inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& copies, const CopyOptions& options) const {
   std::vector<tensord_copy> raw;
   raw.reserve(copies.size());
   for (const Copy& copy : copies) {
     const Target& target = copy.target;
     if (!target.strides.empty() && target.strides.size() != target.shape.size()) {
-      return Error{TENSORD_INVALID_ARGUMENT, copy.name + ": a target with " +
-                                                 std::to_string(target.shape.size()) + " dimensions and " +
-                                                 std::to_string(target.strides.size()) + " strides"};
+      return Error{TENSORD_INVALID_ARGUMENT, copy.name + ": a target with " + std::to_string(target.shape.size()) +
+                                                 " dimensions and " + std::to_string(target.strides.size()) +
+                                                 " strides"};
     }
     raw.push_back({copy.name.c_str(), copy.index.data(), copy.index.size(), target.data,
-                   static_cast<uint32_t>(target.dtype), static_cast<uint32_t>(target.shape.size()),
-                   target.shape.data(), target.strides.empty() ? nullptr : target.strides.data()});
+                   static_cast<uint32_t>(target.dtype), static_cast<uint32_t>(target.shape.size()), target.shape.data(),
+                   target.strides.empty() ? nullptr : target.strides.data()});
   }
   const tensord_copy_options wishes = {sizeof wishes, options.cast == Cast::convert, options.thread_count, 0,
                                        options.cancel};
@@ -399,8 +393,8 @@ inline Result<tensord_copy_report> Model::load_into(const std::vector<Copy>& cop
 
 inline Result<std::string> call(const std::string& verb, const std::string& selector, Autostart autostart) {
   char* json = nullptr;
-  const int code = tensord_call(verb.c_str(), selector.empty() ? nullptr : selector.c_str(),
-                                static_cast<int32_t>(autostart), &json);
+  const int code =
+      tensord_call(verb.c_str(), selector.empty() ? nullptr : selector.c_str(), static_cast<int32_t>(autostart), &json);
   return take_text(code, json);
 }
 

@@ -92,24 +92,22 @@ typedef enum tensord_resident { TENSORD_RESIDENT_ARTIFACT = 0, TENSORD_RESIDENT_
 
 typedef struct tensord_open_options {
   uint32_t struct_bytes; /* sizeof(tensord_open_options); fields are only ever appended */
-  int32_t
-      autostart; /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
-  int32_t index_only; /* 1: read the headers only; nothing is loaded, no bytes can be had */
-  int32_t resident;   /* tensord_resident_t */
+  int32_t autostart;     /* 1: start a daemon when none runs, 0: do not, -1: as $TENSORD_AUTOSTART says (default 1) */
+  int32_t index_only;    /* 1: read the headers only; nothing is loaded, no bytes can be had */
+  int32_t resident;      /* tensord_resident_t */
   /* Names of tensors, and patterns (*, ?, [a-z], [!a-z]) of names; only these tensors are read and seen. A text that is a
    * name means that tensor alone. One that means none is TENSORD_NOT_FOUND. only_count 0: all tensors. */
   const char* const* only;
   size_t only_count;
   int64_t memory_wait_ms; /* for memory that others hold. 0: as the daemon's setting says, -1: not at all */
-  const int32_t*
-      cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, waiting for
+  const int32_t* cancel;  /* NULL, or a number of the caller's: once another thread sets it to other than 0, waiting for
                              the daemon's answer ends within a tenth of a second with TENSORD_CANCELLED */
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors
  * file in it), or several paths to files. Returns while the daemon's replica still fills. `options` may be NULL. */
-TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count,
-                                const tensord_open_options* options, tensord_model** model);
+TENSORD_EXPORT int tensord_open(const char* const* paths, size_t path_count, const tensord_open_options* options,
+                                tensord_model** model);
 /* Other than asked for where the artifact is larger than the daemon's host_memory: then it is TENSORD_RESIDENT_VIEW. Such a
  * model has no mapping (tensord_tensor.data is NULL, tensord_wait returns at once); tensord_load_into works as ever, but for
  * single tensors larger than host_memory (TENSORD_EXHAUSTED, nothing written). */
@@ -200,16 +198,14 @@ typedef struct tensord_region {
 } tensord_region;
 
 /* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */
-TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name,
-                                   const tensord_index_item* items, size_t item_count,
-                                   tensord_region* region);
+TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
+                                   size_t item_count, tensord_region* region);
 
 /* What would pack slices, row-major one behind the other, into one buffer, as a JSON object: items (view, tensor, dtype,
  * shape, target_offset, size_bytes), records (strided copies out of files, and fills), target_bytes, files (path, size_bytes).
  * Nothing is copied. A view is text: "w", "w[:, 0:8704]"; what stands in the brackets is numpy's
  * basic indexing. model NULL: only whether the views can be read; json is then "null". Free it with tensord_free. */
-TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count,
-                                char** json);
+TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json);
 
 /* One copy of a (slice of a) tensor into the caller's memory: of the CPU, or of a GPU (an address that CUDA's driver knows
  * in this process). What was begun on that GPU's streams with the target must be over. */
@@ -229,19 +225,14 @@ typedef struct tensord_copy {
 
 /* Why a copy into GPU memory was left out: a cast, or elements that are not side by side in both places; or memory that the
  * daemon cannot write to. */
-typedef enum tensord_left_out {
-  TENSORD_LEFT_OUT_BY_SHAPE = 1,
-  TENSORD_LEFT_OUT_BY_MEMORY = 2
-} tensord_left_out;
+typedef enum tensord_left_out { TENSORD_LEFT_OUT_BY_SHAPE = 1, TENSORD_LEFT_OUT_BY_MEMORY = 2 } tensord_left_out;
 
 typedef struct tensord_copy_options {
   uint32_t struct_bytes; /* sizeof(tensord_copy_options); fields are only ever appended */
-  int32_t
-      cast; /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
-  int32_t thread_count; /* 0: one per core */
+  int32_t cast;          /* 1: F16, BF16, F32, F64 (and F8 as a source) are converted where dtypes differ; 0: refused */
+  int32_t thread_count;  /* 0: one per core */
   int32_t reserved;
-  const int32_t*
-      cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, the call
+  const int32_t* cancel; /* NULL, or a number of the caller's: once another thread sets it to other than 0, the call
                             ends within a tenth of a second with TENSORD_CANCELLED */
   /* NULL, or copy_count zeros: for each copy into GPU memory that was not done, a tensord_left_out is written. It is to be
    * copied in another way; tensord_copy_report.left_out says why. NULL: such copies are TENSORD_UNSUPPORTED. */

@@ -459,9 +459,7 @@ class Model:
         threads : int
             0: one per core. They end before the call returns.
         stream : torch.cuda.Stream, optional
-            Copies into GPU memory begin when what was begun on it is over; None: on the current stream of
-            each device. They are over when the call returns. The stream of a CUDA array of another library
-            must be idle.
+            Copies into GPU memory wait for it (None: for each device's current one), and end before return.
 
         Returns
         -------
@@ -704,11 +702,17 @@ def open(
         No daemon answers.
     """
     chosen = framework_of(framework)
-    paths = _encoded_paths(path)
-    options = _open_options(only, resident, autostart, memory_wait)
-    pointer = ctypes.c_void_p()
+    names, pointer = _opened(_encoded_paths(path), _open_options(only, resident, autostart, memory_wait))
+    model = Model(_Handle(pointer), names, chosen)
+    if model._is_view and resident == "artifact":
+        warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
+    return model
+
+
+def _opened(paths: list[bytes], options: _library.OpenOptions) -> tuple[list[str], ctypes.c_void_p]:
+    """The names of the files, and the library's handle. Ctrl-C ends waiting for it."""
     names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
-    cancel = ctypes.c_int32(0)
+    pointer, cancel = ctypes.c_void_p(), ctypes.c_int32(0)
     options.cancel = ctypes.pointer(cancel)
 
     def ask() -> Error | None:
@@ -720,15 +724,12 @@ def open(
     except BaseException:
         library().tensord_close(pointer)  # it may have come to that
         raise
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error
-    model = Model(_Handle(pointer), names, chosen)
-    if model._is_view and resident == "artifact":
-        warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
-    return model
+    if error is None:
+        return names, pointer
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _open_options(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from . import _library
 from .errors import Error, InvalidArgumentError
 from .indexing import INDEX_ITEM, Item
 from .tensors import DTYPES, OPAQUE, U8, Entry, Target, row_major_strides

@@ -14,5 +14,4 @@ namespace tensord::base {
 
 }  // namespace tensord::base
 
-#define CHECK(condition) \
-  ((condition) ? void(0) : ::tensord::base::check_failed(__FILE__, __LINE__, #condition))
+#define CHECK(condition) ((condition) ? void(0) : ::tensord::base::check_failed(__FILE__, __LINE__, #condition))

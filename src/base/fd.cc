@@ -28,13 +28,12 @@ Result<Fd> duplicate(int fd) {
 Status read_exactly(int fd, uint64_t offset, std::span<std::byte> target, const std::string& what) {
   size_t done = 0;
   while (done < target.size()) {
-    const ssize_t got =
-        ::pread(fd, target.data() + done, target.size() - done, static_cast<off_t>(offset + done));
+    const ssize_t got = ::pread(fd, target.data() + done, target.size() - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return fail_errno(errno, "read ", what, " at ", offset + done);
     if (got == 0) {
-      return fail(Code::corrupt, "read ", what, " at ", offset + done, ": the file ends ",
-                  target.size() - done, " bytes early");
+      return fail(Code::corrupt, "read ", what, " at ", offset + done, ": the file ends ", target.size() - done,
+                  " bytes early");
     }
     done += static_cast<size_t>(got);
   }
@@ -44,8 +43,8 @@ Status read_exactly(int fd, uint64_t offset, std::span<std::byte> target, const 
 Result<std::string> read_file(int fd, uint64_t size_bytes_max, const std::string& what) {
   TRY_ASSIGN(const FileIdentity identity, identify_file(fd, what));
   if (identity.size_bytes > size_bytes_max) {
-    return fail(Code::invalid_argument, "read ", what, ": ", identity.size_bytes, " bytes, at most ",
-                size_bytes_max, " are allowed");
+    return fail(Code::invalid_argument, "read ", what, ": ", identity.size_bytes, " bytes, at most ", size_bytes_max,
+                " are allowed");
   }
   std::string text(identity.size_bytes, '\0');
   TRY(read_exactly(fd, 0, std::as_writable_bytes(std::span(text)), what));

@@ -28,8 +28,7 @@ constexpr size_t kLogFileCount = 3;
 // Lines before start_log: kept quiet below warning, so that a library user sees no chatter.
 std::shared_ptr<spdlog::logger>& logger() {
   static std::shared_ptr<spdlog::logger> instance = [] {
-    auto quiet =
-        std::make_shared<spdlog::logger>("tensord", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto quiet = std::make_shared<spdlog::logger>("tensord", std::make_shared<spdlog::sinks::stderr_sink_mt>());
     quiet->set_level(spdlog::level::warn);
     return quiet;
   }();
@@ -41,8 +40,7 @@ Result<LogLevel> parse_log_level(std::string_view name) {
   for (size_t at = 0; at < kLevels.size(); ++at) {
     if (kLevels[at].first == name) return static_cast<LogLevel>(at);
   }
-  return fail(Code::invalid_argument, "log level '", name,
-              "': one of trace, debug, info, warning, error, off");
+  return fail(Code::invalid_argument, "log level '", name, "': one of trace, debug, info, warning, error, off");
 }
 
 Status start_log(LogLevel level, const std::string& path) try {

@@ -76,8 +76,7 @@ tl::unexpected<Error> fail_errno(int errno_value, const Parts&... parts) {
   } while (false)
 
 // TRY_ASSIGN(auto value, result_expression): as TRY, else moves the value out.
-#define TRY_ASSIGN(declaration, expression) \
-  TRY_ASSIGN_(TENSORD_JOIN(try_result_, __LINE__), declaration, expression)
+#define TRY_ASSIGN(declaration, expression) TRY_ASSIGN_(TENSORD_JOIN(try_result_, __LINE__), declaration, expression)
 #define TRY_ASSIGN_(name, declaration, expression)  \
   auto name = (expression);                         \
   if (!name) return ::tensord::base::pass_on(name); \

@@ -22,8 +22,7 @@ __attribute__((target("avx512f"))) void stream_lines_512(std::byte* target, cons
   _mm256_zeroupper();  // else SSE code that follows is slow
 }
 
-__attribute__((target("avx2"))) void stream_lines_256(std::byte* target, const std::byte* source,
-                                                      uint64_t size_bytes) {
+__attribute__((target("avx2"))) void stream_lines_256(std::byte* target, const std::byte* source, uint64_t size_bytes) {
   for (uint64_t at = 0; at < size_bytes; at += kLineBytes) {
     const auto* from = reinterpret_cast<const __m256i*>(source + at);
     auto* to = reinterpret_cast<__m256i*>(target + at);

@@ -17,13 +17,12 @@ TEST(StreamCopy, rows_of_any_size_at_any_place_are_copied_and_nothing_else_is_wr
     for (uint64_t offset = 0; offset < 130; offset += 13) {
       const uint64_t pitch = row_bytes + 7;
       std::fill(target.begin(), target.end(), std::byte{0xa5});
-      stream_rows({source.data() + 5, target.data() + offset, row_bytes, kRowCount,
-                   static_cast<int64_t>(row_bytes + 3), static_cast<int64_t>(pitch)});
+      stream_rows({source.data() + 5, target.data() + offset, row_bytes, kRowCount, static_cast<int64_t>(row_bytes + 3),
+                   static_cast<int64_t>(pitch)});
       end_streaming();
       std::vector<std::byte> expected(target.size(), std::byte{0xa5});
       for (uint64_t row = 0; row < kRowCount; ++row) {
-        std::memcpy(expected.data() + offset + row * pitch, source.data() + 5 + row * (row_bytes + 3),
-                    row_bytes);
+        std::memcpy(expected.data() + offset + row * pitch, source.data() + 5 + row * (row_bytes + 3), row_bytes);
       }
       EXPECT_EQ(target, expected) << row_bytes << " bytes at " << offset;
     }

@@ -108,8 +108,7 @@ struct Connection {
     return failed(what, code_of(sqlite3_extended_errcode(db), sqlite3_system_errno(db)), sqlite3_errmsg(db));
   }
   Status execute(std::string_view what, const std::string& sql) const {
-    if (sqlite3_exec(database.get(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK)
-      return failed(what);
+    if (sqlite3_exec(database.get(), sql.c_str(), nullptr, nullptr, nullptr) != SQLITE_OK) return failed(what);
     return {};
   }
   // All of what `work` does, or nothing.
@@ -161,8 +160,8 @@ class Query {
     return bound(sqlite3_bind_int64(statement_.get(), ++bound_count_, static_cast<int64_t>(value)));
   }
   bool bind(const std::string& value) {
-    return bound(sqlite3_bind_text64(statement_.get(), ++bound_count_, value.data(), value.size(),
-                                     SQLITE_STATIC, SQLITE_UTF8));
+    return bound(
+        sqlite3_bind_text64(statement_.get(), ++bound_count_, value.data(), value.size(), SQLITE_STATIC, SQLITE_UTF8));
   }
   bool bind_raw(const void* data, size_t size_bytes) {
     if (data == nullptr) data = "";  // an empty one must not become NULL
@@ -175,8 +174,7 @@ class Query {
     return bind_raw(values.data(), values.size() * sizeof(T));
   }
   bool bind(const base::FileIdentity& file) {
-    return bind(file.device) && bind(file.inode) && bind(file.size_bytes) &&
-           bind(static_cast<uint64_t>(file.mtime_ns));
+    return bind(file.device) && bind(file.inode) && bind(file.size_bytes) && bind(static_cast<uint64_t>(file.mtime_ns));
   }
   static bool bound(int code) {
     CHECK(code != SQLITE_RANGE && code != SQLITE_MISUSE);
@@ -243,12 +241,11 @@ Status adopt(const Connection& connection) {
   }
   if (static_cast<int64_t>(version) > kSchemaVersion) {
     return connection.failed(kWhat, Code::unsupported,
-                             text("version ", version, " is of a newer tensord, this one knows ",
-                                  kSchemaVersion, "; use that tensord or another state folder"));
+                             text("version ", version, " is of a newer tensord, this one knows ", kSchemaVersion,
+                                  "; use that tensord or another state folder"));
   }
   if (static_cast<int64_t>(version) < kSchemaVersion) {
-    return connection.failed(kWhat, Code::corrupt,
-                             text("there never was a version ", static_cast<int64_t>(version)));
+    return connection.failed(kWhat, Code::corrupt, text("there never was a version ", static_cast<int64_t>(version)));
   }
   return connection.execute(kRead, kFindFile);  // all columns are there
 }
@@ -305,8 +302,7 @@ Result<std::unique_ptr<Catalog>> Catalog::open(const std::string& path, const Ca
   }
   sqlite3_busy_timeout(opened, options.busy_timeout_ms);
   TRY(distrust(*connection));
-  TRY(connection->transact("open",
-                           [&] { return adopt(*connection); }));  // another process may be at the same
+  TRY(connection->transact("open", [&] { return adopt(*connection); }));  // another process may be at the same
   TRY(use_wal(*connection, options.busy_timeout_ms));
   return std::make_unique<Catalog>(std::move(connection), options.file_count_max);
 }

@@ -46,8 +46,7 @@ TEST_P(FileOrMemory, every_value_of_every_field_survives) {
 TEST_P(FileOrMemory, a_file_is_found_by_its_whole_identity_only) {
   auto catalog = make();
   ASSERT_TRUE(catalog->remember({sample_file(1)}));
-  for (const auto field :
-       {&base::FileIdentity::device, &base::FileIdentity::inode, &base::FileIdentity::size_bytes}) {
+  for (const auto field : {&base::FileIdentity::device, &base::FileIdentity::inode, &base::FileIdentity::size_bytes}) {
     base::FileIdentity other = sample_identity(1);
     ++(other.*field);
     EXPECT_EQ(to_text(catalog->find_file(other)), "absent");

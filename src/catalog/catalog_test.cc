@@ -44,8 +44,7 @@ class CatalogFile : public testing::Test {
   std::string failure(const Result<T>& result) {
     if (result) return "it succeeded";
     std::string message = result.error().message;
-    if (const size_t at = message.find(path_); at != std::string::npos)
-      message.replace(at, path_.size(), "PATH");
+    if (const size_t at = message.find(path_); at != std::string::npos) message.replace(at, path_.size(), "PATH");
     return base::text(base::code_name(result.error().code), ": ", message);
   }
 
@@ -102,15 +101,13 @@ TEST_F(CatalogFile, a_newer_schema_is_unsupported) {
             "tensord or "
             "another state folder");
   execute("PRAGMA user_version = -1");
-  EXPECT_EQ(failure(open()),
-            base::text("corrupt: catalog PATH: open: there never was a version -1", kDeletable));
+  EXPECT_EQ(failure(open()), base::text("corrupt: catalog PATH: open: there never was a version -1", kDeletable));
 }
 
 TEST_F(CatalogFile, a_schema_that_is_not_the_one_of_its_version_is_corrupt) {
   fill();
   execute("ALTER TABLE files DROP COLUMN leaves");
-  EXPECT_EQ(failure(open()),
-            base::text("corrupt: catalog PATH: read the schema: no such column: leaves", kDeletable));
+  EXPECT_EQ(failure(open()), base::text("corrupt: catalog PATH: read the schema: no such column: leaves", kDeletable));
 }
 
 TEST_F(CatalogFile, records_of_a_wrong_size_are_corrupt) {
@@ -157,8 +154,7 @@ TEST_F(CatalogFile, damage_anywhere_is_an_error_or_harmless) {
   for (int round = 0; round < 200; ++round) {
     std::string damaged = intact;
     if (round % 4 == 0) damaged.resize(1 + random() % damaged.size());
-    for (uint32_t i = random() % 20; i > 0; --i)
-      damaged[random() % damaged.size()] = static_cast<char>(random());
+    for (uint32_t i = random() % 20; i > 0; --i) damaged[random() % damaged.size()] = static_cast<char>(random());
     for (const char* suffix : {"-wal", "-shm"}) ::unlink((path_ + suffix).c_str());
     write_bytes(path_, damaged);
     auto catalog = open();
@@ -173,8 +169,7 @@ TEST_F(CatalogFile, a_full_disk_is_exhausted_and_leaves_what_was_known) {
   // The mount is seen by this thread alone and goes with it.
   std::string refused;
   std::thread([&] {
-    if (::unshare(CLONE_FS | CLONE_NEWNS) != 0 ||
-        ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+    if (::unshare(CLONE_FS | CLONE_NEWNS) != 0 || ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
         ::mount("tensord-test", folder_.path().c_str(), "tmpfs", 0, "size=1m") != 0) {
       refused = std::strerror(errno);
       return;
@@ -217,9 +212,8 @@ TEST_F(CatalogFile, a_busy_catalog_is_unavailable_for_writing_and_can_be_read) {
   {
     Stranger stranger(path_);
     stranger.execute("BEGIN IMMEDIATE");
-    EXPECT_EQ(
-        failure(catalog->remember({sample_file(2)})),
-        "unavailable: catalog PATH: remember /models/2: database is locked; another process may hold it");
+    EXPECT_EQ(failure(catalog->remember({sample_file(2)})),
+              "unavailable: catalog PATH: remember /models/2: database is locked; another process may hold it");
     EXPECT_EQ(to_text(catalog->find_file(sample_identity(1))), to_text(sample_file(1)));
   }
   EXPECT_TRUE(catalog->remember({sample_file(2)}));

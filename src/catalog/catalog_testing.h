@@ -67,8 +67,7 @@ inline base::FileIdentity sample_identity(uint64_t inode) {
 
 inline FileRecord sample_file(uint64_t inode, size_t leaf_count = 3) {
   FileRecord file{sample_identity(inode), base::text("/models/", inode), sample_digest(7), {}};
-  for (size_t i = 0; i < leaf_count; ++i)
-    file.leaves.push_back(sample_digest(static_cast<uint8_t>(inode + i)));
+  for (size_t i = 0; i < leaf_count; ++i) file.leaves.push_back(sample_digest(static_cast<uint8_t>(inode + i)));
   return file;
 }
 
@@ -78,8 +77,7 @@ inline std::string to_text(const base::FileIdentity& file) {
 }
 inline std::string to_text(const tensor::Digest& digest) { return base::to_hex(digest.bytes.data(), 16); }
 inline std::string to_text(const FileRecord& file) {
-  std::string out =
-      base::text(to_text(file.identity), " ", file.path, " layout ", to_text(file.layout_digest));
+  std::string out = base::text(to_text(file.identity), " ", file.path, " layout ", to_text(file.layout_digest));
   for (const tensor::Digest& leaf : file.leaves) out += base::text("\n  ", to_text(leaf));
   return out;
 }

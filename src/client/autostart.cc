@@ -86,8 +86,8 @@ off_t size_of(const Log& log) { return ::lseek(log.fd.get(), 0, SEEK_END); }
 // Why it ended, as the last line of what it wrote behind `begin` says, and where there may be more.
 std::string reason_in(const Log& log, off_t begin) {
   char tail[1024];
-  const ssize_t got = ::pread(log.fd.get(), tail, sizeof tail,
-                              std::max(begin, size_of(log) - static_cast<off_t>(sizeof tail)));
+  const ssize_t got =
+      ::pread(log.fd.get(), tail, sizeof tail, std::max(begin, size_of(log) - static_cast<off_t>(sizeof tail)));
   std::string text(tail, got > 0 ? static_cast<size_t>(got) : 0);
   while (text.ends_with('\n')) text.pop_back();
   text = text.substr(text.rfind('\n') + 1);

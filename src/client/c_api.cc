@@ -62,8 +62,7 @@ template <typename Work>
 int guarded(std::initializer_list<Argument> arguments, Work&& work) noexcept {
   try {
     for (const Argument& argument : arguments) {
-      if (argument.pointer == nullptr)
-        return keep({Code::invalid_argument, std::string(argument.name) + " is NULL"});
+      if (argument.pointer == nullptr) return keep({Code::invalid_argument, std::string(argument.name) + " is NULL"});
     }
     const Status done = work();
     return done ? TENSORD_OK : keep(done.error());
@@ -120,12 +119,10 @@ client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, siz
 
 client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   if (copy.name == nullptr) return refuse("a copy without a name");
-  if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) ||
-      copy.target_rank > TENSORD_RANK_MAX) {
+  if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) || copy.target_rank > TENSORD_RANK_MAX) {
     return refuse(copy.name, ": a target of unknown dtype or rank");
   }
-  if (copy.target_rank > 0 && copy.target_shape == nullptr)
-    return refuse(copy.name, ": target_shape is NULL");
+  if (copy.target_rank > 0 && copy.target_shape == nullptr) return refuse(copy.name, ": target_shape is NULL");
   client::CopyOrder order{.name = copy.name, .on_device = copy.on_device != 0};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
   order.target = static_cast<std::byte*>(copy.target);
@@ -184,8 +181,7 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
       wishes.index_only = known.index_only != 0;
       wishes.memory_wait_ms = known.memory_wait_ms;
       wishes.cancel = known.cancel;
-      wishes.resident =
-          known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
+      wishes.resident = known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
       TRY_ASSIGN(wishes.only, to_texts("a name", known.only, known.only_count));
     }
     TRY_ASSIGN(std::shared_ptr<client::Model> opened, client::Model::open(named, wishes));
@@ -199,8 +195,7 @@ tensord_resident_t tensord_resident(const tensord_model* model) {
   return view ? TENSORD_RESIDENT_VIEW : TENSORD_RESIDENT_ARTIFACT;
 }
 
-int tensord_open_part(const tensord_model* model, const char* const* names, size_t name_count,
-                      tensord_model** part) {
+int tensord_open_part(const tensord_model* model, const char* const* names, size_t name_count, tensord_model** part) {
   return guarded({{"model", model}, {"names", names}, {"part", part}}, [&]() -> Status {
     *part = nullptr;
     TRY_ASSIGN(std::vector<std::string> wanted, to_texts("a name", names, name_count));
@@ -249,9 +244,7 @@ const char* tensord_file_path(const tensord_model* model, size_t position) {
   const auto& files = model->model->index().files;
   return position < files.size() ? files[position].path.c_str() : nullptr;
 }
-size_t tensord_metadata_count(const tensord_model* model) {
-  return model == nullptr ? 0 : model->metadata.size();
-}
+size_t tensord_metadata_count(const tensord_model* model) { return model == nullptr ? 0 : model->metadata.size(); }
 int tensord_metadata_at(const tensord_model* model, size_t position, const char** key, const char** value) {
   return guarded({{"model", model}, {"key", key}, {"value", value}}, [&]() -> Status {
     if (position >= model->metadata.size()) return fail(Code::not_found, "no metadata at this position");
@@ -279,12 +272,11 @@ int tensord_get_progress(const tensord_model* model, tensord_progress* progress)
 }
 
 int tensord_info(const tensord_model* model, char** json) {
-  return guarded({{"model", model}, {"json", json}},
-                 [&] { return give_text(model->model->info_json(), json); });
+  return guarded({{"model", model}, {"json", json}}, [&] { return give_text(model->model->info_json(), json); });
 }
 
-int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
-                    size_t item_count, tensord_region* region) {
+int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items, size_t item_count,
+                    tensord_region* region) {
   return guarded({{"model", model}, {"name", name}, {"region", region}}, [&]() -> Status {
     TRY_ASSIGN(const tensor::Tensor* found, model->model->find(name));
     TRY_ASSIGN(const tensor::IndexItems wanted, to_items(items, item_count));

@@ -26,8 +26,7 @@ constexpr uint64_t kShardIndexBytesMax = 100'000'000;
 // Absolute, with `.` and `..` left to the kernel; symbolic links stay as the caller wrote them.
 Result<std::string> absolute(const std::string& path) {
   if (path.empty()) return fail(Code::invalid_argument, "open: an empty path");
-  if (path.find('\0') != std::string::npos)
-    return fail(Code::invalid_argument, "open: a path with a NUL byte");
+  if (path.find('\0') != std::string::npos) return fail(Code::invalid_argument, "open: a path with a NUL byte");
   if (path[0] == '/') return path;
   char* folder = ::getcwd(nullptr, 0);
   if (folder == nullptr) return base::fail_errno(errno, "find the working folder");
@@ -87,8 +86,8 @@ Result<std::string> only_safetensors_in(const std::string& folder) {
   if (found.empty()) {
     return fail(Code::not_found, folder, " holds neither ", kShardIndexName, " nor a .safetensors file");
   }
-  return fail(Code::invalid_argument, folder, " holds ", found.size(), " .safetensors files and no ",
-              kShardIndexName, "; name the files that belong together");
+  return fail(Code::invalid_argument, folder, " holds ", found.size(), " .safetensors files and no ", kShardIndexName,
+              "; name the files that belong together");
 }
 
 Result<Checkpoint> from_files(const std::vector<std::string>& paths, const std::string& shown) {
@@ -113,8 +112,7 @@ Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
   const std::string& first = whole.front();
   if (whole.size() > 1) return from_files(whole, first);
   if (!is_folder(first)) {
-    if (first.ends_with(".index.json"))
-      return from_shard_index(first.substr(0, first.rfind('/')), first, first);
+    if (first.ends_with(".index.json")) return from_shard_index(first.substr(0, first.rfind('/')), first, first);
     return from_files(whole, first);
   }
   const std::string index_path = first + "/" + kShardIndexName;
@@ -129,8 +127,7 @@ Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
 Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
   TRY_ASSIGN(Checkpoint checkpoint, find_files(paths));
   for (size_t at = 0; at < checkpoint.fds.size(); ++at) {
-    TRY_ASSIGN(const base::FileIdentity identity,
-               base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
+    TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
     const auto& known = checkpoint.identities;
     if (const auto twin = std::find(known.begin(), known.end(), identity); twin != known.end()) {
       return fail(Code::invalid_argument, "open ", checkpoint.files[at], ": it is the same file as ",

@@ -30,9 +30,8 @@ tl::unexpected<base::Error> no_daemon(const base::Error& why) {
 // Names the daemon that is silent.
 base::Error from_daemon(int socket, base::Error error) {
   if (const auto peer = rpc::peer_of(socket); peer && error.code == Code::unavailable) {
-    error.message +=
-        base::text(" (daemon ", peer->process_id, " at ", rpc::socket_path(rpc::runtime_folder()),
-                   "; see its log, or end it with `kill ", peer->process_id, "`)");
+    error.message += base::text(" (daemon ", peer->process_id, " at ", rpc::socket_path(rpc::runtime_folder()),
+                                "; see its log, or end it with `kill ", peer->process_id, "`)");
   }
   return error;
 }
@@ -112,8 +111,7 @@ Status Connection::await(uint64_t id, bool answered, const int32_t* cancel) {
   return {};
 }
 
-Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base::Fd> fds,
-                               const int32_t* cancel) {
+Result<Answer> Connection::ask(protocol::RequestUnion request, std::vector<base::Fd> fds, const int32_t* cancel) {
   MutexLock lock(mutex_);
   if (process_ != ::getpid() || !socket_.valid()) TRY(connect(autostart_, kGreetTimeoutMs));
   const uint64_t id = next_id_;

@@ -30,9 +30,7 @@ inline constexpr int64_t kAnswerTimeoutMs = 600'000;
 struct Answer {
   std::vector<std::byte> bytes;
   std::vector<base::Fd> fds;
-  const protocol::ReplyFrame& frame() const {
-    return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data());
-  }
+  const protocol::ReplyFrame& frame() const { return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data()); }
 };
 
 // Thread safe. Safe across fork: a child makes a connection of its own at its first call.
@@ -42,8 +40,7 @@ class Connection {
 
   // Sends a request with descriptors and waits for its answer. A Failure comes back as its error. Once `cancel` points to
   // another number than 0 the daemon is told to end it: Code::cancelled, for copies to devices when none is under way.
-  Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds,
-                     const int32_t* cancel = nullptr);
+  Result<Answer> ask(protocol::RequestUnion request, std::vector<base::Fd> fds, const int32_t* cancel = nullptr);
 
   // Sends a request that has no answer, to the daemon that this connection was opened to and to no other. What goes
   // wrong is forgotten, and ends the telling: a statistic is not worth waiting for, nor a daemon to be started.

@@ -25,8 +25,7 @@ void for_each_outer(const Copy2D& record, const Take& take) {
     uint64_t rest = iteration, source = record.source_offset, target = record.target_offset;
     for (size_t loop = 0; loop < record.outer_count; ++loop) {
       const tensor::Repeat& outer = record.outer[loop];
-      source +=
-          rest % outer.count * static_cast<uint64_t>(outer.source_pitch);  // negative ones wrap, and back
+      source += rest % outer.count * static_cast<uint64_t>(outer.source_pitch);  // negative ones wrap, and back
       target += rest % outer.count * static_cast<uint64_t>(outer.target_pitch);
       rest /= outer.count;
     }
@@ -53,9 +52,8 @@ class DeviceRequests {
     const bool one = record.row_count == 1;
     if (one && !added && continues(order().copies, source_offset, place.offset, known->second)) {
       const protocol::DeviceRows last = order().copies.back();
-      order().copies.back() = {
-          last.source_offset(), last.target_offset(), last.row_bytes() + record.row_bytes, 1, 0, 0,
-          known->second};
+      order().copies.back() = {last.source_offset(), last.target_offset(), last.row_bytes() + record.row_bytes, 1, 0, 0,
+                               known->second};
       return {};
     }
     order().copies.emplace_back(source_offset, place.offset, record.row_bytes, record.row_count,
@@ -90,12 +88,11 @@ class DeviceRequests {
   protocol::CopyToDeviceT& order() { return requests_.back().order; }
 
   // Small tensors lie side by side in files, and where they were made one after another in memory too.
-  static bool continues(const std::vector<protocol::DeviceRows>& rows, uint64_t source,
-                        uint64_t target_offset, uint32_t target) {
+  static bool continues(const std::vector<protocol::DeviceRows>& rows, uint64_t source, uint64_t target_offset,
+                        uint32_t target) {
     if (rows.empty()) return false;
     const protocol::DeviceRows& last = rows.back();
-    return last.row_count() == 1 && last.target() == target &&
-           last.source_offset() + last.row_bytes() == source &&
+    return last.row_count() == 1 && last.target() == target && last.source_offset() + last.row_bytes() == source &&
            last.target_offset() + last.row_bytes() == target_offset;
   }
 
@@ -130,8 +127,7 @@ Result<Connection*> DeviceConnections::get(int device) {
 }
 
 bool can_copy_to_device(const Copy2D& record) {
-  if (record.kind != Copy2D::Kind::copy || record.casts() || record.row_bytes < gpu::kRowBytesMin)
-    return false;
+  if (record.kind != Copy2D::Kind::copy || record.casts() || record.row_bytes < gpu::kRowBytesMin) return false;
   if (record.outer_iterations() > kOuterIterationsMax) return false;
   if (record.row_count == 1) return true;
   const auto is_fit = [&](int64_t pitch) {
@@ -141,22 +137,19 @@ bool can_copy_to_device(const Copy2D& record) {
 }
 
 Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
-                                     uint64_t replica, DeviceConnections& connections,
-                                     const int32_t* cancel) {
+                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel) {
   std::map<int, DeviceRequests> devices;
   for (const Copy2D& record : plan.records) {
-    const uint64_t extent =
-        (record.row_count - 1) * static_cast<uint64_t>(record.target_pitch) + record.row_bytes;
+    const uint64_t extent = (record.row_count - 1) * static_cast<uint64_t>(record.target_pitch) + record.row_bytes;
     Status added;
     for_each_outer(record, [&](uint64_t source_offset, uint64_t target_offset) {
       const auto place = exports.find(target + target_offset, extent);
       if (!place || !*place) {
-        added =
-            place ? fail(Code::invalid_argument, "a target is no GPU memory any more") : base::pass_on(place);
+        added = place ? fail(Code::invalid_argument, "a target is no GPU memory any more") : base::pass_on(place);
         return;
       }
-      auto& requests = devices.try_emplace((*place)->device, exports.devices().at((*place)->device), replica)
-                           .first->second;
+      auto& requests =
+          devices.try_emplace((*place)->device, exports.devices().at((*place)->device), replica).first->second;
       if (added) added = requests.add(record, source_offset, **place);
     });
     TRY(added);

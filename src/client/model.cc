@@ -44,8 +44,7 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
     const auto sum = base::checked_add(total_bytes, sizes[at]);
     if (::fstat(segments[at].get(), &status) != 0 || status.st_size != wanted || sizes[at] % 4096 != 0 ||
         (seals & kSeals) != kSeals || seals < 0 || !sum) {
-      return fail(Code::corrupt,
-                  "the daemon sent a segment that is not sealed, or of another size than it tells");
+      return fail(Code::corrupt, "the daemon sent a segment that is not sealed, or of another size than it tells");
     }
     total_bytes = *sum;
   }
@@ -107,11 +106,10 @@ Result<AddressRange> addresses_of(const CopyOrder& order) {
 
 Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype target, bool cast) {
   if (target == tensor.dtype) return {};
-  const std::string pair = base::text(base::quoted(tensor.name), " is ", tensor.dtype_text, ", its target ",
-                                      tensor::dtype_name(target));
+  const std::string pair =
+      base::text(base::quoted(tensor.name), " is ", tensor.dtype_text, ", its target ", tensor::dtype_name(target));
   if (!cast) return fail(Code::invalid_argument, pair + "; ask for a cast to convert");
-  if (!tensor::can_cast(tensor.dtype, target))
-    return fail(Code::unsupported, pair + "; there is no such cast");
+  if (!tensor::can_cast(tensor.dtype, target)) return fail(Code::unsupported, pair + "; there is no such cast");
   return {};
 }
 
@@ -177,25 +175,21 @@ Status Mapping::check_daemon() const {
   return fail(Code::unavailable, "the daemon went away while it was reading; open the model again");
 }
 
-Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths,
-                                           const OpenOptions& options) {
+Result<std::shared_ptr<Model>> Model::open(const std::vector<std::string>& paths, const OpenOptions& options) {
   TRY_ASSIGN(Checkpoint checkpoint, find_checkpoint(paths));
   TRY_ASSIGN(std::shared_ptr<Connection> connection, Connection::open(options.autostart));
   TRY_ASSIGN(const std::shared_ptr<Model> model,
              ask(std::move(connection), checkpoint, options, protocol::Stay::artifact));
-  const bool streams =
-      options.resident == Resident::view || (model->mapping_ == nullptr && !options.index_only);
+  const bool streams = options.resident == Resident::view || (model->mapping_ == nullptr && !options.index_only);
   if (streams) model->resident_ = Resident::view;
   if (streams) model->checkpoint_ = std::move(checkpoint);
   return model;
 }
 
-Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection,
-                                          const Checkpoint& checkpoint, const OpenOptions& options,
-                                          protocol::Stay stay) {
+Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
+                                          const OpenOptions& options, protocol::Stay stay) {
   const auto too_long = [](const std::string& words) { return words.size() > rpc::kTextBytesMax; };
-  if (options.only.size() > tensor::kOnlyCountMax ||
-      std::any_of(options.only.begin(), options.only.end(), too_long)) {
+  if (options.only.size() > tensor::kOnlyCountMax || std::any_of(options.only.begin(), options.only.end(), too_long)) {
     return fail(Code::invalid_argument, "open ", checkpoint.path, ": only: at most ", tensor::kOnlyCountMax,
                 " names of at most ", rpc::kTextBytesMax, " bytes are possible");
   }
@@ -270,11 +264,9 @@ Result<std::shared_ptr<Model>> Model::open_part(std::vector<std::string> names) 
   return open_part(connection_, std::move(names), protocol::Stay::lease);
 }
 
-Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection,
-                                                std::vector<std::string> names, protocol::Stay stay,
-                                                const int32_t* cancel) const {
-  if (resident_ != Resident::view)
-    return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
+Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> connection, std::vector<std::string> names,
+                                                protocol::Stay stay, const int32_t* cancel) const {
+  if (resident_ != Resident::view) return fail(Code::invalid_argument, path_ + " was not opened to be streamed");
   TRY_ASSIGN(std::shared_ptr<Model> part,
              ask(std::move(connection), checkpoint_, {.only = std::move(names), .cancel = cancel}, stay));
   // After the daemon has looked: what is as it was now was so then.
@@ -299,9 +291,7 @@ uint64_t Model::total_bytes() const {
   if (fill_) return fill_->total_bytes();
   return resident_ == Resident::view ? 0 : windows_.image_bytes;
 }
-tensor::Digest Model::artifact_id() const {
-  return fill_ && !granted_ ? fill_->artifact_id() : tensor::Digest{};
-}
+tensor::Digest Model::artifact_id() const { return fill_ && !granted_ ? fill_->artifact_id() : tensor::Digest{}; }
 
 const tensor::ImageLayout& Model::layout() const {
   base::MutexLock lock(mutex_);
@@ -309,8 +299,7 @@ const tensor::ImageLayout& Model::layout() const {
   return *layout_;
 }
 
-Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms,
-                       const int32_t* cancel) const {
+Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms, const int32_t* cancel) const {
   if (!fill_) return fail(Code::invalid_argument, path_ + " was opened for its index only");
   if (fill_->state() == memory::FillState::ready || size_bytes == 0) return {};
   const tensor::ImageLayout& cut = layout();
@@ -354,14 +343,12 @@ Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
 Result<const tensor::Tensor*> Model::find(std::string_view name) const {
   const tensor::Tensor* tensor = index_.find(name);
   if (tensor == nullptr) {
-    return fail(Code::not_found, path_, " has no tensor ", base::quoted(name),
-                tensor::suggestion(index_, name));
+    return fail(Code::not_found, path_, " has no tensor ", base::quoted(name), tensor::suggestion(index_, name));
   }
   return tensor;
 }
 
-Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders,
-                                       const CopyOrderOptions& options) const {
+Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const {
   // All targets are one memory, from the lowest address to the highest: overlaps between orders show as in one target.
   AddressRange all;
   for (const CopyOrder& order : orders) {
@@ -402,8 +389,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
   if (resident_ == Resident::artifact && mapping_ == nullptr)
     return fail(Code::invalid_argument, path_ + " was opened for its index only");
   const gpu::Driver* driver = gpu::loaded_driver();
-  const bool on_device =
-      std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
+  const bool on_device = std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
   const bool mixed = driver != nullptr || on_device;
   auto done = mixed ? copy_mixed(driver, orders, options) : copy_to_host(orders, options);
   if (!done && !done.error().message.starts_with(path_)) done.error().message.insert(0, path_ + ": ");
@@ -423,8 +409,7 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   TRY_ASSIGN(DeviceSplit split, split_by_memory(orders, exports));
   if (split.to_device.empty() && split.left_out.empty()) return copy_to_host(orders, options);
   if (resident_ == Resident::view) {
-    for (const size_t at : std::exchange(split.to_device, {}))
-      split.leave_out({at}, "the model is read in batches");
+    for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, "the model is read in batches");
   }
   TRY_ASSIGN(Prepared prepared, prepare(orders, options));
   if (split.to_device.size() < orders.size()) {
@@ -439,8 +424,8 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
     TRY_ASSIGN(prepared, prepare(split.orders(orders), options));
   }
   if (!split.left_out.empty() && options.left_out == nullptr)
-    return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.front().order].name),
-                ": ", split.why);
+    return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.front().order].name), ": ",
+                split.why);
   const int64_t plan_ns = base::monotonic_ns() - begin_ns;
   LoadReport report{.begin_ns = begin_ns};
   if (!split.to_host.empty()) {
@@ -454,8 +439,8 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
     copied = copy_to_devices(prepared.plan, target, *exports, replica_, *device_connections_, options.cancel);
   if (!copied) {
     const Code code = copied.error().code;
-    const bool elsewhere = code == Code::unavailable || code == Code::unsupported || code == Code::denied ||
-                           code == Code::exhausted;
+    const bool elsewhere =
+        code == Code::unavailable || code == Code::unsupported || code == Code::denied || code == Code::exhausted;
     if (report.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
     if (!elsewhere || options.left_out == nullptr || copied.error().target == base::TargetState::dirty)
       return base::pass_on(copied);
@@ -480,9 +465,8 @@ Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const C
   LoadReport report{.begin_ns = begin_ns};
   report.record_count = prepared.plan.records.size();
   report.plan_ns = base::monotonic_ns() - begin_ns;
-  memory::CopyOptions run{.thread_count = options.thread_count,
-                          .cancel = options.cancel,
-                          .keep_spans = connection_->keep_spans()};
+  memory::CopyOptions run{
+      .thread_count = options.thread_count, .cancel = options.cancel, .keep_spans = connection_->keep_spans()};
   if (fill_->state() != memory::FillState::ready) {
     run.ready = [this, &options](uint32_t, uint64_t offset, uint64_t size_bytes) {
       return wait_for(offset, size_bytes, -1, options.cancel);
@@ -514,8 +498,7 @@ Result<Model::Parts> Model::cut(std::span<const CopyOrder> orders) const {
   return parts;
 }
 
-Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
-                                        const CopyOrderOptions& options) const {
+Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const {
   const int64_t begin_ns = base::monotonic_ns();
   TRY(prepare(orders, options));
   TRY_ASSIGN(const Parts parts, cut(orders));
@@ -536,8 +519,7 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders,
       batch = std::move(*opened);
     }
     if (const auto next = std::next(part); next != parts.end()) {
-      auto opened =
-          open_part(connection, names_of(next->second), protocol::Stay::batch_ahead, options.cancel);
+      auto opened = open_part(connection, names_of(next->second), protocol::Stay::batch_ahead, options.cancel);
       if (!opened && opened.error().code != Code::exhausted) return stopped(opened.error());
       if (opened) ahead = std::move(*opened);
     }

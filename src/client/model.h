@@ -82,8 +82,7 @@ struct CopyOrder {
 // An order whose target is GPU memory that was not written to.
 struct LeftOut {
   size_t order = 0;
-  bool by_shape =
-      false;  // a cast, or elements that are not side by side; else: the daemon cannot write to this memory
+  bool by_shape = false;  // a cast, or elements that are not side by side; else: the daemon cannot write to this memory
 };
 
 struct CopyOrderOptions {
@@ -108,8 +107,7 @@ struct LoadReport {
 class Model {
  public:
   // Opens with Resident::view, whatever the options say, what is larger than the daemon's host_memory.
-  static Result<std::shared_ptr<Model>> open(const std::vector<std::string>& paths,
-                                             const OpenOptions& options);
+  static Result<std::shared_ptr<Model>> open(const std::vector<std::string>& paths, const OpenOptions& options);
 
   // Some of this model's tensors, in memory as long as somebody maps them. For Resident::view; Code::changed when the
   // files are not those that this model was opened for.
@@ -149,13 +147,11 @@ class Model {
  private:
   Model() = default;
   using Parts = std::map<uint32_t, std::vector<CopyOrder>>;  // by number of the batch
-  static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection,
-                                            const Checkpoint& checkpoint, const OpenOptions& options,
-                                            protocol::Stay stay);
+  static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
+                                            const OpenOptions& options, protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
-  Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection,
-                                           std::vector<std::string> names, protocol::Stay stay,
-                                           const int32_t* cancel = nullptr) const;
+  Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection, std::vector<std::string> names,
+                                           protocol::Stay stay, const int32_t* cancel = nullptr) const;
   Result<Parts> cut(std::span<const CopyOrder> orders) const;
   Result<LoadReport> copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
   Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,

@@ -55,9 +55,8 @@ Result<CopyPlan> packed_plan(const std::vector<Slice>& slices, const tensor::Pac
 }
 
 json item_json(const Slice& slice, const tensor::PackedItem& place) {
-  return {{"view", tensor::to_text(slice.item)}, {"tensor", slice.item.name},
-          {"dtype", slice.tensor->dtype_text},   {"shape", slice.region.shape},
-          {"target_offset", place.offset},       {"size_bytes", place.size_bytes}};
+  return {{"view", tensor::to_text(slice.item)}, {"tensor", slice.item.name},     {"dtype", slice.tensor->dtype_text},
+          {"shape", slice.region.shape},         {"target_offset", place.offset}, {"size_bytes", place.size_bytes}};
 }
 
 json record_json(const Copy2D& record) {

@@ -13,8 +13,7 @@ using nlohmann::json;
 // Two files: a [4, 6] and b [3] in the first, c [2] of an unknown type in the second.
 tensor::Index two_files() {
   tensor::Index index;
-  index.files = {{.path = "/m/one.safetensors", .size_bytes = 1060},
-                 {.path = "/m/two.safetensors", .size_bytes = 520}};
+  index.files = {{.path = "/m/one.safetensors", .size_bytes = 1060}, {.path = "/m/two.safetensors", .size_bytes = 520}};
   index.tensors = {
       {.name = "a",
        .dtype = tensor::Dtype::f16,
@@ -22,12 +21,7 @@ tensor::Index two_files() {
        .shape = {4, 6},
        .offset = 1000,
        .size_bytes = 48},
-      {.name = "b",
-       .dtype = tensor::Dtype::f32,
-       .dtype_text = "F32",
-       .shape = {3},
-       .offset = 1048,
-       .size_bytes = 12},
+      {.name = "b", .dtype = tensor::Dtype::f32, .dtype_text = "F32", .shape = {3}, .offset = 1048, .size_bytes = 12},
       {.name = "c", .dtype_text = "Q5", .shape = {2}, .file = 1, .offset = 500, .size_bytes = 20},
   };
   return index;
@@ -38,14 +32,12 @@ tensor::Index two_files() {
 TEST(PlanJson, a_view_is_the_plan_of_a_packed_copy) {
   const json plan = json::parse(plan_json(two_files(), {"a[:, 0:3]", "b"}).value());
   EXPECT_EQ(plan.at("target_bytes"), 40);
-  EXPECT_EQ(plan.at("items"),
-            json::parse(R"([{"view": "a[:, 0:3]", "tensor": "a", "dtype": "F16", "shape": [4, 3],
+  EXPECT_EQ(plan.at("items"), json::parse(R"([{"view": "a[:, 0:3]", "tensor": "a", "dtype": "F16", "shape": [4, 3],
                              "target_offset": 0, "size_bytes": 24},
                             {"view": "b", "tensor": "b", "dtype": "F32", "shape": [3], "target_offset": 24,
                              "size_bytes": 12}])"));
-  EXPECT_EQ(
-      plan.at("records"),
-      json::parse(R"([{"kind": "copy", "source": 0, "source_offset": 1000, "source_pitch": 12, "row_count": 4,
+  EXPECT_EQ(plan.at("records"),
+            json::parse(R"([{"kind": "copy", "source": 0, "source_offset": 1000, "source_pitch": 12, "row_count": 4,
                              "target_offset": 0, "target_pitch": 6, "row_bytes": 6, "outer": []},
                             {"kind": "copy", "source": 0, "source_offset": 1048, "source_pitch": 0, "row_count": 1,
                              "target_offset": 24, "target_pitch": 0, "row_bytes": 12, "outer": []},

@@ -69,11 +69,9 @@ constexpr int64_t kDrainSecondsMax = 3600;
 constexpr int64_t kGpuIdleSecondsMax = 86'400;
 
 constexpr Setting kSettings[] = {
-    {"runtime_dir", "FOLDER",
-     "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
+    {"runtime_dir", "FOLDER", "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
      set_text<&Config::runtime_dir>},
-    {"state_dir", "FOLDER",
-     "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
+    {"state_dir", "FOLDER", "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
      set_text<&Config::state_dir>},
     {"host_memory", "SIZE",
      "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's, also as it "
@@ -84,8 +82,7 @@ constexpr Setting kSettings[] = {
      }},
     {"memory_wait_seconds", "COUNT", "how long an open waits for memory that others hold (default: 30)",
      set_number<&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax>},
-    {"prefault", "SIZE",
-     "memory to touch in the background at start, so that loads find it warm (default: 0)",
+    {"prefault", "SIZE", "memory to touch in the background at start, so that loads find it warm (default: 0)",
      [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
     {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
      set_number<&Config::read_threads, 1, kReadThreadsMax>},
@@ -110,8 +107,7 @@ constexpr Setting kSettings[] = {
     {"gpu_idle_seconds", "COUNT",
      "after so long without a copy a GPU is given back, with 0.5 GiB of its memory (default: 60)",
      set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},
-    {"log_level", "LEVEL",
-     "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
+    {"log_level", "LEVEL", "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
      [](Config& config, const std::string& value) -> Status {
        TRY_ASSIGN(config.log_level, base::parse_log_level(value));
        return {};
@@ -201,8 +197,7 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments) {
     const auto* setting = std::find_if(std::begin(kSettings), std::end(kSettings),
                                        [&](const Setting& one) { return flag_of(one) == flag; });
     if (setting == std::end(kSettings) && flag != "--config") {
-      return fail(Code::invalid_argument,
-                  base::text("no flag ", base::quoted(flag), "; see `tensord serve --help`"));
+      return fail(Code::invalid_argument, base::text("no flag ", base::quoted(flag), "; see `tensord serve --help`"));
     }
     if (equals == std::string::npos && ++argument == arguments.end())
       return fail(Code::invalid_argument, flag + " needs a value");
@@ -230,16 +225,14 @@ Result<Config> make_config(const CommandLine& command_line) {
   if (file.valid() && base::identify_file(file.get(), path)) {
     TRY(apply_file(config, path));
   } else if (!named.empty()) {
-    return fail(Code::not_found,
-                base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
+    return fail(Code::not_found, base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
   }
   for (const Setting& setting : kSettings) {
     const std::string name = variable_of(setting);
     const std::string value = base::environment(name.c_str());
     if (!value.empty()) TRY(apply(config, setting, value, "$" + name));
   }
-  for (const auto& [setting, value] : command_line.flags)
-    TRY(apply(config, *setting, value, flag_of(*setting)));
+  for (const auto& [setting, value] : command_line.flags) TRY(apply(config, *setting, value, flag_of(*setting)));
   if (config.prefault > config.host_memory) {
     return fail(Code::invalid_argument,
                 base::text("prefault (", base::human_bytes(config.prefault), ") is more than host_memory (",

@@ -53,8 +53,7 @@ std::span<const Setting> settings();
 struct CommandLine {
   bool help = false;
   bool detach = false;
-  std::string
-      config_path;  // --config; else $TENSORD_CONFIG, else ~/.config/tensord/tensord.toml when it exists
+  std::string config_path;  // --config; else $TENSORD_CONFIG, else ~/.config/tensord/tensord.toml when it exists
   std::vector<std::pair<const Setting*, std::string>> flags;
 };
 // Code::invalid_argument names the argument.

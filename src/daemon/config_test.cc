@@ -63,14 +63,10 @@ TEST_F(ConfigTest, a_flag_beats_the_environment_beats_the_file_beats_the_default
 }
 
 TEST_F(ConfigTest, mistakes_are_told_with_the_place_they_stand_at) {
-  const auto message = [](const base::Result<Config>& config) {
-    return config ? "accepted" : config.error().message;
-  };
-  EXPECT_EQ(message(configure({"--host-memery", "1"})),
-            "no flag '--host-memery'; see `tensord serve --help`");
+  const auto message = [](const base::Result<Config>& config) { return config ? "accepted" : config.error().message; };
+  EXPECT_EQ(message(configure({"--host-memery", "1"})), "no flag '--host-memery'; see `tensord serve --help`");
   EXPECT_EQ(message(configure({"--host-memory"})), "--host-memory needs a value");
-  EXPECT_EQ(message(configure({"--read-threads", "0"})),
-            "--read-threads: '0' is no whole number from 1 to 256");
+  EXPECT_EQ(message(configure({"--read-threads", "0"})), "--read-threads: '0' is no whole number from 1 to 256");
   EXPECT_EQ(message(configure({"--config", "/none"})), "--config /none: cannot be read");
   EXPECT_EQ(message(configure({"--config", "/"})), "--config /: cannot be read");
   ::setenv("TENSORD_CONFIG", "/none", 1);
@@ -80,15 +76,13 @@ TEST_F(ConfigTest, mistakes_are_told_with_the_place_they_stand_at) {
   EXPECT_EQ(message(configure({})),
             folder_ + "/tensord.toml:2: host_memery: no such setting; see `tensord serve --help`");
   write_file("read_threads = [1]\n");
-  EXPECT_EQ(message(configure({})),
-            folder_ + "/tensord.toml:1: read_threads: write a string or a whole number");
+  EXPECT_EQ(message(configure({})), folder_ + "/tensord.toml:1: read_threads: write a string or a whole number");
   write_file("read_threads = \n");
   EXPECT_TRUE(message(configure({})).starts_with(folder_ + "/tensord.toml:")) << message(configure({}));
   write_file("");
   ::setenv("TENSORD_HOST_MEMORY", "lots", 1);
-  EXPECT_EQ(
-      message(configure({})),
-      "$TENSORD_HOST_MEMORY: size 'lots': write a number with an optional unit, such as 8GiB or 512MiB");
+  EXPECT_EQ(message(configure({})),
+            "$TENSORD_HOST_MEMORY: size 'lots': write a number with an optional unit, such as 8GiB or 512MiB");
 }
 
 TEST_F(ConfigTest, relative_folders_are_those_of_the_place_it_was_started_at) {
@@ -99,8 +93,8 @@ TEST_F(ConfigTest, relative_folders_are_those_of_the_place_it_was_started_at) {
 
 TEST_F(ConfigTest, the_default_memory_is_at_most_half_of_the_machine) {
   EXPECT_GT(doctor::default_host_memory(), 0u);
-  EXPECT_LE(doctor::default_host_memory(), static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-                                               static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) / 2);
+  EXPECT_LE(doctor::default_host_memory(),
+            static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) / 2);
 }
 
 TEST_F(ConfigTest, help_names_every_setting) {

@@ -21,12 +21,10 @@ Result<gpu::Uuid> uuid_of(const protocol::CopyToDevice& order) {
 }
 
 // Targets with the descriptors that came for them.
-Result<std::vector<gpu::Target>> take_targets(const protocol::CopyToDevice& order,
-                                              std::vector<base::Fd> fds) {
+Result<std::vector<gpu::Target>> take_targets(const protocol::CopyToDevice& order, std::vector<base::Fd> fds) {
   const auto& sizes = *order.allocation_bytes();
   if (sizes.size() != fds.size())
-    return fail(Code::invalid_argument, sizes.size(), " allocations on a GPU came with ", fds.size(),
-                " descriptors");
+    return fail(Code::invalid_argument, sizes.size(), " allocations on a GPU came with ", fds.size(), " descriptors");
   std::vector<gpu::Target> targets;
   uint32_t next = 0;
   for (const protocol::DeviceTarget* told : *order.targets()) {
@@ -72,8 +70,7 @@ Result<gpu::Device*> DeviceCopies::device(const gpu::Uuid& uuid) {
               "; start it with all GPUs visible (CUDA_VISIBLE_DEVICES unset, in containers --gpus all)");
 }
 
-Result<std::unique_ptr<gpu::CopyJob>> DeviceCopies::make_job(rpc::Request& request,
-                                                             const engine::Replica& replica) {
+Result<std::unique_ptr<gpu::CopyJob>> DeviceCopies::make_job(rpc::Request& request, const engine::Replica& replica) {
   const protocol::CopyToDevice& order = *request.frame().request_as_CopyToDevice();
   auto job = std::make_unique<gpu::CopyJob>();
   job->client = request.client.connection;

@@ -30,8 +30,7 @@ json error_json(const std::optional<base::Error>& error) {
 json only_value(const std::vector<std::string>& only) {
   constexpr size_t kShownMax = 16;
   if (only.empty()) return nullptr;
-  return json(
-      std::vector(only.begin(), only.begin() + static_cast<ptrdiff_t>(std::min(only.size(), kShownMax))));
+  return json(std::vector(only.begin(), only.begin() + static_cast<ptrdiff_t>(std::min(only.size(), kShownMax))));
 }
 
 json replica_value(const engine::Replica& replica) {
@@ -103,13 +102,13 @@ json trace_value(const engine::LoadReport& report) {
   for (const engine::Use& use : report.uses) {
     for (const engine::UseSpan& span : use.spans) {
       if (trace.size() == kTraceCountMax) break;
-      trace.push_back({{"name", "copy"},
-                       {"thread", use.process_name + " " + std::to_string(use.process_id) + " copy " +
-                                      std::to_string(span.thread)},
-                       {"begin_ns", span.begin_ns},
-                       {"end_ns", span.end_ns},
-                       {"bytes", span.size_bytes},
-                       {"record", span.record}});
+      trace.push_back(
+          {{"name", "copy"},
+           {"thread", use.process_name + " " + std::to_string(use.process_id) + " copy " + std::to_string(span.thread)},
+           {"begin_ns", span.begin_ns},
+           {"end_ns", span.end_ns},
+           {"bytes", span.size_bytes},
+           {"record", span.record}});
     }
   }
   return trace;
@@ -135,25 +134,24 @@ json waiting_value(const engine::Engine& engine) {
 }  // namespace
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
-  return dump(
-      {{"pid", ::getpid()},
-       {"version", facts.version},
-       {"protocol", facts.protocol},
-       {"socket", facts.socket},
-       {"runtime_dir", facts.runtime_dir},
-       {"state_dir", facts.state_dir},
-       {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
-       {"limits",
-        {{"host_memory", engine.memory().limit_bytes()},
-         {"read_threads", facts.read_threads},
-         {"connections", facts.connection_count_max}}},
-       {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
-       {"replicas", engine.replicas().size()},
-       {"loads_running", engine.running_count() - engine.waiting_count()},
-       {"waiting", waiting_value(engine)},
-       {"loaded_bytes", engine.loaded_bytes()},
-       {"disk_bytes", engine::disk_bytes_read()},
-       {"connections", connection_count}});
+  return dump({{"pid", ::getpid()},
+               {"version", facts.version},
+               {"protocol", facts.protocol},
+               {"socket", facts.socket},
+               {"runtime_dir", facts.runtime_dir},
+               {"state_dir", facts.state_dir},
+               {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
+               {"limits",
+                {{"host_memory", engine.memory().limit_bytes()},
+                 {"read_threads", facts.read_threads},
+                 {"connections", facts.connection_count_max}}},
+               {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
+               {"replicas", engine.replicas().size()},
+               {"loads_running", engine.running_count() - engine.waiting_count()},
+               {"waiting", waiting_value(engine)},
+               {"loaded_bytes", engine.loaded_bytes()},
+               {"disk_bytes", engine::disk_bytes_read()},
+               {"connections", connection_count}});
 }
 
 std::string list_json(const engine::Engine& engine) {

@@ -32,19 +32,17 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   const protocol::Open& open = *request.frame().request_as_Open();
   const size_t file_count = open.paths()->size();
   if (request.fds.size() != file_count) {
-    return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count,
-                                                   " paths came with ", request.fds.size(), " descriptors"));
+    return fail(Code::invalid_argument, base::text("open ", open.path()->str(), ": ", file_count, " paths came with ",
+                                                   request.fds.size(), " descriptors"));
   }
   if (open.stay() > protocol::Stay::MAX) return fail(Code::unsupported, "no such stay of a replica");
-  engine::OpenOrder order{.path = open.path()->str(),
-                          .index_only = open.index_only(),
-                          .stay = static_cast<engine::Stay>(open.stay())};
+  engine::OpenOrder order{
+      .path = open.path()->str(), .index_only = open.index_only(), .stay = static_cast<engine::Stay>(open.stay())};
   if (open.only() != nullptr) {
     for (const auto* words : *open.only()) order.only.push_back(words->str());
   }
   constexpr int64_t kWaitMsMax = int64_t{1000} * kMemoryWaitSecondsMax;
-  if (open.memory_wait_ms() != 0)
-    order.memory_wait_ms = std::clamp<int64_t>(open.memory_wait_ms(), 0, kWaitMsMax);
+  if (open.memory_wait_ms() != 0) order.memory_wait_ms = std::clamp<int64_t>(open.memory_wait_ms(), 0, kWaitMsMax);
   order.holder = {request.client.process_id, request.client.user_id, request.client.process_name,
                   request.client.connection};
   for (size_t at = 0; at < file_count; ++at) {
@@ -97,9 +95,9 @@ void Requests::handle(rpc::Request request) {
     default:
       break;
   }
-  server_->reply(request.client.connection,
-                 rpc::reply_failure(request.frame().id(),
-                                    {Code::unsupported, "this daemon does not know such a request"}));
+  server_->reply(
+      request.client.connection,
+      rpc::reply_failure(request.frame().id(), {Code::unsupported, "this daemon does not know such a request"}));
 }
 
 void Requests::open(rpc::Request request) {
@@ -195,8 +193,7 @@ void Requests::used(const rpc::Request& request) {
   if (used.spans() != nullptr && facts_.keep_spans) {
     for (const protocol::Span* span : *used.spans()) {
       if (use.spans.size() == engine::kSpanCountMax) break;
-      use.spans.push_back(
-          {span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});
+      use.spans.push_back({span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});
     }
   }
   engine_.note_use(used.replica(), std::move(use));

@@ -61,10 +61,9 @@ DescriptorShares raise_descriptor_limit() {
 
 // The default follows the limit it comes from; what was set stays below it.
 void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
-  engine.set_host_memory(
-      config.host_memory_is_default
-          ? doctor::default_host_memory()
-          : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
+  engine.set_host_memory(config.host_memory_is_default
+                             ? doctor::default_host_memory()
+                             : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
@@ -77,8 +76,7 @@ Status detach() {
   // Who reads this command's output is not to wait for the daemon's end. Log lines still go to standard error.
   const base::Fd nowhere(::open("/dev/null", O_RDWR | O_CLOEXEC));
   for (const int stream : {STDIN_FILENO, STDOUT_FILENO}) {
-    if (::dup2(nowhere.get(), stream) < 0)
-      return tl::unexpected(base::errno_error("let go of the terminal", errno));
+    if (::dup2(nowhere.get(), stream) < 0) return tl::unexpected(base::errno_error("let go of the terminal", errno));
   }
   if (::chdir("/") != 0) return tl::unexpected(base::errno_error("leave the working folder", errno));
   return {};
@@ -165,8 +163,7 @@ void prefault(rpc::Loop& loop, engine::Engine& engine, storage::ReadPool& thread
       const bool touched = segment->has_value();
       engine.settle_claim(size, std::move(*segment));
       if (touched) return prefault(loop, engine, thread, huge, sizes);
-      log(LogLevel::warning, "prefault: ", base::human_bytes(size),
-          " could not be had; the rest is left out");
+      log(LogLevel::warning, "prefault: ", base::human_bytes(size), " could not be had; the rest is left out");
     });
   });
 }
@@ -200,8 +197,7 @@ class Shutdown {
   void begin() {
     if (begun_) return cancel();
     begun_ = true;
-    log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_,
-        " s");
+    log(LogLevel::info, "stopping: ", engine_.running_count(), " loads run, they have ", drain_seconds_, " s");
     server_->stop_accepting();
     loop_.call_after(drain_seconds_ * 1000, [this] { cancel(); });
     // Through the loop once more, so that the reply to `stop` is on its way first.
@@ -224,6 +220,11 @@ class Shutdown {
   rpc::Server* server_ = nullptr;
   bool begun_ = false;
 };
+
+void log_start(const std::string& socket, const engine::Engine& engine, const Config& config) {
+  log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
+      base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
+}
 
 Status run(const Config& config) {
   TRY(rpc::prepare_runtime_folder(config.runtime_dir));
@@ -262,19 +263,19 @@ Status run(const Config& config) {
                     .keep_spans = keep_spans};
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
   Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
+  const auto closed = [&](rpc::ConnectionId id) {
+    loop->post([&, id] {
+      engine.withdraw(id);
+      devices.forget(id);
+    });
+  };
   TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
              rpc::Server::start(*loop, std::move(listener),
                                 {.product_version = kVersion,
                                  .keep_spans = keep_spans,
                                  .user_id = ::getuid(),
                                  .connection_count_max = shares.connections,
-                                 .closed =
-                                     [&](rpc::ConnectionId id) {
-                                       loop->post([&, id] {
-                                         engine.withdraw(id);
-                                         devices.forget(id);
-                                       });
-                                     }},
+                                 .closed = closed},
                                 [&](rpc::Request request) { requests.handle(std::move(request)); }));
   requests.reply_through(*server);
   shutdown.watch(*server);
@@ -288,8 +289,7 @@ Status run(const Config& config) {
     TRY_ASSIGN(prefault_thread, storage::start_read_pool(1));
     prefault(*loop, engine, *prefault_thread, config.huge_pages, memory::segment_sizes(config.prefault));
   }
-  log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
-      base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
+  log_start(socket, engine, config);
   loop->run();
   loop->drain();
   loop->unwatch(signals.get());

@@ -101,8 +101,7 @@ std::optional<Rates> load_rates(const std::string& state_dir, const std::string&
   auto text = base::read_file(fd.get(), kFileBytesMax, path);
   const auto rates = text ? parse_rates(*text, machine) : base::Result<Rates>(base::pass_on(text));
   if (rates) return *rates;
-  base::log(base::LogLevel::warning, path, " is ignored: ", rates.error().message,
-            "; `tensord doctor` writes it anew");
+  base::log(base::LogLevel::warning, path, " is ignored: ", rates.error().message, "; `tensord doctor` writes it anew");
   return std::nullopt;
 }
 

@@ -161,8 +161,7 @@ constexpr Measurement kMeasurements[] = {
     {"cache_pread", [](Bench& bench) { return bench.read_cached(CachedPath::plain); }},
     {"cache_stream", [](Bench& bench) { return bench.read_cached(CachedPath::stream); }},
     {"cache_mapped", [](Bench& bench) { return bench.read_mapped(); }},
-    {"disk_direct",
-     [](Bench& bench) { return bench.read_disk(bench.direct.get(), &SourceCounters::direct_bytes); }},
+    {"disk_direct", [](Bench& bench) { return bench.read_disk(bench.direct.get(), &SourceCounters::direct_bytes); }},
     {"disk_buffered", [](Bench& bench) { return bench.read_disk(nullptr, &SourceCounters::buffered_bytes); }},
 };
 

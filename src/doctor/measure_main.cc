@@ -37,8 +37,7 @@ base::Result<json> measured(const std::string& path) {
   const std::string state_dir = base::state_folder();
   const uint64_t limit_bytes = cgroup_memory_limit();
   TRY(base::make_folders(state_dir));
-  json report = {
-      {"machine", this_machine()}, {"problems", problems()}, {"machine_file", machine_file(state_dir)}};
+  json report = {{"machine", this_machine()}, {"problems", problems()}, {"machine_file", machine_file(state_dir)}};
   report["memory_limit_bytes"] = limit_bytes == UINT64_MAX ? json() : json(limit_bytes);
   TRY_ASSIGN(const Rates rates, measure(path.empty() ? state_dir : path));
   report["bytes_per_s"] = rates.bytes_per_s;

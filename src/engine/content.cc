@@ -19,8 +19,7 @@ Result<tensor::FileTensors> read_header(const OpenFile& file) {
                       " bytes are too few for a safetensors file");
   }
   TRY(base::read_exactly(file.fd.get(), 0, first, file.path));
-  TRY_ASSIGN(const uint64_t header_bytes,
-             tensor::parse_header_length(first, file.identity.size_bytes, file.path));
+  TRY_ASSIGN(const uint64_t header_bytes, tensor::parse_header_length(first, file.identity.size_bytes, file.path));
   std::string json(header_bytes, '\0');
   TRY(base::read_exactly(file.fd.get(), first.size(), std::as_writable_bytes(std::span(json)), file.path));
   return tensor::parse_safetensors(json, file.identity.size_bytes, file.path);
@@ -68,8 +67,7 @@ Result<std::shared_ptr<Content>> read_whole(const std::vector<OpenFile>& files) 
   return content;
 }
 
-Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole,
-                                         const std::vector<std::string>& only) {
+Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole, const std::vector<std::string>& only) {
   TRY_ASSIGN(const std::vector<uint32_t> positions, tensor::select(whole->index, only));
   auto part = std::make_shared<Content>();
   part->index = tensor::take(whole->index, positions);
@@ -92,8 +90,7 @@ LeafRange leaves_of_file(const Content& content, uint32_t file) {
   return {static_cast<uint32_t>(first - leaves.begin()), static_cast<uint32_t>(last - leaves.begin())};
 }
 
-Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
-                                                    const ContentOrder& order) {
+Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order) {
   const int64_t begin_ns = base::monotonic_ns();
   std::shared_ptr<Content> content;
   if (order.whole == nullptr || order.only.empty()) {

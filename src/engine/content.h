@@ -38,12 +38,12 @@ struct FileLeaves {
 struct Content {
   tensor::Index index;
   uint64_t image_bytes = 0;
-  tensor::ImageLayout layout;  // empty when image_bytes is over what read_content was told to lay out
+  tensor::ImageLayout layout;                  // empty when image_bytes is over what read_content was told to lay out
   std::vector<base::FileIdentity> identities;  // one per file
   std::vector<FileLeaves> file_leaves;         // one per file
   std::vector<uint32_t> first_leaves;          // one per tensor: the number of its first leaf in its file
   int64_t index_ns = 0;                        // how long reading and checking the headers took
-  std::shared_ptr<const Content> whole;  // all tensors of the files, where this is a selection; not laid out
+  std::shared_ptr<const Content> whole;        // all tensors of the files, where this is a selection; not laid out
 
   // The number of a leaf of `layout` among all leaves of its file.
   uint32_t number_of(const tensor::Leaf& leaf) const { return first_leaves[leaf.tensor] + leaf.leaf; }
@@ -58,8 +58,7 @@ struct ContentOrder {
 // Reads and checks the headers of all files. Blocks on the disk: not for the engine's thread. Errors name file
 // and tensor. An image over `image_bytes_max` is not laid out: nobody can load it, and a sparse file can claim
 // any size.
-Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files,
-                                                    const ContentOrder& order);
+Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order);
 
 // The leaves of file `file` in ImageLayout::leaves: [first, last).
 struct LeafRange {

@@ -132,14 +132,12 @@ Replica* Engine::covering(const Replica& replica) {
   const auto covers = [&](const Replica& other) {
     if (other.number == replica.number || other.key.files != replica.key.files || other.doomed) return false;
     if (other.state != ReplicaState::filling && other.state != ReplicaState::ready) return false;
-    const auto has = [&](const tensor::Tensor& tensor) {
-      return other.content->index.find(tensor.name) != nullptr;
-    };
+    const auto has = [&](const tensor::Tensor& tensor) { return other.content->index.find(tensor.name) != nullptr; };
     const auto& wanted = replica.content->index.tensors;
     return other.content->whole == nullptr || std::all_of(wanted.begin(), wanted.end(), has);
   };
-  const auto found = std::find_if(replicas_.begin(), replicas_.end(),
-                                  [&](const auto& entry) { return covers(*entry.second); });
+  const auto found =
+      std::find_if(replicas_.begin(), replicas_.end(), [&](const auto& entry) { return covers(*entry.second); });
   return found == replicas_.end() ? nullptr : found->second.get();
 }
 
@@ -207,8 +205,7 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   granted.index_bytes = replica.index_file.size_bytes;
   if (waiter.index_only) return granted;
   if (holder.user_id != replica.owner) {
-    return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ",
-                holder.user_id);
+    return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ", holder.user_id);
   }
   if (lease_count_ >= options_.lease_count_max) {
     return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
@@ -216,10 +213,8 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
   const uint64_t lease = next_lease_++;
-  TRY(owner_.watch_hangup(pipe.read_end.get(),
-                          [this, number = replica.number, lease] { lease_ended(number, lease); }));
-  replica.leases[lease] =
-      Lease{std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch};
+  TRY(owner_.watch_hangup(pipe.read_end.get(), [this, number = replica.number, lease] { lease_ended(number, lease); }));
+  replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch};
   replica.stays = replica.stays || waiter.stay == Stay::artifact;
   ++lease_count_;
   granted.lease = std::move(pipe.write_end);
@@ -288,11 +283,11 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   replica.state = ReplicaState::filling;
   replica.load_number = report.load;
   keep_report(std::move(report));
-  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ",
-      base::human_bytes(total_bytes), " in ", content.index.tensors.size(), " tensors");
+  log(LogLevel::info, "load ", replica.load_number, ": ", replica.path(), ", ", base::human_bytes(total_bytes), " in ",
+      content.index.tensors.size(), " tensors");
   // Kept segments go for descriptors too.
-  std::vector<memory::Segment> surplus = pool_memory_.trim(
-      options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
+  std::vector<memory::Segment> surplus =
+      pool_memory_.trim(options_.descriptor_count_max - std::min(descriptor_count(), options_.descriptor_count_max));
   give_back(std::move(surplus), [this, number = replica.number] { start_load(number); });
   return {};
 }
@@ -307,8 +302,7 @@ void Engine::start_load(uint64_t number) {
 }
 
 // What the catalog has of a file, if its tensors lay there then as they do now; else empty.
-Result<std::vector<tensor::Digest>> Engine::recorded_leaves(const base::FileIdentity& file,
-                                                            const FileLeaves& all) {
+Result<std::vector<tensor::Digest>> Engine::recorded_leaves(const base::FileIdentity& file, const FileLeaves& all) {
   TRY_ASSIGN(auto record, catalog_.find_file(file));
   if (!record || record->layout_digest != all.layout_digest || record->leaves.size() != all.count)
     return std::vector<tensor::Digest>();
@@ -345,9 +339,8 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     report->state = result.status ? LoadState::ready : LoadState::failed;
     if (result.status) report->artifact = result.artifact_id;
     if (!result.status) report->error = result.status.error();
-    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message,
-        ", ", base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9,
-        " s");
+    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",
+        base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9, " s");
   }
   replica.load.reset();
   replica.pages.reset();
@@ -455,22 +448,20 @@ void Engine::forget(uint64_t number) {
 
 Status Engine::evict(uint64_t number) {
   Replica& replica = *replicas_.at(number);
-  if (replica.pinned)
-    return fail(Code::denied, "replica ", number, " ", replica.path(), " is pinned; unpin it first");
+  if (replica.pinned) return fail(Code::denied, "replica ", number, " ", replica.path(), " is pinned; unpin it first");
   if (!replica.leases.empty()) {
     const Holder& holder = replica.leases.begin()->second.holder;
     const std::string others =
         replica.leases.size() == 1 ? "" : base::text(" and ", replica.leases.size() - 1, " more");
-    return fail(Code::denied, "replica ", number, " ", replica.path(), " is leased by ", holder.process_name,
-                " pid ", holder.process_id, others, "; close it there first");
+    return fail(Code::denied, "replica ", number, " ", replica.path(), " is leased by ", holder.process_name, " pid ",
+                holder.process_id, others, "; close it there first");
   }
   if (replica.state <= ReplicaState::waiting || replica.use_count > 0)
     return fail(Code::unavailable, "replica ", number, " ", replica.path(), " is busy; try again");
   if (replica.load) {
     replica.doomed = true;
     unlist(replica);
-    cancel_load(replica,
-                {Code::cancelled, base::text("load of ", replica.path(), ": evicted while it was filling")});
+    cancel_load(replica, {Code::cancelled, base::text("load of ", replica.path(), ": evicted while it was filling")});
     return {};
   }
   forget(number);
@@ -511,8 +502,7 @@ void Engine::cancel_all() {
   serve_line();
   for (auto& [number, replica] : replicas_) {
     if (replica->load) {
-      cancel_load(*replica,
-                  {Code::cancelled, base::text("load of ", replica->path(), ": the daemon was stopped")});
+      cancel_load(*replica, {Code::cancelled, base::text("load of ", replica->path(), ": the daemon was stopped")});
     }
   }
 }

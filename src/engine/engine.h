@@ -49,8 +49,7 @@ struct EngineOptions {
   std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
   storage::FileSourceOptions reads;  // what it points to must outlive the engine
   memory::HugePages huge_pages = memory::HugePages::wanted;
-  int64_t memory_wait_ms =
-      0;  // how long an open waits for room that others hold, where it does not say so itself
+  int64_t memory_wait_ms = 0;  // how long an open waits for room that others hold, where it does not say so itself
   // Of replicas and kept segments, which evict each other for them as for memory; and of leases, one each.
   size_t descriptor_count_max = 1 << 20;
   size_t lease_count_max = kLeaseCountMax;
@@ -94,8 +93,8 @@ class Engine {
  public:
   // All references must outlive the engine; the pools' threads must run. The catalog is used on `catalog_thread` alone, a
   // pool of one: its disk may stall for longer than a client should wait for a replica that is resident.
-  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread,
-         storage::ReadPool& pool, Owner owner);
+  Engine(EngineOptions options, catalog::Catalog& catalog, storage::ReadPool& catalog_thread, storage::ReadPool& pool,
+         Owner owner);
   // Every load must have ended (drain()).
   ~Engine();
 

@@ -27,8 +27,7 @@ bool is_named(const Replica& replica, const std::string& selector) {
   if (std::find(replica.paths.begin(), replica.paths.end(), selector) != replica.paths.end()) return true;
   const auto& files = replica.content->index.files;
   if (files.size() == 1 && files[0].path == selector) return true;
-  return selector.size() >= kIdDigitsMin && replica.artifact &&
-         replica.artifact->to_text().starts_with(selector);
+  return selector.size() >= kIdDigitsMin && replica.artifact && replica.artifact->to_text().starts_with(selector);
 }
 }  // namespace
 
@@ -44,8 +43,7 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     if (is_named(*replica, selector)) found.push_back(at);
   }
   if (found.empty()) {
-    return fail(Code::not_found, "no replica of ", base::quoted(selector),
-                " is resident; `tensord ls` lists them");
+    return fail(Code::not_found, "no replica of ", base::quoted(selector), " is resident; `tensord ls` lists them");
   }
   // Of one path there may be an old and a new replica when its files changed: the newest is meant,
   // and before a selection of its tensors a whole one.
@@ -131,8 +129,7 @@ Result<LoadReport> Engine::explain(const std::string& selector) const {
                             [&](const LoadReport& report) { return is_meant(report.replica, report.path); });
   if (found == reports_.rend() && last) found = reports_.rbegin();
   if (found == reports_.rend() && !resident) return base::pass_on(resident);
-  if (found == reports_.rend())
-    return fail(Code::not_found, "the load of ", base::quoted(selector), " is forgotten");
+  if (found == reports_.rend()) return fail(Code::not_found, "the load of ", base::quoted(selector), " is forgotten");
   LoadReport report = *found;
   const auto replica = replicas_.find(report.replica);
   if (replica != replicas_.end() && replica->second->load) note_progress(*replica->second, report);
@@ -158,8 +155,7 @@ void Engine::note_use(uint64_t number, Use use) {
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
   if (!use.slower_why.empty()) {
-    const std::string note =
-        base::text(use.process_name, ": copies to GPU memory took a slower way: ", use.slower_why);
+    const std::string note = base::text(use.process_name, ": copies to GPU memory took a slower way: ", use.slower_why);
     const bool known = std::find(report->notes.begin(), report->notes.end(), note) != report->notes.end();
     if (!known && report->notes.size() < kUseCountMax) report->notes.push_back(note);
   }
@@ -239,8 +235,7 @@ void Engine::let_go(uint64_t number) {
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
-    return done(
-        fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
+    return done(fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
   }
   ++replica.use_count;
   auto job = std::make_shared<Verification>();

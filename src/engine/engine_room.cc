@@ -29,9 +29,7 @@ constexpr int64_t kFreeingNs = 30'000'000'000;
 
 uint64_t missing(uint64_t wanted, uint64_t most) { return wanted > most ? wanted - most : 0; }
 
-uint64_t memory_bytes_of(const Replica& replica) {
-  return memory::memory_bytes(replica.content->image_bytes);
-}
+uint64_t memory_bytes_of(const Replica& replica) { return memory::memory_bytes(replica.content->image_bytes); }
 
 // Replica::descriptor_count() once it fills.
 size_t descriptors_of(const Replica& replica) {
@@ -62,8 +60,7 @@ void Engine::serve_line() {
   for (InLine& entry : std::exchange(line_, {})) {
     Replica& replica = *replicas_.at(entry.replica);
     if (cancelling_) {
-      fail_waiters(replica,
-                   {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
+      fail_waiters(replica, {Code::cancelled, base::text("open ", replica.path(), ": the daemon was stopped")});
       continue;
     }
     if (Replica* larger = covering(replica)) {
@@ -82,10 +79,10 @@ void Engine::serve_line() {
       admit(replica, std::move(entry.known));
       continue;
     }
-    replica.waits_for = base::text(base::human_bytes(needed_bytes),
-                                   room == Room::freeing ? " that are being given back"
-                                   : ahead == Room::now  ? "; held: " + holders_text()
-                                                         : ", after others that wait for memory");
+    replica.waits_for =
+        base::text(base::human_bytes(needed_bytes), room == Room::freeing ? " that are being given back"
+                                                    : ahead == Room::now  ? "; held: " + holders_text()
+                                                                          : ", after others that wait for memory");
     if (!turn_away(replica, room)) continue;
     if (ahead == Room::now) passed = passed_bytes(entry.first_load);
     ahead = room;
@@ -119,8 +116,7 @@ bool Engine::turn_away(Replica& replica, Room room) {
     log(LogLevel::warning, error.message);
     keep_failed(replica, error);
   }
-  const std::vector<Waiter> gone(std::make_move_iterator(refused),
-                                 std::make_move_iterator(replica.waiters.end()));
+  const std::vector<Waiter> gone(std::make_move_iterator(refused), std::make_move_iterator(replica.waiters.end()));
   replica.waiters.erase(refused, replica.waiters.end());
   for (const Waiter& waiter : gone) waiter.done(tl::unexpected(error));
   if (!replica.waiters.empty()) return true;
@@ -186,13 +182,12 @@ base::Error Engine::refusal(const Replica& replica) const {
       needed_bytes > free_bytes
           ? base::text("of host_memory ", base::human_bytes(pool_memory_.limit_bytes()), " only ",
                        base::human_bytes(free_bytes), " are free")
-          : base::text("others wait before it, or ", descriptor_count(), " of ",
-                       options_.descriptor_count_max, " descriptors are in use (half of ulimit -n)");
+          : base::text("others wait before it, or ", descriptor_count(), " of ", options_.descriptor_count_max,
+                       " descriptors are in use (half of ulimit -n)");
   const int64_t waited_ms = (base::monotonic_ns() - replica.room_ns) / base::kNsPerMs;
-  return {Code::exhausted,
-          base::text("open ", replica.path(), ": it needs ", base::human_bytes(needed_bytes), ", but ", lack,
-                     ", and the rest cannot be evicted: ", holders_text(), " (waited ", waited_ms,
-                     " ms); close or unpin some of them, or raise host_memory")};
+  return {Code::exhausted, base::text("open ", replica.path(), ": it needs ", base::human_bytes(needed_bytes), ", but ",
+                                      lack, ", and the rest cannot be evicted: ", holders_text(), " (waited ",
+                                      waited_ms, " ms); close or unpin some of them, or raise host_memory")};
 }
 
 // ---- making room ----------------------------------------------------------------------------------------------------
@@ -274,10 +269,9 @@ void Engine::set_host_memory(uint64_t limit_bytes) {
   const uint64_t in_use_bytes = pool_memory_.in_use_bytes();
   log(LogLevel::warning, "host_memory is now ", base::human_bytes(limit_bytes), ", it was ",
       base::human_bytes(before_bytes), ": the memory limit of the cgroup or the machine has changed",
-      in_use_bytes <= limit_bytes
-          ? ""
-          : base::text("; ", base::human_bytes(in_use_bytes),
-                       " are in use and stay until they are let go: ", holders_text()));
+      in_use_bytes <= limit_bytes ? ""
+                                  : base::text("; ", base::human_bytes(in_use_bytes),
+                                               " are in use and stay until they are let go: ", holders_text()));
   room_changed();
 }
 
@@ -301,8 +295,7 @@ std::string Engine::holders_text() const {
     if (!replica->held() || replica->memory.segments.empty()) continue;
     if (shown++ == kShownMax) return out + ", and others";
     if (!out.empty()) out += ", ";
-    out += base::text("replica ", number, " ", replica->path(), " (",
-                      base::human_bytes(replica->memory.size_bytes()));
+    out += base::text("replica ", number, " ", replica->path(), " (", base::human_bytes(replica->memory.size_bytes()));
     if (replica->pinned) out += ", pinned";
     if (replica->state == ReplicaState::filling) out += ", filling";
     for (const auto& [lease, held] : replica->leases) {

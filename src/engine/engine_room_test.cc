@@ -23,8 +23,7 @@ TEST_F(LineTest, an_open_waits_until_a_lease_ends) {
   run_until_waiting(1);
   const Replica& replica = engine_.replica(2);
   EXPECT_EQ(replica.state, ReplicaState::waiting);
-  EXPECT_NE(replica.waits_for.find("5.12 MiB; held: replica 1 " + path), std::string::npos)
-      << replica.waits_for;
+  EXPECT_NE(replica.waits_for.find("5.12 MiB; held: replica 1 " + path), std::string::npos) << replica.waits_for;
   EXPECT_FALSE(engine_.claim_memory(kMiB)) << "who waits comes before memory for loads to come";
   owner_.hang_up_all();
   EXPECT_EQ(replica_of(waiting), 2u);
@@ -231,8 +230,7 @@ TEST_F(LineTest, an_open_waits_for_descriptors_as_for_memory) {
 
 TEST_F(LineTest, a_batch_waits_for_the_batches_of_others_and_of_other_threads) {
   const std::string path = write("a", 3 * kMiB, 1, 4);
-  const Granted first = ask_batch(path, "w0", Stay::batch, 88),
-                second = ask_batch(path, "w1", Stay::batch, 99);
+  const Granted first = ask_batch(path, "w0", Stay::batch, 88), second = ask_batch(path, "w1", Stay::batch, 99);
   answer(first).value();
   answer(second).value();
   for (const pid_t process : {77, 88}) {
@@ -250,8 +248,7 @@ TEST_F(LineTest, a_batch_waits_for_the_batches_of_others_and_of_other_threads) {
 
 TEST_F(LineTest, a_batch_ahead_of_another_never_waits_so_two_streams_do_not_wait_for_each_other) {
   const std::string path = write("a", 3 * kMiB, 1, 4);
-  const Granted mine = ask_batch(path, "w0", Stay::batch, 88),
-                others = ask_batch(path, "w1", Stay::batch, 99);
+  const Granted mine = ask_batch(path, "w0", Stay::batch, 88), others = ask_batch(path, "w1", Stay::batch, 99);
   answer(mine).value();
   answer(others).value();
   EXPECT_EQ(answer(ask_batch(path, "w2", Stay::batch_ahead, 88)).error().code, Code::exhausted);
@@ -266,8 +263,7 @@ TEST_F(LineTest, a_batch_ahead_of_another_never_waits_so_two_streams_do_not_wait
 
 TEST_F(LineTest, a_batch_ahead_is_refused_where_others_wait_for_the_same_batch_and_it_does_not) {
   const std::string path = write("a", 3 * kMiB, 1, 3);
-  const Granted mine = ask_batch(path, "w0", Stay::batch, 88),
-                others = ask_batch(path, "w1", Stay::batch, 99);
+  const Granted mine = ask_batch(path, "w0", Stay::batch, 88), others = ask_batch(path, "w1", Stay::batch, 99);
   answer(mine).value();
   answer(others).value();
   const Granted waiting = ask_batch(path, "w2", Stay::batch, 77);
@@ -341,8 +337,7 @@ TEST_F(LineTest, whatever_clients_do_the_limit_holds_and_everybody_is_answered) 
   std::mt19937 random(seed);
   const auto below = [&](size_t most) { return random() % most; };
   std::vector<std::string> paths;
-  for (unsigned at = 0; at < 5; ++at)
-    paths.push_back(write("a" + std::to_string(at), (at + 1) * 380'000, at));
+  for (unsigned at = 0; at < 5; ++at) paths.push_back(write("a" + std::to_string(at), (at + 1) * 380'000, at));
   const std::string streamed = write("s", 350'000, 9, 6);
   std::vector<std::pair<uint64_t, Granted>> asked;
   const auto held = [&] {

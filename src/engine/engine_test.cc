@@ -63,8 +63,7 @@ TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {
   const Replica& replica = engine_.replica(grant.replica);
   EXPECT_EQ(replica.state, ReplicaState::failed);
   EXPECT_EQ(replica.error->code, Code::corrupt);
-  EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos)
-      << replica.error->message;
+  EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos) << replica.error->message;
 }
 
 TEST_F(EngineTest, least_recently_used_replicas_make_room_for_others) {
@@ -179,8 +178,7 @@ TEST_F(EngineTest, selectors_are_paths_ids_numbers_and_last) {
   const std::string path = write("a", 1000);
   const uint64_t replica = load(path).value().replica;
   const std::string id = engine_.replica(replica).artifact->to_text();
-  for (const std::string& selector :
-       {path, id, id.substr(0, 4), std::to_string(replica), std::string("last")}) {
+  for (const std::string& selector : {path, id, id.substr(0, 4), std::to_string(replica), std::string("last")}) {
     EXPECT_EQ(engine_.find(selector).value(), replica) << selector;
   }
   for (const std::string& selector : {std::string(""), id.substr(0, 3), path + "x", std::string("999")}) {

@@ -117,8 +117,8 @@ class EngineTest : public testing::Test {
     std::string header = "{";
     for (int at = 0; at < count; ++at) {
       const std::string tensor = count == 1 ? "w" : "w" + std::to_string(at);
-      header += (at == 0 ? "\"" : ",\"") + tensor + R"(":{"dtype":"U8","shape":[)" +
-                std::to_string(size_bytes) + R"(],"data_offsets":[)" + std::to_string(at * size_bytes) + "," +
+      header += (at == 0 ? "\"" : ",\"") + tensor + R"(":{"dtype":"U8","shape":[)" + std::to_string(size_bytes) +
+                R"(],"data_offsets":[)" + std::to_string(at * size_bytes) + "," +
                 std::to_string((at + 1) * size_bytes) + "]}";
     }
     header += "}";
@@ -193,8 +193,7 @@ class EngineTest : public testing::Test {
 
   TestOwner owner_;
   catalog::ScratchFolder catalog_folder_;
-  std::unique_ptr<catalog::Catalog> catalog_ =
-      catalog::Catalog::open(catalog_folder_.file("catalog")).value();
+  std::unique_ptr<catalog::Catalog> catalog_ = catalog::Catalog::open(catalog_folder_.file("catalog")).value();
   std::unique_ptr<storage::ReadPool> catalog_thread_;
   std::unique_ptr<storage::ReadPool> pool_;
   Engine engine_;

@@ -18,7 +18,7 @@ struct EvictionCandidate {
 
 // The least recently used replicas that nobody holds, those that are not to stay before all others, as few as free
 // what is needed; nullopt when all of them do not.
-std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates,
-                                                    uint64_t needed_bytes, size_t needed_descriptor_count);
+std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates, uint64_t needed_bytes,
+                                                    size_t needed_descriptor_count);
 
 }  // namespace tensord::engine

@@ -62,8 +62,7 @@ class Load::Run {
   // About one span a MiB: hashing that takes turns with reading is drawn as if it had come in one go.
   void note_check(int64_t begin_ns, int64_t took_ns, uint64_t size_bytes) {
     if (check_.size_bytes == 0) {
-      check_ = {
-          LoadSpan::Kind::check, static_cast<uint32_t>(::gettid()), first_ + marked_, 0, begin_ns, begin_ns};
+      check_ = {LoadSpan::Kind::check, static_cast<uint32_t>(::gettid()), first_ + marked_, 0, begin_ns, begin_ns};
     }
     check_.size_bytes += size_bytes;
     check_.end_ns += took_ns;
@@ -197,8 +196,7 @@ uint32_t Load::run_end(uint32_t first) {
   uint32_t last = first + 1;
   for (; last < blocks.size() && !issued_[last]; ++last) {
     const tensor::Block &before = blocks[last - 1], &block = blocks[last];
-    const bool follows = block.file == before.file &&
-                         block.image_offset == before.image_offset + before.size_bytes &&
+    const bool follows = block.file == before.file && block.image_offset == before.image_offset + before.size_bytes &&
                          block.file_offset == before.file_offset + before.size_bytes;
     bytes += block.size_bytes;
     if (!follows || bytes > run_bytes_) break;
@@ -273,8 +271,8 @@ Status Load::check_leaf(uint32_t at, uint32_t file, const tensor::Digest& digest
   if (known == digest || known == tensor::Digest()) return {};
   const tensor::Leaf& leaf = content_->layout.leaves[at];
   const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
-  return base::fail(Code::corrupt, content_->index.files[file].path, ": tensor ", base::quoted(tensor.name),
-                    ", leaf ", leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
+  return base::fail(Code::corrupt, content_->index.files[file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
+                    leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
                     "): the bytes differ from those first read from this file, though its size and "
                     "mtime are the same; restore it, or `touch` it if the change was meant");
 }

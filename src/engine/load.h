@@ -110,8 +110,7 @@ class Load {
   std::optional<base::Error> error_ GUARDED_BY(mutex_);
   std::vector<LoadSpan> spans_ GUARDED_BY(mutex_);
 
-  std::unique_ptr<storage::Source>
-      source_;  // last: its destructor waits for the threads that use all the others
+  std::unique_ptr<storage::Source> source_;  // last: its destructor waits for the threads that use all the others
 };
 
 }  // namespace tensord::engine

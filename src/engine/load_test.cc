@@ -41,13 +41,12 @@ Checkpoint make_checkpoint() {
                            R"({"a":{"dtype":"U8","shape":[3145999],"data_offsets":[0,3145999]},)"
                            R"("b":{"dtype":"U8","shape":[5],"data_offsets":[3145999,3146004]}})",
                            3146004));
-  parts.push_back(add_file(
-      checkpoint, R"({"c":{"dtype":"F32","shape":[1024,512],"data_offsets":[0,2097152]}})", 2097152));
+  parts.push_back(
+      add_file(checkpoint, R"({"c":{"dtype":"F32","shape":[1024,512],"data_offsets":[0,2097152]}})", 2097152));
   Content& content = *checkpoint.content;
-  content.index =
-      tensor::join_files({{"file0", checkpoint.files[0].size()}, {"file1", checkpoint.files[1].size()}},
-                         std::move(parts))
-          .value();
+  content.index = tensor::join_files({{"file0", checkpoint.files[0].size()}, {"file1", checkpoint.files[1].size()}},
+                                     std::move(parts))
+                      .value();
   content.layout = tensor::lay_out(content.index);
   return checkpoint;
 }
@@ -98,8 +97,8 @@ TEST(Load, fills_the_image_with_every_byte_of_every_file) {
   const Outcome run = run_load(checkpoint);
   ASSERT_TRUE(run.result.status) << run.result.status.error().message;
   for (size_t file = 0; file < checkpoint.files.size(); ++file) {
-    const auto begin = run.image.begin() +
-                       static_cast<ptrdiff_t>(checkpoint.content->layout.windows.list[file].image_offset);
+    const auto begin =
+        run.image.begin() + static_cast<ptrdiff_t>(checkpoint.content->layout.windows.list[file].image_offset);
     EXPECT_TRUE(std::equal(checkpoint.files[file].begin(), checkpoint.files[file].end(), begin));
   }
   EXPECT_EQ(run.fill.ready_bytes(), checkpoint.files[0].size() + checkpoint.files[1].size());
@@ -127,11 +126,10 @@ TEST(Load, one_flipped_bit_is_named_with_file_tensor_and_leaf_and_never_marked) 
 }
 
 TEST(Load, a_read_error_ends_it_with_that_error) {
-  const Outcome run =
-      run_load(make_checkpoint(),
-               {.faults = {{.file = 1,
-                            .offset = 5000,
-                            .error = {Code::unavailable, "read file1 at 5000: input/output error"}}}});
+  const Outcome run = run_load(
+      make_checkpoint(),
+      {.faults = {
+           {.file = 1, .offset = 5000, .error = {Code::unavailable, "read file1 at 5000: input/output error"}}}});
   ASSERT_FALSE(run.result.status);
   EXPECT_EQ(run.result.status.error().message, "read file1 at 5000: input/output error");
 }
@@ -140,9 +138,8 @@ TEST(Load, a_file_that_changed_meanwhile_is_told_rather_than_what_it_looked_like
   const Outcome quiet = run_load(make_checkpoint(), {.changed = true});
   EXPECT_EQ(quiet.result.status.error().code, Code::changed);
   EXPECT_EQ(quiet.fill.ready_bytes(), 0u) << "what may be half old and half new is shown to nobody";
-  const Outcome torn =
-      run_load(make_checkpoint(),
-               {.faults = {{.file = 1, .offset = 5000, .error = {Code::corrupt, "short"}}}, .changed = true});
+  const Outcome torn = run_load(
+      make_checkpoint(), {.faults = {{.file = 1, .offset = 5000, .error = {Code::corrupt, "short"}}}, .changed = true});
   EXPECT_EQ(torn.result.status.error().code, Code::changed);
 }
 

@@ -30,9 +30,9 @@ struct Holder {
 
 // How long a replica stays, and what its opener does where there is no room. The numbers are the protocol's.
 enum class Stay : uint8_t {
-  artifact,  // until its memory is needed
-  lease,     // with its last lease
-  batch,  // with its last lease, which ends soon: others may wait for its room, as this one for that of others
+  artifact,     // until its memory is needed
+  lease,        // with its last lease
+  batch,        // with its last lease, which ends soon: others may wait for its room, as this one for that of others
   batch_ahead,  // the same, but its opener holds a batch already: it must not wait, lest two wait for each other
 };
 

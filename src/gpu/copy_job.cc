@@ -32,17 +32,14 @@ Status check(const CopyJob& job) {
     if (copy.target >= job.targets.size() || !can_run(copy) ||
         !fits(copy.source_offset, copy.source_pitch, copy, job.image_bytes) ||
         !fits(copy.target_offset, copy.target_pitch, copy, job.targets[copy.target].size_bytes)) {
-      return fail(Code::invalid_argument, "copy ", at, " of ", job.copies.size(), " to a GPU, ",
-                  copy.row_count, " rows x ", copy.row_bytes, " B from ", copy.source_offset, " to ",
-                  copy.target_offset, " of target ", copy.target, ", reaches out of its memory");
+      return fail(Code::invalid_argument, "copy ", at, " of ", job.copies.size(), " to a GPU, ", copy.row_count,
+                  " rows x ", copy.row_bytes, " B from ", copy.source_offset, " to ", copy.target_offset, " of target ",
+                  copy.target, ", reaches out of its memory");
     }
   }
   for (const Target& target : job.targets) {
-    const auto add = [](uint64_t sum, const auto& one) {
-      return sum + std::min(one.second, UINT64_MAX - sum);
-    };
-    const uint64_t allocated =
-        std::accumulate(target.allocations.begin(), target.allocations.end(), uint64_t{0}, add);
+    const auto add = [](uint64_t sum, const auto& one) { return sum + std::min(one.second, UINT64_MAX - sum); };
+    const uint64_t allocated = std::accumulate(target.allocations.begin(), target.allocations.end(), uint64_t{0}, add);
     if (!target.ipc && allocated < target.size_bytes)
       return fail(Code::invalid_argument, "a target on a GPU is larger than the memory that came with it");
   }

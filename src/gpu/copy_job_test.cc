@@ -31,11 +31,7 @@ TEST(CopyJob, copies_within_their_memory_are_accepted) {
            DeviceCopy{.source_offset = 999, .target_offset = 499, .row_bytes = 1},
            // Pitches of a single row count for nothing.
            DeviceCopy{.row_bytes = 1, .source_pitch = UINT64_MAX, .target_pitch = 0},
-           DeviceCopy{.source_offset = 10,
-           .row_bytes = 10,
-           .row_count = 10,
-           .source_pitch = 108,
-           .target_pitch = 54},
+           DeviceCopy{.source_offset = 10, .row_bytes = 10, .row_count = 10, .source_pitch = 108, .target_pitch = 54},
        })
     EXPECT_TRUE(check(job_of(copy))) << copy.source_offset;
 }
@@ -70,8 +66,7 @@ TEST(CopyJob, copies_that_reach_out_of_memory_or_that_none_can_do_are_refused) {
       with([](DeviceCopy& copy) { copy.source_pitch = 111; }),
       with([](DeviceCopy& copy) { copy.target_pitch = 55; }),
       with([](DeviceCopy& copy) { copy.row_count = 2, copy.source_pitch = kPitchMax + 1; }),
-      with(
-          [](DeviceCopy& copy) { copy.row_count = kMax, copy.source_pitch = copy.target_pitch = kPitchMax; }),
+      with([](DeviceCopy& copy) { copy.row_count = kMax, copy.source_pitch = copy.target_pitch = kPitchMax; }),
   };
   for (const DeviceCopy& copy : refused) {
     const Status done = check(job_of(copy));
@@ -111,9 +106,7 @@ class RandomJob {
   CopyJob job;
   uint64_t segment_bytes = 0;
 
-  uint64_t pick(uint64_t least, uint64_t most) {
-    return std::uniform_int_distribution<uint64_t>(least, most)(dice_);
-  }
+  uint64_t pick(uint64_t least, uint64_t most) { return std::uniform_int_distribution<uint64_t>(least, most)(dice_); }
 
  private:
   DeviceCopy any_copy() {
@@ -145,10 +138,8 @@ TEST(PieceCutter, pieces_do_what_the_copies_say_and_cross_no_part_and_no_segment
         segment_begin += random.job.source[before].size_bytes;
       ASSERT_EQ(segment_begin + piece->segment_offset, piece->image_offset) << "seed " << seed;
       const uint64_t span = piece->image_end() - piece->image_offset;
-      ASSERT_LE(piece->segment_offset + span, random.job.source[piece->segment].size_bytes)
-          << "seed " << seed;
-      ASSERT_EQ(piece->segment_offset / part_bytes, (piece->segment_offset + span - 1) / part_bytes)
-          << "seed " << seed;
+      ASSERT_LE(piece->segment_offset + span, random.job.source[piece->segment].size_bytes) << "seed " << seed;
+      ASSERT_EQ(piece->segment_offset / part_bytes, (piece->segment_offset + span - 1) / part_bytes) << "seed " << seed;
       const DeviceCopy copy{piece->image_offset, piece->target_offset, piece->row_bytes, piece->row_count,
                             piece->source_pitch, piece->target_pitch,  piece->target};
       copy_naively({copy}, image.data(), got);

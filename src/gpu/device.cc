@@ -21,7 +21,7 @@ constexpr uint64_t kChunkBytes = 64 << 20;
 constexpr uint64_t kBatchedBytesMax = 1 << 20;
 constexpr size_t kBatchCountMax = 1024;
 constexpr auto kStalled = std::chrono::milliseconds(1);  // how often bytes that are not there are looked for
-constexpr int64_t kPatienceNs = 20'000'000;  // what is read in file order comes soon; then it is asked for
+constexpr int64_t kPatienceNs = 20'000'000;              // what is read in file order comes soon; then it is asked for
 }  // namespace
 
 // Contiguous copies that go in one call.
@@ -35,8 +35,7 @@ struct Device::Running {
   const std::unique_ptr<CopyJob> job;
   PieceCutter cutter;
   std::optional<Piece> next = cutter.next();
-  std::vector<std::shared_ptr<OpenedMemory>> targets =
-      std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
+  std::vector<std::shared_ptr<OpenedMemory>> targets = std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
   std::vector<std::shared_ptr<Pinned>> segments;
   std::optional<PinAhead> pins;
   size_t chunk_count = 0;  // under way
@@ -60,9 +59,8 @@ Device::~Device() {
 
 void Device::submit(std::unique_ptr<CopyJob> job) {
   base::MutexLock lock(mutex_);
-  calls_.push_back([this, order = std::make_shared<std::unique_ptr<CopyJob>>(std::move(job))] {
-    start(std::move(*order));
-  });
+  calls_.push_back(
+      [this, order = std::make_shared<std::unique_ptr<CopyJob>>(std::move(job))] { start(std::move(*order)); });
   called_.notify_one();
 }
 
@@ -78,8 +76,7 @@ void Device::cancel(uint64_t client, uint64_t number) {
 void Device::forget(uint64_t client) {
   base::MutexLock lock(mutex_);
   calls_.push_back([this, client] {
-    end_jobs([=](const CopyJob& job) { return job.client == client; },
-             {Code::cancelled, "the client is gone"});
+    end_jobs([=](const CopyJob& job) { return job.client == client; }, {Code::cancelled, "the client is gone"});
   });
   called_.notify_one();
 }
@@ -99,8 +96,7 @@ bool Device::take_calls() {
     while (calls_.empty() && !stopping_ && running_.empty()) {
       if (primary_ == nullptr) {
         lock.wait(called_);
-      } else if (!lock.wait_for(called_, std::chrono::milliseconds(idle_ms_)) && calls_.empty() &&
-                 !stopping_) {
+      } else if (!lock.wait_for(called_, std::chrono::milliseconds(idle_ms_)) && calls_.empty() && !stopping_) {
         rest();
       }
     }
@@ -137,8 +133,7 @@ Status Device::wake_up() {
   if (primary_ != nullptr) return {};
   TRY_ASSIGN(primary_, Primary::retain(driver_, number_));
   for (size_t at = 0; at < kStreamCount; ++at) {
-    TRY(driver_.check(driver_.make_stream(&streams_.emplace_back(nullptr), kNonBlocking),
-                      "make a stream on a GPU"));
+    TRY(driver_.check(driver_.make_stream(&streams_.emplace_back(nullptr), kNonBlocking), "make a stream on a GPU"));
   }
   base::log(base::LogLevel::info, "GPU ", number_, " is in use");
   return {};
@@ -267,8 +262,7 @@ Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle 
     return {};
   }
   ++running.report.call_count;
-  if (piece.row_count == 1)
-    return driver_.check(driver_.copy(address, data, piece.row_bytes, stream), "copy to a GPU");
+  if (piece.row_count == 1) return driver_.check(driver_.copy(address, data, piece.row_bytes, stream), "copy to a GPU");
   const Rows rows{.source = {.type = 1, .host = data, .pitch = piece.source_pitch},
                   .target = {.type = 2, .device = address, .pitch = piece.target_pitch},
                   .row_bytes = piece.row_bytes,
@@ -282,8 +276,8 @@ Status Device::flush(Running& running, Batch& batch, Handle stream) {
     BatchKind kind;
     size_t begin = 0;
     ++running.report.call_count;
-    return driver_.check(driver_.copy_batch(batch.targets.data(), batch.sources.data(), batch.sizes.data(),
-                                            count, &kind, &begin, 1, stream),
+    return driver_.check(driver_.copy_batch(batch.targets.data(), batch.sources.data(), batch.sizes.data(), count,
+                                            &kind, &begin, 1, stream),
                          "copy a batch to a GPU");
   }
   running.report.call_count += count;

@@ -23,8 +23,7 @@ constexpr auto kDeadline = std::chrono::seconds(30);  // only a hang reaches it
 
 // Memory of a client, and how a daemon would come to know it.
 struct ClientMemory {
-  ClientMemory(FakeCuda& driver, Address begin, uint64_t size)
-      : fake(driver), address(begin), size_bytes(size) {
+  ClientMemory(FakeCuda& driver, Address begin, uint64_t size) : fake(driver), address(begin), size_bytes(size) {
     exports.emplace(fake.driver());
     EXPECT_TRUE(exports->find(begin, size));
     std::memset(reinterpret_cast<void*>(begin), 0x5a, size);
@@ -36,8 +35,7 @@ struct ClientMemory {
   Target target() const {
     const Target& known = exports->devices_target();
     Target copy{.size_bytes = known.size_bytes, .ipc = known.ipc};
-    for (const auto& [fd, bytes] : known.allocations)
-      copy.allocations.emplace_back(*base::duplicate(fd.get()), bytes);
+    for (const auto& [fd, bytes] : known.allocations) copy.allocations.emplace_back(*base::duplicate(fd.get()), bytes);
     return copy;
   }
   std::vector<std::byte> bytes() const {
@@ -76,8 +74,7 @@ class DeviceTest : public testing::Test {
   }
 
   ClientMemory& plain(uint64_t size_bytes, int device = 0) {
-    return *memories_.emplace_back(
-        std::make_unique<ClientMemory>(fake_, fake_.malloc(device, size_bytes), size_bytes));
+    return *memories_.emplace_back(std::make_unique<ClientMemory>(fake_, fake_.malloc(device, size_bytes), size_bytes));
   }
   ClientMemory& chunked(uint64_t size_bytes) {
     return *memories_.emplace_back(
@@ -85,8 +82,7 @@ class DeviceTest : public testing::Test {
   }
 
   // A job whose bytes are all there.
-  std::unique_ptr<CopyJob> job(uint64_t client, uint64_t number,
-                               const std::vector<const ClientMemory*>& targets,
+  std::unique_ptr<CopyJob> job(uint64_t client, uint64_t number, const std::vector<const ClientMemory*>& targets,
                                std::vector<DeviceCopy> copies) {
     auto job = std::make_unique<CopyJob>();
     job->client = client;
@@ -150,8 +146,7 @@ class DeviceTest : public testing::Test {
 std::vector<DeviceCopy> mixed_copies() {
   std::vector<DeviceCopy> copies = {{.source_offset = 5, .target_offset = 3, .row_bytes = 2 * kMiB}};
   for (uint64_t at = 0; at < 10; ++at)
-    copies.push_back(
-        {.source_offset = 2 * kMiB + at * 1000, .target_offset = 2 * kMiB + at * 2000, .row_bytes = 700});
+    copies.push_back({.source_offset = 2 * kMiB + at * 1000, .target_offset = 2 * kMiB + at * 2000, .row_bytes = 700});
   copies.push_back({.source_offset = 100,
                     .target_offset = 5 * kMiB / 2,
                     .row_bytes = 64,
@@ -184,8 +179,7 @@ TEST_F(DeviceTest, bytes_go_where_the_copies_say) {
 TEST_F(DeviceTest, several_targets_of_one_job) {
   const ClientMemory &one = plain(kMiB), &other = chunked(4 * kMiB), &third = plain(100);
   std::vector<DeviceCopy> copies;
-  for (uint32_t at = 0; at < 3; ++at)
-    copies.push_back({.source_offset = at * 1000, .row_bytes = 100, .target = at});
+  for (uint32_t at = 0; at < 3; ++at) copies.push_back({.source_offset = at * 1000, .row_bytes = 100, .target = at});
   device_->submit(job(1, 1, {&one, &other, &third}, copies));
   ASSERT_TRUE(outcome(1, 1));
   EXPECT_TRUE(holds(one, {{.row_bytes = 100}}));
@@ -196,14 +190,13 @@ TEST_F(DeviceTest, several_targets_of_one_job) {
 TEST_F(DeviceTest, segments_of_several_parts) {
   image_.emplace(std::vector<uint64_t>{kPinBytes + 5 * kMiB, 2 * kMiB});
   const ClientMemory& memory = plain(80 * kMiB);
-  const std::vector<DeviceCopy> copies = {
-      {.source_offset = 7, .target_offset = 9, .row_bytes = kPinBytes + 6 * kMiB},
-      {.source_offset = kPinBytes - 5000,
-       .target_offset = 75 * kMiB,
-       .row_bytes = 1000,
-       .row_count = 100,
-       .source_pitch = 3000,
-       .target_pitch = 1000}};
+  const std::vector<DeviceCopy> copies = {{.source_offset = 7, .target_offset = 9, .row_bytes = kPinBytes + 6 * kMiB},
+                                          {.source_offset = kPinBytes - 5000,
+                                           .target_offset = 75 * kMiB,
+                                           .row_bytes = 1000,
+                                           .row_count = 100,
+                                           .source_pitch = 3000,
+                                           .target_pitch = 1000}};
   device_->submit(job(1, 1, {&memory}, copies));
   ASSERT_TRUE(outcome(1, 1));
   EXPECT_TRUE(holds(memory, copies));
@@ -491,9 +484,7 @@ class DeviceFaultTest : public DeviceTest, public testing::WithParamInterface<st
     fake_.fail("");
     return failed_count;
   }
-  std::string fault() const {
-    return base::text(std::get<0>(GetParam()).name, "=999@", std::get<1>(GetParam()));
-  }
+  std::string fault() const { return base::text(std::get<0>(GetParam()).name, "=999@", std::get<1>(GetParam())); }
   std::vector<std::pair<const ClientMemory*, std::vector<std::byte>>> after_failure_;
 };
 
@@ -503,18 +494,15 @@ TEST_P(DeviceFaultTest, jobs_end_once_with_the_drivers_error_nothing_is_left_and
   EXPECT_TRUE(failed_count > 0 || !fault_case.is_needed || from > 1);
   EXPECT_TRUE(failed_count == 0 || fault_case.is_needed);
   EXPECT_EQ(run_jobs(100, ""), 0);
-  for (const auto& [memory, bytes] : after_failure_)
-    EXPECT_EQ(memory->bytes(), bytes) << "written to after done";
+  for (const auto& [memory, bytes] : after_failure_) EXPECT_EQ(memory->bytes(), bytes) << "written to after done";
   device_.reset();
-  for (const auto& [key, outcome] : outcomes_)
-    EXPECT_EQ(outcome.done_count, 1) << key.first << " " << key.second;
+  for (const auto& [key, outcome] : outcomes_) EXPECT_EQ(outcome.done_count, 1) << key.first << " " << key.second;
 }
 
 INSTANTIATE_TEST_SUITE_P(Functions, DeviceFaultTest,
                          testing::Combine(testing::ValuesIn(kFaultCases), testing::Values(1, 2, 6)),
                          [](const auto& chosen) {
-                           return base::text(std::get<0>(chosen.param).name, "_from_call_",
-                                             std::get<1>(chosen.param));
+                           return base::text(std::get<0>(chosen.param).name, "_from_call_", std::get<1>(chosen.param));
                          });
 
 // Only where the driver cannot even name its errors is there but a number.

@@ -71,8 +71,7 @@ enum Attribute : int {
 inline constexpr int kDeviceMemory = 2;
 
 // Answers that mean something of their own.
-inline constexpr Answer kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kNotPermitted = 800,
-                        kNotSupported = 801;
+inline constexpr Answer kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kNotPermitted = 800, kNotSupported = 801;
 inline constexpr unsigned kPortable = 1;        // registered host memory counts for every device
 inline constexpr unsigned kNonBlocking = 1;     // a stream that does not wait for the default one
 inline constexpr unsigned kSleepUntilDone = 3;  // an event: waiting sleeps, and no times are taken
@@ -105,8 +104,8 @@ struct Driver {
   Answer (*copy)(Address target, const void* source, size_t, Handle stream);  // from host memory
   Answer (*copy_rows)(const Rows*, Handle stream);
   // nullptr before CUDA 13
-  Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*,
-                       size_t* kind_begins, size_t kind_count, Handle stream);
+  Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*, size_t* kind_begins,
+                       size_t kind_count, Handle stream);
   Answer (*ipc_export)(IpcHandle*, Address);
   Answer (*ipc_open)(Address*, IpcHandle, unsigned flags);
   Answer (*ipc_close)(Address);

@@ -19,8 +19,7 @@ Result<std::optional<Exports::Place>> Exports::find(Address address, uint64_t si
   uint64_t handle_types = 0;
   Address begin = 0;
   size_t range_bytes = 0;
-  const Attribute asked[] = {kMemoryType,  kDeviceOrdinal, kIpcCapable,
-                             kHandleTypes, kRangeBegin,    kRangeBytes};
+  const Attribute asked[] = {kMemoryType, kDeviceOrdinal, kIpcCapable, kHandleTypes, kRangeBegin, kRangeBytes};
   void* values[] = {&type, &device, &can_ipc, &handle_types, &begin, &range_bytes};
   if (driver_.describe(6, asked, values, address) != 0 || type != kDeviceMemory) return std::nullopt;
   Target target;
@@ -35,8 +34,7 @@ Result<std::optional<Exports::Place>> Exports::find(Address address, uint64_t si
                 "this GPU memory cannot be shared with the daemon (of a pool, or made without a handle)");
   }
   ExportedDevice& exported = devices_[device];
-  if (exported.targets.empty())
-    TRY(driver_.check(driver_.device_uuid(&exported.uuid, device), "ask for a GPU's UUID"));
+  if (exported.targets.empty()) TRY(driver_.check(driver_.device_uuid(&exported.uuid, device), "ask for a GPU's UUID"));
   const Place place{device, static_cast<uint32_t>(exported.targets.size()), address - begin};
   stretches_[begin] = {begin + target.size_bytes, place};
   exported.targets.push_back(std::move(target));
@@ -68,8 +66,7 @@ Result<Target> Exports::export_fds(Address& begin, Address end) {
     void* values[] = {&mapped, &size_bytes};
     TRY(driver_.check(driver_.describe(2, asked, values, at), "look at GPU memory"));
     Allocation allocation = 0;
-    TRY(driver_.check(driver_.allocation_of(&allocation, reinterpret_cast<void*>(mapped)),
-                      "find GPU memory"));
+    TRY(driver_.check(driver_.allocation_of(&allocation, reinterpret_cast<void*>(mapped)), "find GPU memory"));
     int fd = -1;
     const Answer answer = driver_.export_fd(&fd, allocation, 1, 0);
     driver_.free(allocation);

@@ -33,8 +33,7 @@ class ExportsTest : public MemoryTest {
     const auto found = exports_->find(address, size_bytes);
     if (!found) return found.error().message;
     if (!*found) return "none";
-    return base::text("device ", (*found)->device, " target ", (*found)->target, " offset ",
-                      (*found)->offset);
+    return base::text("device ", (*found)->device, " target ", (*found)->target, " offset ", (*found)->offset);
   }
   void TearDown() override {
     exports_.reset();
@@ -117,8 +116,8 @@ TEST_F(ExportsTest, what_was_current_on_the_thread_is_so_afterwards) {
 
 TEST_F(ExportsTest, a_driver_that_fails_is_named_and_nothing_is_left) {
   const Address plain = fake_.malloc(0, kMiB), chunks = fake_.vmm(0, 4 * kMiB, 2 * kMiB);
-  for (const char* name : {"cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
-                           "cuIpcGetMemHandle", "cuDeviceGetUuid_v2"}) {
+  for (const char* name :
+       {"cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuIpcGetMemHandle", "cuDeviceGetUuid_v2"}) {
     fake_.fail((std::string(name) + "=999").c_str());
     EXPECT_NE(find(plain, 1).find("CUDA_ERROR_UNKNOWN"), std::string::npos) << name;
   }
@@ -182,8 +181,7 @@ TEST_F(OpenedMemoryTest, less_than_the_client_says_is_refused) {
   const auto opened = OpenedMemory::open(driver_, 0, target);
   ASSERT_FALSE(opened);
   EXPECT_EQ(opened.error().code, Code::invalid_argument);
-  EXPECT_NE(opened.error().message.find("its memory only 1.00 MiB"), std::string::npos)
-      << opened.error().message;
+  EXPECT_NE(opened.error().message.find("its memory only 1.00 MiB"), std::string::npos) << opened.error().message;
   fake_.free(plain);
 }
 
@@ -202,11 +200,8 @@ TEST_F(OpenedMemoryTest, what_is_no_memory_of_a_device_is_refused) {
 TEST_F(OpenedMemoryTest, sizes_that_are_not_those_of_the_allocations_are_refused) {
   const Address chunks = fake_.vmm(0, 4 * kMiB, 2 * kMiB);
   const Target& right = target_of(chunks, 4 * kMiB);
-  const uint64_t sizes[][2] = {{4 * kMiB, 2 * kMiB},
-                               {2 * kMiB, 4 * kMiB},
-                               {0, 2 * kMiB},
-                               {UINT64_MAX - 2 * kMiB + 1, 4 * kMiB},
-                               {1, 2}};
+  const uint64_t sizes[][2] = {
+      {4 * kMiB, 2 * kMiB}, {2 * kMiB, 4 * kMiB}, {0, 2 * kMiB}, {UINT64_MAX - 2 * kMiB + 1, 4 * kMiB}, {1, 2}};
   for (const auto& [first, second] : sizes) {
     Target wrong{.size_bytes = 1};
     wrong.allocations.emplace_back(*base::duplicate(right.allocations[0].first.get()), first);
@@ -223,10 +218,9 @@ TEST_F(OpenedMemoryTest, a_driver_that_fails_is_named_and_nothing_is_left_open) 
   const Target& by_handle = target_of(plain, kMiB);
   // What a client holds itself.
   const auto before = fake_.left();
-  for (const char* fault :
-       {"cuIpcOpenMemHandle_v2=999", "cuPointerGetAttributes=999", "cuMemAddressReserve=999",
-        "cuMemImportFromShareableHandle=999", "cuMemImportFromShareableHandle=999@2", "cuMemMap=999",
-        "cuMemMap=999@2", "cuMemSetAccess=999"}) {
+  for (const char* fault : {"cuIpcOpenMemHandle_v2=999", "cuPointerGetAttributes=999", "cuMemAddressReserve=999",
+                            "cuMemImportFromShareableHandle=999", "cuMemImportFromShareableHandle=999@2",
+                            "cuMemMap=999", "cuMemMap=999@2", "cuMemSetAccess=999"}) {
     fake_.fail(fault);
     const auto one = OpenedMemory::open(driver_, 0, by_handle);
     const auto other = OpenedMemory::open(driver_, 0, by_fds);

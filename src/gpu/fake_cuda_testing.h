@@ -48,10 +48,9 @@ class FakeCuda {
   // What is held that should not be: "streams 2 stray 1".
   std::string left() const {
     std::string text;
-    for (const char* name : {"primaries", "registrations", "opened", "allocations", "reservations",
-                             "mappings", "streams", "events", "stray", "lost"}) {
-      if (const long found = count(name); found != 0)
-        text += std::string(name) + " " + std::to_string(found) + " ";
+    for (const char* name : {"primaries", "registrations", "opened", "allocations", "reservations", "mappings",
+                             "streams", "events", "stray", "lost"}) {
+      if (const long found = count(name); found != 0) text += std::string(name) + " " + std::to_string(found) + " ";
     }
     return text;
   }
@@ -81,8 +80,7 @@ class Image {
   }
   std::vector<HostSegment> source() const {
     std::vector<HostSegment> source;
-    for (const auto& segment : segments)
-      source.push_back({segment.data(), segment.size_bytes(), segment.slot()});
+    for (const auto& segment : segments) source.push_back({segment.data(), segment.size_bytes(), segment.slot()});
     return source;
   }
   std::vector<memory::Segment> segments;

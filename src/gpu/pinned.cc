@@ -20,8 +20,7 @@ Result<std::shared_ptr<Primary>> Primary::retain(const Driver& driver, int devic
 
 Primary::~Primary() { driver_.release(device_); }
 
-Result<std::shared_ptr<Pinned>> Pinned::map(std::shared_ptr<Primary> primary, std::byte* segment,
-                                            uint64_t size_bytes) {
+Result<std::shared_ptr<Pinned>> Pinned::map(std::shared_ptr<Primary> primary, std::byte* segment, uint64_t size_bytes) {
   // Where huge pages are mapped as such: the driver takes each page that is mapped by itself.
   TRY_ASSIGN(std::byte * address, memory::reserve_addresses(size_bytes, memory::kHugePageBytes));
   // Of size 0: a second mapping of the same pages. mmap() would be refused, the segment is sealed.
@@ -45,8 +44,7 @@ Pinned::~Pinned() {
   base::MutexLock lock(mutex_);
   const Current current(primary_->driver(), primary_->handle());
   for (size_t part = 0; part < parts_.size(); ++part) {
-    if (parts_[part] == Part::registered)
-      primary_->driver().host_unregister(mapped_.data() + part * kPinBytes);
+    if (parts_[part] == Part::registered) primary_->driver().host_unregister(mapped_.data() + part * kPinBytes);
   }
 }
 
@@ -63,8 +61,9 @@ Result<const std::byte*> Pinned::at(uint64_t offset) {
   const Driver& driver = primary_->driver();
   const Current current(driver, primary_->handle());
   Status registered = driver.check(current.answer(), "use a GPU");
-  if (registered) registered = driver.check(driver.host_register(mapped_.data() + begin, size_bytes, kPortable),
-                                         "register host memory with the GPU driver");
+  if (registered)
+    registered = driver.check(driver.host_register(mapped_.data() + begin, size_bytes, kPortable),
+                              "register host memory with the GPU driver");
   base::MutexLock lock(mutex_);
   parts_[part] = registered ? Part::registered : Part::plain;
   settled_.notify_all();

@@ -29,8 +29,7 @@ class Primary {
   Handle handle() const { return handle_; }
 
  private:
-  Primary(const Driver& driver, int device, Handle handle)
-      : driver_(driver), device_(device), handle_(handle) {}
+  Primary(const Driver& driver, int device, Handle handle) : driver_(driver), device_(device), handle_(handle) {}
   const Driver& driver_;
   const int device_;
   const Handle handle_;
@@ -40,8 +39,7 @@ class Primary {
 // the calling thread; all devices can copy out of it.
 class Pinned final : public memory::Attachment {
  public:
-  static Result<std::shared_ptr<Pinned>> map(std::shared_ptr<Primary> primary, std::byte* segment,
-                                             uint64_t size_bytes);
+  static Result<std::shared_ptr<Pinned>> map(std::shared_ptr<Primary> primary, std::byte* segment, uint64_t size_bytes);
   ~Pinned() override;
 
   uint64_t size_bytes() const { return mapped_.size_bytes(); }

@@ -18,8 +18,8 @@ Result<uint64_t> bytes_from(const Driver& driver, Address address) {
   return begin + size_bytes - address;
 }
 
-Result<std::shared_ptr<OpenedMemory>> OpenedMemory::open(const Driver& driver, int device,
-                                                         const Target& target, int access) {
+Result<std::shared_ptr<OpenedMemory>> OpenedMemory::open(const Driver& driver, int device, const Target& target,
+                                                         int access) {
   std::shared_ptr<OpenedMemory> memory(new OpenedMemory(driver));
   TRY(target.ipc ? memory->open_ipc(target) : memory->map(device, target, access));
   return memory;

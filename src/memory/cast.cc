@@ -117,8 +117,7 @@ float e5m2_to_f32(uint8_t value) { return kE5m2[value]; }
 
 // Elements [at, count), one by one.
 template <typename Source, typename Target>
-void each(Target (*convert)(Source), const std::byte* source, std::byte* target, uint64_t count,
-          uint64_t at = 0) {
+void each(Target (*convert)(Source), const std::byte* source, std::byte* target, uint64_t count, uint64_t at = 0) {
   for (; at < count; ++at) {
     store(target + at * sizeof(Target), convert(load<Source>(source + at * sizeof(Source))));
   }
@@ -129,8 +128,7 @@ void each(Target (*convert)(Source), const std::byte* source, std::byte* target,
 #define TENSORD_AVX2 __attribute__((target("avx2,f16c")))
 
 bool has_avx2() {
-  static const bool has =
-      __builtin_cpu_supports("avx2");  // and so F16C, which is older; clang 14 cannot ask for it
+  static const bool has = __builtin_cpu_supports("avx2");  // and so F16C, which is older; clang 14 cannot ask for it
   return has;
 }
 
@@ -234,8 +232,8 @@ void narrow(const std::byte* source, Dtype dtype, std::byte* target, uint64_t co
 
 }  // namespace
 
-void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dtype, std::byte* target,
-                   uint64_t count, CastPath path) {
+void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dtype, std::byte* target, uint64_t count,
+                   CastPath path) {
   CHECK(tensor::can_cast(source_dtype, target_dtype));
   const uint32_t source_step = *tensor::dtype_bytes(source_dtype);
   const uint32_t target_step = *tensor::dtype_bytes(target_dtype);

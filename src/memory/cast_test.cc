@@ -32,8 +32,7 @@ struct Format {
     if (exponent == exponent_max && has_infinity) return mantissa == 0 ? sign * kInfinity : kNan;
     if (exponent == exponent_max && mantissa == (1u << mantissa_bits) - 1) return kNan;
     if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
-    return sign *
-           std::ldexp((1u << mantissa_bits) + mantissa, static_cast<int>(exponent) - bias - mantissa_bits);
+    return sign * std::ldexp((1u << mantissa_bits) + mantissa, static_cast<int>(exponent) - bias - mantissa_bits);
   }
 };
 constexpr Format kF16{Dtype::f16, 5, 10};
@@ -58,9 +57,7 @@ std::vector<Pattern> all_patterns(const Format& format) {
   return patterns;
 }
 
-bool same(double a, double b) {
-  return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
-}
+bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
 
 template <typename Pattern>
 void expect_exact(const Format& format) {
@@ -94,8 +91,7 @@ std::vector<Rounding> roundings(const Format& format, const auto& next_after) {
   for (uint32_t low = 0; low < infinity; ++low) {
     const double below = format.value(low);
     // What would follow the largest number, were there more exponents: from half way on it is infinity.
-    const double above =
-        low + 1 == infinity ? 2 * format.value(low) - format.value(low - 1) : format.value(low + 1);
+    const double above = low + 1 == infinity ? 2 * format.value(low) - format.value(low - 1) : format.value(low + 1);
     const double middle = (below + above) / 2;
     const auto add = [&](double input, uint32_t pattern) {
       out.push_back({input, static_cast<uint16_t>(pattern)});
@@ -182,12 +178,10 @@ TEST(Cast, nan_stays_nan_whatever_its_payload) {
         EXPECT_TRUE(std::isnan(format.value(pattern))) << pattern;
       }
     }
-    for (const double value : cast<double>(Dtype::f32, nans, Dtype::f64, path))
-      EXPECT_TRUE(std::isnan(value));
+    for (const double value : cast<double>(Dtype::f32, nans, Dtype::f64, path)) EXPECT_TRUE(std::isnan(value));
   }
   for (const Format& format : {kF16, kBf16}) {
-    const auto patterns =
-        cast<uint16_t>(Dtype::f64, std::vector<double>{kNan, -kNan}, format.dtype, CastPath::fastest);
+    const auto patterns = cast<uint16_t>(Dtype::f64, std::vector<double>{kNan, -kNan}, format.dtype, CastPath::fastest);
     for (const uint16_t pattern : patterns) EXPECT_TRUE(std::isnan(format.value(pattern)));
   }
 }

@@ -69,21 +69,18 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
   const uint64_t target_byte = cast_bytes(record, task.byte_begin);
   const auto row_begin = static_cast<int64_t>(task.row_begin);
-  for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end;
-       index += plane.line_count) {
+  for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
     const Place place = place_of(record, index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
     if (record.kind == Copy2D::Kind::copy) {
-      plane.source = source.data + record.source_offset + task.byte_begin +
-                     (place.source + row_begin * record.source_pitch);
+      plane.source =
+          source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
     }
-    plane.target =
-        target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
+    plane.target = target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
     if (record.kind == Copy2D::Kind::fill) {
       fill_lines(plane);
     } else {
-      copy_plane(plane,
-                 record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
+      copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
     }
   }
 }
@@ -100,8 +97,7 @@ class Execution {
         target_bytes_(plan.target_bytes()),
         thread_count_(choose_thread_count()),
         task_bytes_(choose_task_bytes()),
-        stores_(base::can_stream() && target_bytes_ >= base::kStreamBytes ? Stores::streamed
-                                                                          : Stores::cached),
+        stores_(base::can_stream() && target_bytes_ >= base::kStreamBytes ? Stores::streamed : Stores::cached),
         cutter_(plan, task_bytes_) {}
 
   Result<CopyReport> run() {
@@ -130,14 +126,12 @@ class Execution {
     const int wanted = options_.thread_count > 0 ? options_.thread_count : usable_core_count();
     const uint64_t most = static_cast<uint64_t>(std::min(wanted, kCopyThreadsMax));
     if (target_bytes_ <= std::min(kInlineBytes, options_.task_bytes_max)) return 1;
-    return static_cast<uint32_t>(
-        std::min(most, target_bytes_ / std::min(kTaskBytesMin, options_.task_bytes_max) + 1));
+    return static_cast<uint32_t>(std::min(most, target_bytes_ / std::min(kTaskBytesMin, options_.task_bytes_max) + 1));
   }
 
   uint64_t choose_task_bytes() const {
     const uint64_t share = target_bytes_ / (uint64_t{thread_count_} * 8);
-    return std::clamp<uint64_t>(share, std::min(kTaskBytesMin, options_.task_bytes_max),
-                                options_.task_bytes_max);
+    return std::clamp<uint64_t>(share, std::min(kTaskBytesMin, options_.task_bytes_max), options_.task_bytes_max);
   }
 
   void work(uint32_t thread) {
@@ -185,8 +179,8 @@ class Execution {
     run_task(record, task, reads ? sources_[record.source] : CopySource{}, targets_[record.target], stores_);
     ++mine.task_count;
     if (options_.keep_spans) {
-      mine.spans.push_back({begin_ns, base::monotonic_ns(), thread, task.record,
-                            task.outer_count * task.row_count * task.byte_count});
+      mine.spans.push_back(
+          {begin_ns, base::monotonic_ns(), thread, task.record, task.outer_count * task.row_count * task.byte_count});
     }
     return {};
   }

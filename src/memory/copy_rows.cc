@@ -109,8 +109,8 @@ void gather_tile(const Plane& tile, std::byte* stage) {
 void scatter_tile(const Plane& tile, const std::byte* stage) {
   for (uint64_t line = 0; line < tile.line_count; ++line) {
     copy_rows({stage + line * tile.row_count * tile.target_row_bytes,
-               tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, tile.target_row_bytes,
-               tile.row_count, static_cast<int64_t>(tile.target_row_bytes), tile.target_row_pitch});
+               tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, tile.target_row_bytes, tile.row_count,
+               static_cast<int64_t>(tile.target_row_bytes), tile.target_row_pitch});
   }
 }
 
@@ -134,8 +134,8 @@ void cast_rows(const Plane& plane, const Rows& rows) {
   for (uint64_t begin = 0; begin < rows.row_count; begin += rows_max) {
     const uint64_t count = std::min(rows_max, rows.row_count - begin);
     const auto step = static_cast<int64_t>(begin);
-    copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count,
-               rows.source_pitch, static_cast<int64_t>(rows.row_bytes)});
+    copy_rows({rows.source + step * rows.source_pitch, gathered.data(), rows.row_bytes, count, rows.source_pitch,
+               static_cast<int64_t>(rows.row_bytes)});
     cast_packed(plane, gathered.data(), converted.data(), count * rows.row_bytes);
     copy_rows({converted.data(), rows.target + step * rows.target_pitch, plane.target_row_bytes, count,
                static_cast<int64_t>(plane.target_row_bytes), rows.target_pitch});

@@ -90,8 +90,7 @@ std::vector<uint64_t> sizes_of(const auto& memories) {
 }
 
 // Runs a checked plan with one and with several threads, in large and in tiny tasks, and compares all bytes.
-void expect_copies(const CopyPlan& plan, const std::vector<Bytes>& sources,
-                   const std::vector<uint64_t>& target_sizes) {
+void expect_copies(const CopyPlan& plan, const std::vector<Bytes>& sources, const std::vector<uint64_t>& target_sizes) {
   std::vector<CopySource> from;
   for (const Bytes& source : sources) from.push_back(source_of(source));
   std::vector<Bytes> expected, got;
@@ -114,8 +113,7 @@ void expect_copies(const CopyPlan& plan, const std::vector<Bytes>& sources,
       const auto report = execute(plan, from, to, options);
       ASSERT_TRUE(report) << report.error().message;
       EXPECT_EQ(report->target_bytes, plan.target_bytes());
-      ASSERT_TRUE(got == expected) << thread_count << " threads, tasks of " << task_bytes_max << "\n"
-                                   << to_text(plan);
+      ASSERT_TRUE(got == expected) << thread_count << " threads, tasks of " << task_bytes_max << "\n" << to_text(plan);
     }
   }
 }
@@ -162,19 +160,17 @@ TEST(Copy, no_thread_count_is_one_a_core_and_no_plan_names_a_missing_source) {
 }
 
 TEST(Copy, one_source_fills_several_targets) {
-  expect_copies(parse_plan("0 -> 0  1 row x 4096 B\n0 -> t1:8  1 row x 4096 B\n"), {pattern(4096)},
-                {4096, 4104});
+  expect_copies(parse_plan("0 -> 0  1 row x 4096 B\n0 -> t1:8  1 row x 4096 B\n"), {pattern(4096)}, {4096, 4104});
 }
 
 TEST(Copy, gaps_between_records_stay_untouched) {
-  expect_copies(
-      parse_plan("0 -> 0  1 row x 4096 B\n8192 -> 8192  1 row x 4096 B\n16384 -> 16384  1 row x 8192 B\n"),
-      {pattern(32768)}, {32768});
+  expect_copies(parse_plan("0 -> 0  1 row x 4096 B\n8192 -> 8192  1 row x 4096 B\n16384 -> 16384  1 row x 8192 B\n"),
+                {pattern(32768)}, {32768});
 }
 
 TEST(Copy, rows_of_every_size_around_the_thresholds) {
-  for (const uint64_t row_bytes : {1,  2,  3,  4,  5,   7,   8,   9,   15,  16,  17,   31,   32,
-                                   33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4095, 4096, 4097}) {
+  for (const uint64_t row_bytes :
+       {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4095, 4096, 4097}) {
     for (const uint64_t row_count : {1, 7, 8, 9, 127, 128, 129}) {
       for (const uint64_t gap : {uint64_t{0}, uint64_t{1}, row_bytes, 7 * row_bytes, 7 * row_bytes + 1}) {
         const uint64_t pitch = row_bytes + gap;
@@ -191,8 +187,8 @@ TEST(Copy, rows_far_apart) {
     for (const uint64_t factor : {2, 8, 16, 128}) {
       for (const uint64_t row_count : {1, 9, 40}) {
         const auto pitch = static_cast<int64_t>(row_bytes * factor);
-        expect_copies({{strided(5, pitch, row_bytes, row_count)}},
-                      {pattern(5 + row_bytes * factor * row_count)}, {row_bytes * row_count});
+        expect_copies({{strided(5, pitch, row_bytes, row_count)}}, {pattern(5 + row_bytes * factor * row_count)},
+                      {row_bytes * row_count});
         if (HasFatalFailure()) return;
       }
     }
@@ -203,8 +199,8 @@ TEST(Copy, rows_that_end_at_any_byte_of_a_task) {
   for (const uint64_t size_bytes :
        {(256 << 10) - 1, 256 << 10, (256 << 10) + 1, (4 << 20) - 1, 4 << 20, (4 << 20) + 1}) {
     expect_copies({{strided(0, 0, size_bytes, 1)}}, {pattern(size_bytes)}, {size_bytes});
-    expect_copies({{strided(0, static_cast<int64_t>(size_bytes + 5), size_bytes, 2)}},
-                  {pattern(size_bytes * 2 + 5)}, {size_bytes * 2});
+    expect_copies({{strided(0, static_cast<int64_t>(size_bytes + 5), size_bytes, 2)}}, {pattern(size_bytes * 2 + 5)},
+                  {size_bytes * 2});
   }
   for (const uint64_t row_count : {12287, 12288, 12289}) {
     expect_copies({{strided(0, 70, 35, row_count)}}, {pattern(row_count * 70)}, {row_count * 35});
@@ -255,14 +251,11 @@ TEST(Copy, a_mixed_plan_of_two_sources) {
 
 TEST(Copy, transposes_of_every_element_size) {
   for (const uint64_t element : {1, 2, 3, 4, 8, 12, 16, 33, 64}) {
-    for (const auto& [height, width] :
-         {std::pair<uint64_t, uint64_t>{1, 5}, {70, 130}, {257, 3}, {200, 400}}) {
+    for (const auto& [height, width] : {std::pair<uint64_t, uint64_t>{1, 5}, {70, 130}, {257, 3}, {200, 400}}) {
       tensor::Wanted wanted;
       const auto step = static_cast<int64_t>(element);
-      wanted.from = {
-          5, {width, height}, {step, static_cast<int64_t>(width) * step}, static_cast<uint32_t>(element)};
-      wanted.to = {
-          3, {width, height}, {static_cast<int64_t>(height) * step, step}, static_cast<uint32_t>(element)};
+      wanted.from = {5, {width, height}, {step, static_cast<int64_t>(width) * step}, static_cast<uint32_t>(element)};
+      wanted.to = {3, {width, height}, {static_cast<int64_t>(height) * step, step}, static_cast<uint32_t>(element)};
       const auto plan = tensor::compile({&wanted, 1});
       ASSERT_TRUE(plan);
       expect_copies(*plan, {pattern(5 + height * width * element)}, {3 + height * width * element});
@@ -300,8 +293,7 @@ TEST(Copy, nothing_is_touched_before_or_behind_the_rows) {
     for (const uint64_t row_count : {1, 2, 127, 128}) {
       for (const bool is_transposed : {false, true}) {
         const uint64_t pitch = 2 * row_bytes;
-        const uint64_t source_bytes =
-            (row_count - 1) * pitch + row_bytes;  // the last row is not followed by its gap
+        const uint64_t source_bytes = (row_count - 1) * pitch + row_bytes;  // the last row is not followed by its gap
         Copy2D record = strided(0, static_cast<int64_t>(pitch), row_bytes, row_count);
         if (is_transposed) {
           record = strided(0, static_cast<int64_t>(row_bytes * 4), row_bytes, row_count);
@@ -335,8 +327,7 @@ TEST(Copy, nothing_is_touched_before_or_behind_the_rows) {
 class Sparse {
  public:
   explicit Sparse(uint64_t size_bytes) : size_bytes_(size_bytes) {
-    void* map =
-        mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* map = mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     EXPECT_NE(map, MAP_FAILED);
     data_ = static_cast<std::byte*>(map);
   }
@@ -388,8 +379,7 @@ TEST(Copy, offsets_beyond_four_gibibytes) {
   constexpr uint64_t kPitch = (uint64_t{3} << 30) + 1;
   const Sparse source(2 * kPitch + 4096);
   const Bytes rows = pattern(3 * 4096);
-  for (uint64_t row = 0; row < 3; ++row)
-    std::memcpy(source.data() + row * kPitch, rows.data() + row * 4096, 4096);
+  for (uint64_t row = 0; row < 3; ++row) std::memcpy(source.data() + row * kPitch, rows.data() + row * 4096, 4096);
   Bytes target(3 * 4096);
   const std::array<CopySource, 1> sources = {CopySource{source.data(), 2 * kPitch + 4096}};
   const std::array<CopyTarget, 1> targets = {target_of(target)};

@@ -131,8 +131,7 @@ bool FillView::has_blocks(uint64_t first, uint64_t last) const {
   return true;
 }
 
-Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms,
-                      const std::function<Status()>& go_on) const {
+Status FillView::wait(uint64_t first, uint64_t last, int64_t timeout_ms, const std::function<Status()>& go_on) const {
   CHECK(first <= last && last <= block_count());
   return wait_until([&] { return has_blocks(first, last); }, timeout_ms, go_on);
 }
@@ -153,8 +152,7 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
       const int64_t left_ms = timeout_ms - (base::monotonic_ns() - begin_ns) / 1'000'000;
       if (left_ms <= 0) {
         return fail(Code::unavailable, "waited ", timeout_ms, " ms for bytes that are still being read (",
-                    base::human_bytes(ready_bytes()), " of ", base::human_bytes(total_bytes()),
-                    " are there)");
+                    base::human_bytes(ready_bytes()), " of ", base::human_bytes(total_bytes()), " are there)");
       }
       nap_ms = std::min(nap_ms, left_ms);
     }

@@ -27,8 +27,7 @@ FreshPages::FreshPages(const SegmentRun& run, uint64_t image_bytes, HugePages hu
 }
 
 void FreshPages::prepare(uint64_t offset, uint64_t size_bytes) {
-  const uint64_t end =
-      std::min<uint64_t>((offset + size_bytes + kHugePageBytes - 1) / kHugePageBytes, done_.size());
+  const uint64_t end = std::min<uint64_t>((offset + size_bytes + kHugePageBytes - 1) / kHugePageBytes, done_.size());
   for (uint64_t at = offset / kHugePageBytes; at < end && !gave_up_; ++at) {
     if (!done_[at].exchange(true)) fill(data_ + at * kHugePageBytes);
   }

@@ -74,8 +74,7 @@ TEST(FreshPages, bytes_written_beside_and_meanwhile_stay) {
   std::atomic<uint64_t> next{0};
   for (int thread = 0; thread < 4; ++thread) {
     threads.emplace_back([&] {
-      for (uint64_t at = next.fetch_add(kPieceBytes); at < run.size_bytes();
-           at = next.fetch_add(kPieceBytes)) {
+      for (uint64_t at = next.fetch_add(kPieceBytes); at < run.size_bytes(); at = next.fetch_add(kPieceBytes)) {
         const uint64_t size_bytes = std::min(kPieceBytes, run.size_bytes() - at);
         pages.prepare(at, size_bytes);
         std::memset(run.data() + at, static_cast<int>(at / kPieceBytes + 1), size_bytes);

@@ -37,8 +37,7 @@ Result<base::Fd> make_memory_file(const char* name, uint64_t size_bytes) {
 Result<std::byte*> reserve_addresses(uint64_t size_bytes, uint64_t alignment) {
   const uint64_t padded = size_bytes + alignment;
   void* range = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (range == MAP_FAILED)
-    return base::fail_errno(errno, "reserve ", base::human_bytes(size_bytes), " of addresses");
+  if (range == MAP_FAILED) return base::fail_errno(errno, "reserve ", base::human_bytes(size_bytes), " of addresses");
   const auto begin = reinterpret_cast<uint64_t>(range);
   const uint64_t aligned = base::align_up(begin, alignment);
   if (aligned > begin) ::munmap(range, aligned - begin);

@@ -105,9 +105,8 @@ Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
 Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   const uint64_t size_bytes = memory_bytes(image_bytes);
   if (size_bytes > free_bytes()) {
-    return fail(Code::exhausted, base::human_bytes(size_bytes),
-                " do not fit: ", base::human_bytes(in_use_bytes_), " of host_memory ",
-                base::human_bytes(limit_bytes_), " are in use");
+    return fail(Code::exhausted, base::human_bytes(size_bytes), " do not fit: ", base::human_bytes(in_use_bytes_),
+                " of host_memory ", base::human_bytes(limit_bytes_), " are in use");
   }
   SegmentRun run;
   // What is kept are pages: fresh segments have none.

@@ -43,8 +43,7 @@ struct AttachmentSlot {
 // when it goes.
 class Segment {
  public:
-  Segment(base::Fd fd, Mapped mapped, uid_t owner)
-      : fd_(std::move(fd)), mapped_(std::move(mapped)), owner_(owner) {}
+  Segment(base::Fd fd, Mapped mapped, uid_t owner) : fd_(std::move(fd)), mapped_(std::move(mapped)), owner_(owner) {}
 
   int fd() const { return fd_.get(); }
   std::byte* data() const { return mapped_.data(); }

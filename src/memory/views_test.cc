@@ -66,8 +66,7 @@ class Trial {
     const Bytes before(target_end + below(40), std::byte{0xEE});
     Bytes got = before;
     expected_ = before;
-    for (size_t at = 0; at < tensor_count; ++at)
-      place(tensors[at], axes_[at], sources[wanted[at].source], wanted[at]);
+    for (size_t at = 0; at < tensor_count; ++at) place(tensors[at], axes_[at], sources[wanted[at].source], wanted[at]);
 
     const auto plan = tensor::compile(wanted);
     ASSERT_TRUE(plan) << plan.error().message;
@@ -134,8 +133,7 @@ class Trial {
         item.start = bound(extent);
         item.stop = bound(extent);
         if (below(2) == 0)
-          item.step =
-              below(2) == 0 ? -1 - static_cast<int64_t>(below(3)) : 1 + static_cast<int64_t>(below(3));
+          item.step = below(2) == 0 ? -1 - static_cast<int64_t>(below(3)) : 1 + static_cast<int64_t>(below(3));
       }
       items.push_back(item);
     }
@@ -240,8 +238,7 @@ class Trial {
       if (wanted.source_dtype == wanted.target_dtype) {
         std::memcpy(expected_.data() + to, element, source_bytes);
       } else {
-        cast_elements(wanted.source_dtype, element, wanted.target_dtype, expected_.data() + to, 1,
-                      CastPath::portable);
+        cast_elements(wanted.source_dtype, element, wanted.target_dtype, expected_.data() + to, 1, CastPath::portable);
       }
     }
   }

@@ -29,9 +29,7 @@ static_assert(sizeof(HeaderWords) == kFrameHeaderBytes);
 // All but the last batch of descriptors ride on one byte of the header each.
 static_assert(kFrameFdsMax / kFdsPerMessage + 1 <= kFrameHeaderBytes);
 
-tl::unexpected<base::Error> closed_by_peer() {
-  return fail(Code::unavailable, "the other side closed the connection");
-}
+tl::unexpected<base::Error> closed_by_peer() { return fail(Code::unavailable, "the other side closed the connection"); }
 
 std::vector<base::Fd> fds_of(msghdr& message) {
   std::vector<base::Fd> fds;
@@ -51,8 +49,7 @@ Status wait_for(int socket, short events, int64_t deadline_ns, const char* what)
   for (;;) {
     const int64_t left_ns = std::max<int64_t>(deadline_ns - base::monotonic_ns(), 0);
     pollfd entry{socket, events, 0};
-    const int ready =
-        ::poll(&entry, 1, static_cast<int>(std::min<int64_t>(left_ns / 1'000'000 + 1, 1 << 30)));
+    const int ready = ::poll(&entry, 1, static_cast<int>(std::min<int64_t>(left_ns / 1'000'000 + 1, 1 << 30)));
     if (ready > 0) return {};
     if (ready < 0 && errno != EINTR) return base::fail_errno(errno, "poll the socket");
     if (base::monotonic_ns() >= deadline_ns) return fail(Code::unavailable, what);
@@ -90,8 +87,7 @@ Status FrameReader::read_from(int socket) {
   } while (got < 0 && errno == EINTR);
   if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return {};
   if (got < 0 && errno != ECONNRESET) return base::fail_errno(errno, "receive from the socket");
-  if (got <= 0 && is_partial())
-    return fail(Code::unavailable, "the other side closed in the middle of a frame");
+  if (got <= 0 && is_partial()) return fail(Code::unavailable, "the other side closed in the middle of a frame");
   if (got <= 0) return closed_by_peer();
 
   received_bytes_ += static_cast<uint64_t>(got);
@@ -118,8 +114,7 @@ Status FrameReader::parse_header() {
     return fail(Code::corrupt, "a frame of ", size_bytes, " bytes, at most ", kFrameBytesMax, " are allowed");
   }
   if (fd_count > kFrameFdsMax) {
-    return fail(Code::corrupt, "a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax,
-                " are allowed");
+    return fail(Code::corrupt, "a frame of ", fd_count, " descriptors, at most ", kFrameFdsMax, " are allowed");
   }
   header_ = Header{size_bytes, fd_count, received_bytes_ - (end_ - begin_) + kFrameHeaderBytes + size_bytes};
   begin_ += kFrameHeaderBytes;
@@ -133,8 +128,7 @@ Result<std::vector<base::Fd>> FrameReader::take_fds() {
     arrivals_.pop_front();
   }
   if (fds.size() == header_->fd_count) return fds;
-  return fail(Code::corrupt, "a frame with ", fds.size(), " descriptors, ", header_->fd_count,
-              " were announced");
+  return fail(Code::corrupt, "a frame with ", fds.size(), " descriptors, ", header_->fd_count, " were announced");
 }
 
 Result<std::optional<Frame>> FrameReader::next() {

@@ -84,8 +84,7 @@ TEST(Frame, six_hundred_descriptors_pass_through_a_small_buffer) {
   for (size_t at = 0; at < 600; ++at) frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
 
   Status sent;
-  std::thread sender(
-      [&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
+  std::thread sender([&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
   FrameReader reader;
   const auto received = receive_frame(far.get(), reader, kTestTimeoutMs);
   sender.join();
@@ -100,11 +99,9 @@ TEST(Frame, the_most_descriptors_pass_with_no_bytes_at_all) {
   const auto [near, far] = socket_pair();
   const base::Pipe pipe = base::make_pipe().value();
   Frame frame;
-  for (size_t at = 0; at < kFrameFdsMax; ++at)
-    frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
+  for (size_t at = 0; at < kFrameFdsMax; ++at) frame.fds.push_back(base::duplicate(pipe.read_end.get()).value());
   Status sent;
-  std::thread sender(
-      [&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
+  std::thread sender([&, socket = near.get()] { sent = send_frame(socket, std::move(frame), kTestTimeoutMs); });
   FrameReader reader;
   const auto received = receive_frame(far.get(), reader, kTestTimeoutMs);
   sender.join();
@@ -182,8 +179,7 @@ TEST(Frame, a_wrong_number_of_descriptors_is_corrupt_and_all_are_closed) {
     ASSERT_TRUE(reader.read_from(far.get()));
     const auto frame = reader.next();
     ASSERT_FALSE(frame);
-    EXPECT_EQ(frame.error().message,
-              "a frame with 2 descriptors, " + std::to_string(announced) + " were announced");
+    EXPECT_EQ(frame.error().message, "a frame with 2 descriptors, " + std::to_string(announced) + " were announced");
     EXPECT_TRUE(write_end_is_closed(pipe));
   }
 }
@@ -236,8 +232,8 @@ TEST(Frame, a_close_in_the_middle_of_a_frame_is_told_from_one_between_frames) {
     const Status received = reader.read_from(far.get());
     ASSERT_FALSE(received);
     EXPECT_EQ(received.error().code, Code::unavailable);
-    EXPECT_EQ(received.error().message, middle ? "the other side closed in the middle of a frame"
-                                               : "the other side closed the connection");
+    EXPECT_EQ(received.error().message,
+              middle ? "the other side closed in the middle of a frame" : "the other side closed the connection");
   }
 }
 

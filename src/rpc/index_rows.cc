@@ -76,8 +76,7 @@ bool makes_sense(const tensor::Index& index) {
   uint64_t used_bytes = 0;  // of the file, by tensors so far
   for (const uint32_t at : tensor::in_file_order(tensors)) {
     const tensor::Tensor& tensor = tensors[at];
-    if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount)
-      return false;
+    if (tensor.file >= index.files.size() || static_cast<int>(tensor.dtype) >= tensor::kDtypeCount) return false;
     const uint64_t file_bytes = index.files[tensor.file].size_bytes;
     if (tensor.offset > file_bytes || tensor.size_bytes > file_bytes - tensor.offset) return false;
     if (!shape_fits(tensor)) return false;
@@ -103,19 +102,17 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
     const auto name = builder.CreateString(tensor.name);
     const auto dtype_text = builder.CreateSharedString(tensor.dtype_text);
     const auto shape = builder.CreateVector(tensor.shape);
-    tensors.push_back(protocol::CreateTensorRow(builder, name, static_cast<uint8_t>(tensor.dtype), dtype_text,
-                                                shape, tensor.file, tensor.offset, tensor.size_bytes));
+    tensors.push_back(protocol::CreateTensorRow(builder, name, static_cast<uint8_t>(tensor.dtype), dtype_text, shape,
+                                                tensor.file, tensor.offset, tensor.size_bytes));
     if (builder.GetSize() > kIndexBytesMax) return fail(Code::exhausted, "the index is larger than 2 GB");
   }
   std::vector<flatbuffers::Offset<protocol::MetadataRow>> metadata;
   for (const auto& [key, value] : index.metadata) {
-    metadata.push_back(
-        protocol::CreateMetadataRow(builder, builder.CreateString(key), builder.CreateString(value)));
+    metadata.push_back(protocol::CreateMetadataRow(builder, builder.CreateString(key), builder.CreateString(value)));
   }
-  builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files),
-                                           builder.CreateVector(tensors), builder.CreateVector(metadata)));
-  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)),
-                       builder.GetSize()};
+  builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files), builder.CreateVector(tensors),
+                                           builder.CreateVector(metadata)));
+  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)), builder.GetSize()};
   if (!encoded.fd.valid()) return base::fail_errno(errno, "create memory for the index");
   TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
   if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {

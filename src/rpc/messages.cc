@@ -68,9 +68,8 @@ bool texts_are_short(const protocol::RequestFrame& frame) {
 
 // The error in a refusal, or our own when the bytes are none.
 base::Error error_in(std::span<const std::byte> bytes) {
-  const protocol::Failure* failure = is_whole<protocol::ReplyFrame>(bytes)
-                                         ? root_of<protocol::ReplyFrame>(bytes).reply_as_Failure()
-                                         : nullptr;
+  const protocol::Failure* failure =
+      is_whole<protocol::ReplyFrame>(bytes) ? root_of<protocol::ReplyFrame>(bytes).reply_as_Failure() : nullptr;
   if (failure == nullptr) return {Code::corrupt, "the daemon says something unasked instead of serving"};
   return {base::code_from(failure->code()), failure->message()->str()};
 }
@@ -107,15 +106,14 @@ Status check_request(std::span<const std::byte> bytes) {
 
 Frame reply_opened(uint64_t request_id, const protocol::OpenedT& opened, const std::vector<int>& fds) {
   if (fds.size() > kFrameFdsMax) {
-    return reply_failure(request_id,
-                         {Code::exhausted, text("the artifact lies in ", fds.size(), " descriptors, at most ",
-                                                kFrameFdsMax, " can be handed out")});
+    return reply_failure(
+        request_id, {Code::exhausted, text("the artifact lies in ", fds.size(), " descriptors, at most ", kFrameFdsMax,
+                                           " can be handed out")});
   }
   Frame frame = reply_frame(request_id, opened);
   for (const int fd : fds) {
     auto copy = base::duplicate(fd);
-    if (!copy)
-      return reply_failure(request_id, {copy.error().code, "hand out memory: " + copy.error().message});
+    if (!copy) return reply_failure(request_id, {copy.error().code, "hand out memory: " + copy.error().message});
     frame.fds.push_back(std::move(*copy));
   }
   return frame;

@@ -39,7 +39,6 @@ base::Error version_mismatch(const protocol::HelloT& daemon, const protocol::Hel
 // The client's half of the first exchange: sends Hello, reads the daemon's. Code::unsupported, naming both
 // versions and what to do, when protocol versions differ; Code::denied when the daemon refuses this uid,
 // Code::exhausted when it is full.
-Result<protocol::HelloT> greet(int socket, FrameReader& reader, const std::string& product_version,
-                               int64_t timeout_ms);
+Result<protocol::HelloT> greet(int socket, FrameReader& reader, const std::string& product_version, int64_t timeout_ms);
 
 }  // namespace tensord::rpc

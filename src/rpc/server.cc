@@ -33,8 +33,7 @@ Server::Server(Loop& loop, Listener listener, ServerOptions options, Handler han
       handler_(std::move(handler)),
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
 
-Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options,
-                                              Handler handler) {
+Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options, Handler handler) {
   auto server = std::make_unique<Server>(loop, std::move(listener), std::move(options), std::move(handler));
   TRY(loop.watch(server->listener_.fd(), EPOLLIN, [raw = server.get()](uint32_t) { raw->accept_some(); }));
   return server;
@@ -79,8 +78,7 @@ bool Server::refuse_with_spare() {
   spare_.reset();
   base::Fd socket(::accept4(listener_.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
   const bool accepted = socket.valid() || errno == EAGAIN;
-  if (socket.valid())
-    refuse(socket.get(), {Code::exhausted, "the daemon may open no more files (ulimit -n)"});
+  if (socket.valid()) refuse(socket.get(), {Code::exhausted, "the daemon may open no more files (ulimit -n)"});
   socket.reset();
   spare_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
   return accepted && spare_.valid();
@@ -110,17 +108,15 @@ void Server::admit(base::Fd socket) {
   const auto peer = peer_of(socket.get());
   if (!peer) return refuse(socket.get(), peer.error());
   if (peer->user_id != options_.user_id) {
-    return refuse(socket.get(),
-                  {Code::denied, text("this daemon serves uid ", options_.user_id, " alone, you are uid ",
-                                      peer->user_id, ": start one of your own with `tensord serve`")});
+    return refuse(socket.get(), {Code::denied, text("this daemon serves uid ", options_.user_id, " alone, you are uid ",
+                                                    peer->user_id, ": start one of your own with `tensord serve`")});
   }
   if (connections_.size() >= options_.connection_count_max) {
-    return refuse(socket.get(), {Code::exhausted, text("the daemon has ", connections_.size(),
-                                                       " connections, and takes no more")});
+    return refuse(socket.get(),
+                  {Code::exhausted, text("the daemon has ", connections_.size(), " connections, and takes no more")});
   }
   const ConnectionId id = next_id_++;
-  const auto watched =
-      loop_.watch(socket.get(), EPOLLIN, [this, id](uint32_t events) { on_ready(id, events); });
+  const auto watched = loop_.watch(socket.get(), EPOLLIN, [this, id](uint32_t events) { on_ready(id, events); });
   if (!watched) return refuse(socket.get(), watched.error());
   auto connection = std::make_shared<Connection>();
   connection->socket = std::move(socket);
@@ -196,8 +192,7 @@ void Server::set_deadline(Connection& connection, bool progressed) {
   if (!waits || connection.deadline != Loop::TimerId{}) return;
   connection.deadline = loop_.call_after(options_.slow_peer_ms, [this, id = connection.client.connection] {
     const std::shared_ptr<Connection> slow = connections_.at(id);
-    close(*slow,
-          {Code::unavailable, text("it took more than ", options_.slow_peer_ms, " ms for one message")});
+    close(*slow, {Code::unavailable, text("it took more than ", options_.slow_peer_ms, " ms for one message")});
   });
 }
 

@@ -46,9 +46,7 @@ struct Request {
   Client client;
   std::vector<std::byte> bytes;
   std::vector<base::Fd> fds;
-  const protocol::RequestFrame& frame() const {
-    return *flatbuffers::GetRoot<protocol::RequestFrame>(bytes.data());
-  }
+  const protocol::RequestFrame& frame() const { return *flatbuffers::GetRoot<protocol::RequestFrame>(bytes.data()); }
 };
 
 struct ServerOptions {
@@ -66,8 +64,7 @@ class Server {
  public:
   // May call reply() before it returns, or later.
   using Handler = std::function<void(Request)>;
-  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options,
-                                               Handler handler);
+  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options, Handler handler);
   Server(Loop& loop, Listener listener, ServerOptions options,
          Handler handler);  // does not listen: see start()
   ~Server();

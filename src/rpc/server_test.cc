@@ -61,9 +61,8 @@ class Daemon {
     if (const auto* call = request.frame().request_as_Call()) {
       const std::string selector = call->selector() != nullptr ? call->selector()->str() : "";
       const bool large = call->verb() == protocol::Verb::evict;
-      return server_->reply(
-          request.client.connection,
-          reply_report(id, large ? std::string(std::stoull(selector) << 20, 'x') : selector));
+      return server_->reply(request.client.connection,
+                            reply_report(id, large ? std::string(std::stoull(selector) << 20, 'x') : selector));
     }
     if (request.frame().request_as_Open() != nullptr) {
       std::vector<int> fds;
@@ -206,10 +205,9 @@ TEST(Server, a_client_of_another_protocol_gets_both_versions_and_is_closed) {
   ASSERT_NE(reply.reply_as_Failure(), nullptr);
   EXPECT_EQ(reply.id(), 0u);
   EXPECT_EQ(reply.reply_as_Failure()->code(), static_cast<uint8_t>(Code::unsupported));
-  EXPECT_EQ(
-      reply.reply_as_Failure()->message()->str(),
-      "the daemon speaks protocol 2 (version 1.2.3), this client 3 (version 9.9.9): restart the daemon with "
-      "`tensord stop`");
+  EXPECT_EQ(reply.reply_as_Failure()->message()->str(),
+            "the daemon speaks protocol 2 (version 1.2.3), this client 3 (version 9.9.9): restart the daemon with "
+            "`tensord stop`");
   expect_gone(caller, "other version");
   EXPECT_EQ(daemon.connection_count(), 0u);
 }
@@ -241,9 +239,8 @@ TEST(Server, another_uid_is_denied_by_name) {
   Caller caller = connected(daemon);
   const base::Error error = refusal(caller);
   EXPECT_EQ(error.code, Code::denied);
-  EXPECT_EQ(error.message, "this daemon serves uid " + std::to_string(::geteuid() + 1) +
-                               " alone, you are uid " + std::to_string(::geteuid()) +
-                               ": start one of your own with `tensord serve`");
+  EXPECT_EQ(error.message, "this daemon serves uid " + std::to_string(::geteuid() + 1) + " alone, you are uid " +
+                               std::to_string(::geteuid()) + ": start one of your own with `tensord serve`");
   expect_gone(caller, "other uid");
 }
 
@@ -341,8 +338,7 @@ TEST(Server, a_frame_that_does_not_go_on_is_closed) {
   const uint32_t words[] = {kFrameMagic, 100, 0, 0};  // the beginning of a request
   const auto beginning = std::as_bytes(std::span(words));
   bytes.insert(bytes.end(), beginning.begin(), beginning.end());
-  ASSERT_EQ(::send(caller.socket.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL),
-            static_cast<ssize_t>(bytes.size()));
+  ASSERT_EQ(::send(caller.socket.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL), static_cast<ssize_t>(bytes.size()));
   const auto hello = caller.receive();
   if (hello) expect_gone(caller, "partial");  // else even the Hello came too late
 }
@@ -420,8 +416,7 @@ TEST(Server, a_server_that_stopped_accepting_serves_those_it_has) {
 }
 
 TEST(Server, a_reply_with_a_bad_descriptor_or_too_many_is_a_failure) {
-  for (const Frame& frame :
-       {reply_opened(7, {}, {-1}), reply_opened(7, {}, std::vector<int>(kFrameFdsMax + 1, 0))}) {
+  for (const Frame& frame : {reply_opened(7, {}, {-1}), reply_opened(7, {}, std::vector<int>(kFrameFdsMax + 1, 0))}) {
     const auto& reply = *flatbuffers::GetRoot<protocol::ReplyFrame>(frame.bytes.data());
     EXPECT_EQ(reply.id(), 7u);
     EXPECT_NE(reply.reply_as_Failure(), nullptr);

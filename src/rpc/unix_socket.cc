@@ -40,8 +40,7 @@ Result<sockaddr_un> address_of(const std::string& path) {
 // The folder itself, never what a link at its place points to.
 Status check_no_link(const std::string& folder, const struct stat& status) {
   if (!S_ISLNK(status.st_mode)) return {};
-  return fail(Code::denied, "runtime folder ", folder,
-              " is a symbolic link; set TENSORD_RUNTIME_DIR to a folder");
+  return fail(Code::denied, "runtime folder ", folder, " is a symbolic link; set TENSORD_RUNTIME_DIR to a folder");
 }
 
 std::string without_slashes(std::string folder) {
@@ -73,8 +72,8 @@ Result<base::Fd> take_lock(const std::string& folder) {
 }
 
 tl::unexpected<base::Error> not_ours(const std::string& folder, const struct stat& status) {
-  return fail(Code::denied, "runtime folder ", folder, " belongs to uid ", status.st_uid,
-              ", not to you (uid ", ::geteuid(), "); remove it or set TENSORD_RUNTIME_DIR");
+  return fail(Code::denied, "runtime folder ", folder, " belongs to uid ", status.st_uid, ", not to you (uid ",
+              ::geteuid(), "); remove it or set TENSORD_RUNTIME_DIR");
 }
 
 Status check_folder_owner(const std::string& socket_path) {
@@ -106,8 +105,7 @@ Status prepare_runtime_folder(const std::string& path) {
   if (::lstat(folder.c_str(), &status) == 0) TRY(check_no_link(folder, status));
   TRY(base::make_folders(folder));
   const base::Fd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-  if (!fd.valid() || ::fstat(fd.get(), &status) != 0)
-    return base::fail_errno(errno, "open runtime folder ", folder);
+  if (!fd.valid() || ::fstat(fd.get(), &status) != 0) return base::fail_errno(errno, "open runtime folder ", folder);
   if (status.st_uid != ::geteuid()) return not_ours(folder, status);
   // Not closed by us: as root it may be a mistyped /tmp, and everybody else would be locked out of it.
   if ((status.st_mode & 077) != 0) {
@@ -162,8 +160,7 @@ Result<base::Fd> connect_socket(const std::string& path, int64_t timeout_ms) {
   if (failed != 0 && (errno == ENOENT || errno == ECONNREFUSED)) {
     return fail(Code::unavailable, "no daemon listens at ", path);
   }
-  if (failed != 0 && errno == EAGAIN)
-    return fail(Code::unavailable, "the daemon at ", path, " does not accept");
+  if (failed != 0 && errno == EAGAIN) return fail(Code::unavailable, "the daemon at ", path, " does not accept");
   if (failed != 0) return base::fail_errno(errno, "connect to ", path);
   TRY_ASSIGN(const Peer peer, peer_of(socket.get()));
   if (peer.user_id != ::geteuid() && peer.user_id != 0) {

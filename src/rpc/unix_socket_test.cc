@@ -55,8 +55,7 @@ TEST(UnixSocket, a_runtime_folder_that_is_a_link_is_denied) {
   const TemporaryFolder folder;
   const std::string link = folder.path() + "/link";
   std::filesystem::create_directory_symlink(folder.path(), link);
-  for (const std::string& path : {link, link + "/"})
-    EXPECT_EQ(prepare_runtime_folder(path).error().code, Code::denied);
+  for (const std::string& path : {link, link + "/"}) EXPECT_EQ(prepare_runtime_folder(path).error().code, Code::denied);
   EXPECT_EQ(connect_socket(socket_path(link)).error().code, Code::denied);
 }
 
@@ -72,9 +71,8 @@ TEST(UnixSocket, a_runtime_folder_of_another_uid_is_denied) {
   ASSERT_EQ(::chown(folder.path().c_str(), 12345, 12345), 0);
   const base::Error prepared = prepare_runtime_folder(folder.path()).error();
   EXPECT_EQ(prepared.code, Code::denied);
-  EXPECT_EQ(prepared.message,
-            "runtime folder " + folder.path() +
-                " belongs to uid 12345, not to you (uid 0); remove it or set TENSORD_RUNTIME_DIR");
+  EXPECT_EQ(prepared.message, "runtime folder " + folder.path() +
+                                  " belongs to uid 12345, not to you (uid 0); remove it or set TENSORD_RUNTIME_DIR");
   EXPECT_EQ(connect_socket(socket_path(folder.path())).error().code, Code::denied);
 }
 

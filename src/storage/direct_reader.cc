@@ -78,8 +78,7 @@ class UringReader final : public DirectReader {
       io_uring_sqe* entry = io_uring_get_sqe(&ring_);
       if (entry == nullptr) return refuse(EBUSY);
       DirectRead* read = waiting_.front().get();
-      io_uring_prep_read(entry, read->fd, read->target, static_cast<unsigned>(read->size_bytes),
-                         read->offset);
+      io_uring_prep_read(entry, read->fd, read->target, static_cast<unsigned>(read->size_bytes), read->offset);
       io_uring_sqe_set_data(entry, read);
       int taken = 0;
       do {

@@ -38,8 +38,7 @@ Result<base::Fd> open_direct(const SourceFile& file) {
   base::Fd fd(::open(link.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
   if (!fd.valid()) return base::fail_errno(errno, file.path, ": no O_DIRECT");
   struct statx status;
-  if (::statx(fd.get(), "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
-      (status.stx_mask & STATX_DIOALIGN) != 0) {
+  if (::statx(fd.get(), "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN) != 0) {
     const uint32_t asked = std::max(status.stx_dio_mem_align, status.stx_dio_offset_align);
     if (status.stx_dio_offset_align == 0 || asked > kDirectAlignment) {
       return fail(Code::unsupported, file.path, ": no O_DIRECT: the file system wants blocks of ", asked,
@@ -65,8 +64,7 @@ class FileSource final : public Source {
     }
     // What the kernel read ahead after its part was dropped.
     for (const auto& file : files_) {
-      if (options_.cache_left == CacheLeft::drop)
-        ::posix_fadvise(file->source.fd.get(), 0, 0, POSIX_FADV_DONTNEED);
+      if (options_.cache_left == CacheLeft::drop) ::posix_fadvise(file->source.fd.get(), 0, 0, POSIX_FADV_DONTNEED);
     }
   }
 
@@ -180,9 +178,7 @@ class FileSource final : public Source {
     const File& file = *files_[job.request.file];
     const uint64_t begin = job.offset();
     const uint64_t end = job.request.offset + job.request.target.size();
-    const auto stretch_end = [end](uint64_t from) {
-      return std::min(end, base::align_up(from + 1, kStretchBytes));
-    };
+    const auto stretch_end = [end](uint64_t from) { return std::min(end, base::align_up(from + 1, kStretchBytes)); };
     uint64_t stop = stretch_end(begin);
     const bool cached = is_cached(file.source.fd.get(), begin, stop - begin);
     while (stop < end && is_cached(file.source.fd.get(), stop, stretch_end(stop) - stop) == cached) {
@@ -191,10 +187,8 @@ class FileSource final : public Source {
     if (cached) return {Part::Way::cached, stop - begin};
     const uint64_t first = base::align_up(begin, kDirectAlignment);
     const uint64_t last = stop / kDirectAlignment * kDirectAlignment;
-    const bool alike =
-        reinterpret_cast<uint64_t>(job.target()) % kDirectAlignment == begin % kDirectAlignment;
-    if (!file.takes_direct || !alike || last < first + kDirectBytesMin)
-      return {Part::Way::buffered, stop - begin};
+    const bool alike = reinterpret_cast<uint64_t>(job.target()) % kDirectAlignment == begin % kDirectAlignment;
+    if (!file.takes_direct || !alike || last < first + kDirectBytesMin) return {Part::Way::buffered, stop - begin};
     if (first > begin) return {Part::Way::buffered, first - begin};
     return {Part::Way::direct, last - begin};
   }
@@ -224,8 +218,7 @@ class FileSource final : public Source {
     if (got < 0) return base::fail_errno(error, place(job));
     if (got == 0) return base::pass_on(ends_early(job));
     if (static_cast<size_t>(got) > size_bytes) {
-      return fail(Code::internal, place(job), ": the system returned ", got, " bytes for ", size_bytes,
-                  " asked for");
+      return fail(Code::internal, place(job), ": the system returned ", got, " bytes for ", size_bytes, " asked for");
     }
     return static_cast<size_t>(got);
   }
@@ -285,8 +278,8 @@ class FileSource final : public Source {
     File& file = *files_[job.request.file];
     if (!file.takes_direct.exchange(false)) return;
     ::posix_fadvise(file.source.fd.get(), 0, 0, POSIX_FADV_NORMAL);
-    const std::string why = result < 0 ? base::errno_error("", static_cast<int>(-result)).message
-                                       : text(": only ", result, " bytes came");
+    const std::string why =
+        result < 0 ? base::errno_error("", static_cast<int>(-result)).message : text(": only ", result, " bytes came");
     note(text(place(job), " by ", options_.direct->name(), why,
               "; the rest of the file is read through the page cache"));
   }
@@ -326,8 +319,7 @@ class FileSource final : public Source {
 
 }  // namespace
 
-std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool,
-                                         FileSourceOptions options) {
+std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool, FileSourceOptions options) {
   return std::make_unique<FileSource>(std::move(files), pool, std::move(options));
 }
 

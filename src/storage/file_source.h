@@ -58,7 +58,6 @@ struct FileSourceOptions {
 
 // EINTR and short reads are retried; a read above kReadBytesMax is cut. A file that refuses O_DIRECT, and one whose direct
 // reads the system gives up, is read through the page cache, with a note. `pool` must outlive the source.
-std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool,
-                                         FileSourceOptions options = {});
+std::unique_ptr<Source> make_file_source(std::vector<SourceFile> files, ReadPool& pool, FileSourceOptions options = {});
 
 }  // namespace tensord::storage

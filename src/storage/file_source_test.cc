@@ -33,8 +33,7 @@ SourceFile open_file(const std::string& path, int flags = O_RDONLY) {
 
 class FileSource : public testing::Test {
  protected:
-  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = ::pread,
-                               CachedPath path = CachedPath::plain) {
+  std::unique_ptr<Source> make(SourceFile file, PreadFunction pread = ::pread, CachedPath path = CachedPath::plain) {
     std::vector<SourceFile> files;
     files.push_back(std::move(file));
     return make_file_source(std::move(files), *pool_, {.cached_path = path, .pread = std::move(pread)});
@@ -51,8 +50,7 @@ class FileSource : public testing::Test {
     const Status status = read_now(source, 0, offset, target);
     if (status) return "it succeeded";
     std::string message = status.error().message;
-    if (const size_t at = message.find(path_); at != std::string::npos)
-      message.replace(at, path_.size(), "model");
+    if (const size_t at = message.find(path_); at != std::string::npos) message.replace(at, path_.size(), "model");
     return base::text(base::code_name(status.error().code), ": ", message);
   }
 
@@ -87,11 +85,10 @@ TEST_F(FileSource, the_end_before_the_range_is_full_is_an_error) {
 }
 
 TEST_F(FileSource, more_bytes_than_asked_for_are_an_error) {
-  auto source = make(
-      Bytes(10), [](int, void*, size_t size_bytes, off_t) { return static_cast<ssize_t>(size_bytes) + 1; });
+  auto source =
+      make(Bytes(10), [](int, void*, size_t size_bytes, off_t) { return static_cast<ssize_t>(size_bytes) + 1; });
   Bytes read(10);
-  EXPECT_EQ(failure(*source, 0, read),
-            "internal: read model at 0: the system returned 11 bytes for 10 asked for");
+  EXPECT_EQ(failure(*source, 0, read), "internal: read model at 0: the system returned 11 bytes for 10 asked for");
 }
 
 TEST_F(FileSource, an_error_after_a_few_pieces_ends_the_read) {
@@ -134,8 +131,7 @@ TEST_F(FileSource, bytes_added_since_it_was_opened_are_not_read) {
   auto source = make(open_file(path_));
   ASSERT_EQ(::truncate(path_.c_str(), 20), 0);
   Bytes read(11);
-  EXPECT_EQ(failure(*source, 0, read),
-            "corrupt: read model at 0: 11 bytes are needed, the file has 10 in all");
+  EXPECT_EQ(failure(*source, 0, read), "corrupt: read model at 0: 11 bytes are needed, the file has 10 in all");
 }
 
 TEST_F(FileSource, a_descriptor_that_cannot_be_read_is_named) {
@@ -183,8 +179,7 @@ TEST_F(FileSource, offsets_past_4_GiB_of_a_sparse_file_are_exact) {
 // The target is address space alone: the pread of this test touches one byte of each piece.
 TEST_F(FileSource, a_read_the_kernel_would_cut_arrives_in_pieces) {
   constexpr size_t kSize = 5 * kGiB;
-  void* space =
-      ::mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* space = ::mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ASSERT_NE(space, MAP_FAILED);
   const std::span<std::byte> target(static_cast<std::byte*>(space), kSize);
   path_ = folder_.write("model", {});
@@ -315,8 +310,7 @@ TEST_F(DirectFileSource, what_is_not_cached_goes_past_the_page_cache_and_what_is
   ASSERT_TRUE(read_now(*source, 0, 0, target()));
   EXPECT_TRUE(is_whole());
   EXPECT_EQ(source->counters().direct_bytes, 3u << 20);
-  EXPECT_EQ(source->counters().cached_bytes, (1u << 20) + 777)
-      << "the end was left in the cache by the first read";
+  EXPECT_EQ(source->counters().cached_bytes, (1u << 20) + 777) << "the end was left in the cache by the first read";
 }
 
 TEST_F(DirectFileSource, partial_and_interrupted_reads_are_carried_on) {
@@ -387,8 +381,7 @@ TEST_F(DirectFileSource, a_small_file_and_a_target_unlike_the_file_are_read_thro
   });
   auto source = make_direct(reader);
   Bytes shifted(bytes_.size() + 8192);
-  const auto unlike =
-      std::span(shifted).subspan(-reinterpret_cast<uint64_t>(shifted.data()) % 4096 + 8, bytes_.size());
+  const auto unlike = std::span(shifted).subspan(-reinterpret_cast<uint64_t>(shifted.data()) % 4096 + 8, bytes_.size());
   ASSERT_TRUE(read_now(*source, 0, 0, unlike));
   EXPECT_TRUE(std::equal(bytes_.begin(), bytes_.end(), unlike.begin()));
   path_ = folder_.write("small", sample_bytes(4096));

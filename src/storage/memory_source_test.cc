@@ -23,9 +23,9 @@ TEST(MemorySource, a_fault_strikes_the_read_that_touches_its_byte_once) {
 }
 
 TEST(MemorySource, a_fault_that_stays_strikes_every_time) {
-  auto source = make_memory_source(
-      {.files = {Bytes(10), Bytes(10)},
-       .faults = {{.file = 1, .offset = 9, .error = {Code::corrupt, "bad"}, .always = true}}});
+  auto source =
+      make_memory_source({.files = {Bytes(10), Bytes(10)},
+                          .faults = {{.file = 1, .offset = 9, .error = {Code::corrupt, "bad"}, .always = true}}});
   Bytes read(10);
   EXPECT_TRUE(read_now(*source, 0, 0, read));
   for (int i = 0; i < 3; ++i) EXPECT_EQ(read_now(*source, 1, 0, read).error().code, Code::corrupt);

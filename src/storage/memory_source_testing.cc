@@ -70,8 +70,7 @@ class ScriptedSource final : public MemorySource {
   }
 
   Status check_unchanged(uint32_t file) override {
-    if (changed_)
-      return fail(Code::changed, text("file ", file, " changed while it was read; open it again"));
+    if (changed_) return fail(Code::changed, text("file ", file, " changed while it was read; open it again"));
     return {};
   }
 
@@ -100,8 +99,8 @@ class ScriptedSource final : public MemorySource {
     if (cancelled_) return fail(Code::cancelled, text(place(), ": cancelled"));
     const std::span<const std::byte> file = files_[request.file];
     if (request.offset > file.size() || request.target.size() > file.size() - request.offset) {
-      return fail(Code::corrupt, text(place(), ": ", request.target.size(),
-                                      " bytes are needed, the file has ", file.size(), " in all"));
+      return fail(Code::corrupt, text(place(), ": ", request.target.size(), " bytes are needed, the file has ",
+                                      file.size(), " in all"));
     }
     const auto wanted = file.subspan(request.offset, request.target.size());
     const auto fault = std::find_if(faults_.begin(), faults_.end(), [&](const Fault& candidate) {

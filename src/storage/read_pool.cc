@@ -29,8 +29,8 @@ Status ReadPool::start(int thread_count) {
         while (Work work = next()) work();
       });
     } catch (const std::system_error& error) {
-      return fail(base::Code::exhausted, "start read thread ", i + 1, " of ", thread_count, ": ",
-                  error.what(), "; configure fewer or raise the limit on processes");
+      return fail(base::Code::exhausted, "start read thread ", i + 1, " of ", thread_count, ": ", error.what(),
+                  "; configure fewer or raise the limit on processes");
     }
   }
   return {};

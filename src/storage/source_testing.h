@@ -48,11 +48,9 @@ inline std::vector<std::byte> sample_bytes(size_t size_bytes, uint32_t file = 0)
   return bytes;
 }
 
-inline std::future<Status> start_read(Source& source, uint32_t file, uint64_t offset,
-                                      std::span<std::byte> target) {
+inline std::future<Status> start_read(Source& source, uint32_t file, uint64_t offset, std::span<std::byte> target) {
   auto done = std::make_shared<std::promise<Status>>();
-  source.read(
-      {file, offset, target, [done](Status status, ReadTiming) { done->set_value(std::move(status)); }});
+  source.read({file, offset, target, [done](Status status, ReadTiming) { done->set_value(std::move(status)); }});
   return done->get_future();
 }
 

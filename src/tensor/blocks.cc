@@ -53,9 +53,7 @@ class BlockCutter {
   }
 
  private:
-  uint64_t in_image(uint64_t file_offset) const {
-    return file_offset - window_.file_offset + window_.image_offset;
-  }
+  uint64_t in_image(uint64_t file_offset) const { return file_offset - window_.file_offset + window_.image_offset; }
 
   ImageLayout& layout_;
   Window window_;
@@ -102,8 +100,7 @@ uint64_t Windows::image_offset(const Tensor& tensor) const {
   });
   CHECK(behind != list.begin());
   const Window& window = *std::prev(behind);
-  CHECK(window.file == tensor.file &&
-        tensor.offset + tensor.size_bytes <= window.file_offset + window.size_bytes);
+  CHECK(window.file == tensor.file && tensor.offset + tensor.size_bytes <= window.file_offset + window.size_bytes);
   return window.image_offset + (tensor.offset - window.file_offset);
 }
 
@@ -113,8 +110,8 @@ ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_
   const auto first = std::partition_point(blocks.begin(), blocks.end(), [&](const Block& block) {
     return block.image_offset + block.size_bytes <= image_offset;
   });
-  const auto last = std::partition_point(first, blocks.end(),
-                                         [&](const Block& block) { return block.image_offset < image_end; });
+  const auto last =
+      std::partition_point(first, blocks.end(), [&](const Block& block) { return block.image_offset < image_end; });
   return {static_cast<uint32_t>(first - blocks.begin()), static_cast<uint32_t>(last - blocks.begin())};
 }
 

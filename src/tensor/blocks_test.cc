@@ -78,8 +78,7 @@ std::string blocks(std::string_view lines) {
 std::string windows(const Index& index) {
   std::string out;
   for (const Window& window : windows_of(index).list) {
-    out += text("f", window.file, "@", window.file_offset, "+", window.size_bytes, " -> ",
-                window.image_offset, "\n");
+    out += text("f", window.file, "@", window.file_offset, "+", window.size_bytes, " -> ", window.image_offset, "\n");
   }
   return out;
 }
@@ -90,8 +89,7 @@ uint64_t mark(uint32_t file, uint64_t offset) { return (uint64_t{file} + 1) << 4
 // The window that holds a byte of the image; nullptr between and behind them.
 const Window* window_at(const Windows& windows, uint64_t image_offset) {
   for (const Window& window : windows.list) {
-    if (image_offset >= window.image_offset && image_offset - window.image_offset < window.size_bytes)
-      return &window;
+    if (image_offset >= window.image_offset && image_offset - window.image_offset < window.size_bytes) return &window;
   }
   return nullptr;
 }
@@ -123,10 +121,8 @@ void expect_windows(const Index& index) {
     const Window* window = window_at(windows, begin);
     ASSERT_NE(window, nullptr);
     ASSERT_EQ(window, window_at(windows, begin + tensor.size_bytes - 1));
-    ASSERT_EQ(mark(window->file, window->file_offset + begin - window->image_offset),
-              mark(tensor.file, tensor.offset));
-    if (tensor.offset - window->file_offset < kImageAlignment &&
-        begin - window->image_offset < kImageAlignment)
+    ASSERT_EQ(mark(window->file, window->file_offset + begin - window->image_offset), mark(tensor.file, tensor.offset));
+    if (tensor.offset - window->file_offset < kImageAlignment && begin - window->image_offset < kImageAlignment)
       edge_count += tensor.offset / kImageAlignment * kImageAlignment == window->file_offset ? 1 : 0;
   }
   ASSERT_GE(edge_count, windows.list.size());

@@ -36,9 +36,7 @@ Digest hash(std::span<const std::byte> bytes) {
 }
 
 void Hasher::begin() { widest().begin(state_.data()); }
-void Hasher::add(std::span<const std::byte> bytes) {
-  widest().add(state_.data(), bytes.data(), bytes.size());
-}
+void Hasher::add(std::span<const std::byte> bytes) { widest().add(state_.data(), bytes.data(), bytes.size()); }
 Digest Hasher::end() const {
   Digest digest;
   widest().end(state_.data(), digest.bytes.data());

@@ -94,9 +94,7 @@ TEST(Digest, every_set_of_vector_instructions_gives_the_same_result) {
   }
 }
 
-TEST(Digest, text_is_32_lower_case_digits) {
-  EXPECT_EQ(hash({}).to_text(), "99aa06d3014798d86001c324468d497f");
-}
+TEST(Digest, text_is_32_lower_case_digits) { EXPECT_EQ(hash({}).to_text(), "99aa06d3014798d86001c324468d497f"); }
 
 TEST(Digest, an_empty_tensor_has_the_digest_of_nothing) { EXPECT_EQ(tensor_digest({}), hash({})); }
 

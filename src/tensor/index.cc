@@ -75,8 +75,8 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
   const auto twin = std::adjacent_find(index.tensors.begin(), index.tensors.end(),
                                        [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
   if (twin != index.tensors.end()) {
-    return fail(Code::corrupt, "tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path,
-                " and ", files[std::next(twin)->file].path);
+    return fail(Code::corrupt, "tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path, " and ",
+                files[std::next(twin)->file].path);
   }
   index.files = std::move(files);
   return index;

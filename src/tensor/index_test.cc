@@ -37,8 +37,7 @@ TEST(Dtype, every_name_of_the_format_is_read_back_with_its_size) {
 }
 
 TEST(Dtype, unknown_names_and_numbers_are_opaque) {
-  for (const char* name : {"", "?", "f32", "F32 ", "NVFP4"})
-    EXPECT_EQ(parse_dtype(name), Dtype::opaque) << name;
+  for (const char* name : {"", "?", "f32", "F32 ", "NVFP4"}) EXPECT_EQ(parse_dtype(name), Dtype::opaque) << name;
   EXPECT_EQ(dtype_name(static_cast<Dtype>(200)), "?");
   EXPECT_EQ(dtype_bytes(Dtype::opaque), std::nullopt);
 }

@@ -34,8 +34,7 @@ class Adapter {
   bool parse_error(size_t byte, const std::string&, const nlohmann::json::exception& error) {
     // The library's own text quotes the input without bounds, so only its kind is used.
     const bool encoding = std::string_view(error.what()).find("ill-formed UTF-8") != std::string_view::npos;
-    return keep(
-        fail(Code::corrupt, where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte));
+    return keep(fail(Code::corrupt, where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte));
   }
 
   Status status() && { return std::move(status_); }

@@ -17,8 +17,7 @@ inline constexpr uint32_t kJsonDepthMax = 32;
 struct JsonValue {
   enum class Kind : uint8_t { object, array, string, natural, null, other };
   Kind kind = Kind::other;
-  std::string_view
-      what;  // "an object", "a string", "a number", .. "a negative number", "a fraction", "true", "false"
+  std::string_view what;  // "an object", "a string", "a number", .. "a negative number", "a fraction", "true", "false"
   std::string text = {};  // of a string
   uint64_t number = 0;    // of a natural number: 0 .. 2^64 - 1, written without sign, point or exponent
 };

@@ -15,9 +15,7 @@ namespace {
 
 using Wide = __int128;
 
-uint64_t magnitude(int64_t pitch) {
-  return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch);
-}
+uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
 
 // Whether `outer` goes on where the last iteration of `inner` ends, on both sides.
 bool continues(const Repeat& inner, const Repeat& outer) {
@@ -76,9 +74,8 @@ void Nest::simplify() {
     const Repeat& loop = loops[at];
     uint64_t longer;
     const bool fits = !__builtin_mul_overflow(head.row_bytes, loop.count, &longer);
-    const bool is_next =
-        loop.source_pitch >= 0 && static_cast<uint64_t>(loop.source_pitch) == head.row_bytes &&
-        loop.target_pitch >= 0 && static_cast<uint64_t>(loop.target_pitch) == head.target_row_bytes();
+    const bool is_next = loop.source_pitch >= 0 && static_cast<uint64_t>(loop.source_pitch) == head.row_bytes &&
+                         loop.target_pitch >= 0 && static_cast<uint64_t>(loop.target_pitch) == head.target_row_bytes();
     if (kept == 0 && fits && is_next) {
       head.row_bytes = longer;
     } else if (kept > 0 && continues(loops[kept - 1], loop)) {
@@ -112,11 +109,10 @@ Copy2D Nest::record() const {
   // A transpose: the loop that reads side by side goes next to the rows, where tiles are cut from the two.
   if (record.kind == Copy2D::Kind::copy && record.row_bytes <= kTileRowBytes && record.outer_count > 1) {
     const auto begin = record.outer.begin();
-    const auto closest =
-        std::min_element(begin, begin + record.outer_count, [](const Repeat& a, const Repeat& b) {
-          // 0 wraps around to the largest number: a broadcast is no neighbour.
-          return magnitude(a.source_pitch) - 1 < magnitude(b.source_pitch) - 1;
-        });
+    const auto closest = std::min_element(begin, begin + record.outer_count, [](const Repeat& a, const Repeat& b) {
+      // 0 wraps around to the largest number: a broadcast is no neighbour.
+      return magnitude(a.source_pitch) - 1 < magnitude(b.source_pitch) - 1;
+    });
     if (magnitude(closest->source_pitch) - 1 < magnitude(record.source_pitch) - 1)
       std::rotate(begin, closest, closest + 1);
   }
@@ -190,8 +186,7 @@ void sort_records(std::vector<Copy2D>& records) {
     return std::tuple(a.kind, a.source, a.source_offset, a.target, a.target_offset);
   };
   const auto before = [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); };
-  if (!std::is_sorted(records.begin(), records.end(), before))
-    std::stable_sort(records.begin(), records.end(), before);
+  if (!std::is_sorted(records.begin(), records.end(), before)) std::stable_sort(records.begin(), records.end(), before);
 }
 
 }  // namespace tensord::tensor

@@ -40,8 +40,7 @@ struct Nest {
 
 // The bytes that `row_bytes` at `offset` touch under loops with these pitches; nullopt when that leaves the 64-bit
 // address space.
-std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
-                            int64_t Repeat::*pitch);
+std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops, int64_t Repeat::*pitch);
 std::optional<Extent> source_reach(const Nest& nest);
 std::optional<Extent> target_reach(const Nest& nest);
 

@@ -8,8 +8,7 @@ namespace tensord::tensor {
 
 bool Copy2D::is_empty() const {
   return row_bytes == 0 || row_count == 0 ||
-         std::any_of(outer.begin(), outer.begin() + outer_count,
-                     [](const Repeat& loop) { return loop.count == 0; });
+         std::any_of(outer.begin(), outer.begin() + outer_count, [](const Repeat& loop) { return loop.count == 0; });
 }
 
 uint64_t Copy2D::outer_iterations() const {
@@ -28,9 +27,7 @@ uint64_t Copy2D::source_bytes() const { return row_bytes * row_count * outer_ite
 uint64_t Copy2D::target_bytes() const { return target_row_bytes() * row_count * outer_iterations(); }
 
 bool Copy2D::is_transposed() const {
-  const auto distance = [](int64_t pitch) {
-    return pitch < 0 ? -static_cast<uint64_t>(pitch) : uint64_t(pitch);
-  };
+  const auto distance = [](int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : uint64_t(pitch); };
   return kind == Kind::copy && row_bytes <= kTileRowBytes && outer_count > 0 && outer[0].source_pitch != 0 &&
          distance(outer[0].source_pitch) < distance(source_pitch);
 }
@@ -58,15 +55,13 @@ void TaskCutter::open_record() {
   const uint64_t outers = record.outer_iterations();
   const uint64_t rows_per_task = std::max<uint64_t>(task_bytes_ / row_bytes, 1);
   if (record.row_count <= rows_per_task) {
-    step_ = {std::min(outers, std::max<uint64_t>(rows_per_task / record.row_count, 1)), record.row_count,
-             row_bytes};
+    step_ = {std::min(outers, std::max<uint64_t>(rows_per_task / record.row_count, 1)), record.row_count, row_bytes};
   } else if (record.is_transposed()) {
     // Tiles need many iterations of outer[0] beside as many rows: tasks are about square.
     uint64_t side = 1;
     while (side * side < rows_per_task) side *= 2;
     const uint64_t outer_step = std::min(record.outer[0].count, side);
-    step_ = {outer_step, std::min(record.row_count, std::max<uint64_t>(rows_per_task / outer_step, 1)),
-             row_bytes};
+    step_ = {outer_step, std::min(record.row_count, std::max<uint64_t>(rows_per_task / outer_step, 1)), row_bytes};
   } else {
     step_ = {1, rows_per_task, row_bytes};
   }

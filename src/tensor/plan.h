@@ -69,8 +69,7 @@ struct Copy2D {
 };
 
 struct CopyPlan {
-  std::vector<Copy2D>
-      records;  // canonical order: by source, source_offset, target, target_offset; fills last
+  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset; fills last
 
   uint64_t target_bytes() const;  // sum over the records
   bool operator==(const CopyPlan&) const = default;
@@ -119,9 +118,8 @@ inline std::string no_name(size_t) { return {}; }
 // Coverage::complete, target bytes that nobody writes. Interval arithmetic; only records whose extents meet are looked
 // at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported). Records
 // that move 0 bytes are ignored wherever they point. Broadcast and overlapping reads are fine.
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
-                  std::span<const uint64_t> target_sizes, Coverage coverage,
-                  const RecordName& name = no_name);
+Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
+                  Coverage coverage, const RecordName& name = no_name);
 
 // A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
 // outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,

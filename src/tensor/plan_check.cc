@@ -54,8 +54,8 @@ Status check_bounds(size_t number, std::string_view side, uint32_t memory, std::
     return refuse(number, "leaves the address space of ", side, " ", memory, " from offset ", offset);
   }
   if (extent->end <= sizes[memory]) return {};
-  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory,
-                ", which has ", sizes[memory]);
+  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory, ", which has ",
+                sizes[memory]);
 }
 
 // What one record writes: rows of row_bytes under loops with positive pitches, smallest innermost.
@@ -72,8 +72,7 @@ struct Writes {
 
   uint64_t row_count() const {
     uint64_t count = 1;
-    for (size_t at = 0; at < loop_count; ++at)
-      count = base::checked_multiply(count, loops[at].count).value_or(~0ull);
+    for (size_t at = 0; at < loop_count; ++at) count = base::checked_multiply(count, loops[at].count).value_or(~0ull);
     return count;
   }
   // The innermost loops alone, first iteration of the others.
@@ -175,8 +174,7 @@ class Overlap {
   }
 
   Status examine_cells(std::vector<Cell>& cells, uint64_t begin, uint64_t pitch) {
-    std::sort(cells.begin(), cells.end(),
-              [](const Cell& a, const Cell& b) { return a.column_begin < b.column_begin; });
+    std::sort(cells.begin(), cells.end(), [](const Cell& a, const Cell& b) { return a.column_begin < b.column_begin; });
     for (size_t first = 0; first < cells.size(); ++first) {
       const Cell& a = cells[first];
       for (size_t second = first + 1; second < cells.size(); ++second) {
@@ -221,16 +219,14 @@ class Overlap {
     std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.begin < b.begin; });
     for (size_t at = 1; at < rows.size(); ++at) {
       const Writes& a = cluster[rows[at - 1].at];
-      if (rows[at - 1].begin + a.row_bytes > rows[at].begin)
-        return meet(a, cluster[rows[at].at], rows[at].begin);
+      if (rows[at - 1].begin + a.row_bytes > rows[at].begin) return meet(a, cluster[rows[at].at], rows[at].begin);
     }
     return {};
   }
 
   tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) const {
     if (a.record == b.record) {
-      return refuse(a.record, name_(a.record), "writes byte ", offset, " of target ", a.target,
-                    " more than once");
+      return refuse(a.record, name_(a.record), "writes byte ", offset, " of target ", a.target, " more than once");
     }
     const auto [first, second] = std::minmax(a.record, b.record);
     return refuse(first, name_(first), "and record ", second, " ", name_(second), "both write byte ", offset,
@@ -251,8 +247,7 @@ class Overlap {
 };
 
 // Nothing overlaps and nothing is out of bounds: then a target is complete when the amounts agree.
-Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted,
-                      std::span<const uint64_t> target_sizes) {
+Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted, std::span<const uint64_t> target_sizes) {
   std::vector<uint64_t> written(target_sizes.size());
   for (const Copy2D& record : plan.records) {
     if (!record.is_empty()) written[record.target] += record.target_bytes();
@@ -273,10 +268,9 @@ Status check_complete(const CopyPlan& plan, std::span<const Writes> sorted,
 
 }  // namespace
 
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
-                  std::span<const uint64_t> target_sizes, Coverage coverage, const RecordName& name) {
-  if (plan.records.size() > ~uint32_t{0})
-    return fail(Code::unsupported, "check plan: more than 2^32 records");
+Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
+                  Coverage coverage, const RecordName& name) {
+  if (plan.records.size() > ~uint32_t{0}) return fail(Code::unsupported, "check plan: more than 2^32 records");
   std::vector<Writes> writes;
   writes.reserve(plan.records.size());
   for (size_t number = 0; number < plan.records.size(); ++number) {
@@ -286,11 +280,9 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes,
     TRY(check_amount(number, record));
     const Nest nest(record);
     if (record.kind == Kind::copy) {
-      TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset,
-                       source_reach(nest)));
+      TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset, source_reach(nest)));
     }
-    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset,
-                     target_reach(nest)));
+    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset, target_reach(nest)));
     writes.push_back(writes_of(static_cast<uint32_t>(number), record));
   }
   TRY(Overlap(name).examine(writes));

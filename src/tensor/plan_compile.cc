@@ -45,8 +45,7 @@ Status check_shapes(const Wanted& wanted) {
   const Strided& from = wanted.from;
   const Strided& to = wanted.to;
   if (from.shape != to.shape) {
-    return refuse(wanted, "its shape is ", shape_text(from.shape), ", that of the target ",
-                  shape_text(to.shape));
+    return refuse(wanted, "its shape is ", shape_text(from.shape), ", that of the target ", shape_text(to.shape));
   }
   if (from.shape.size() != from.strides.size() || to.shape.size() != to.strides.size()) {
     return refuse(wanted, "a region has not as many strides as dimensions");

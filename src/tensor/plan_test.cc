@@ -265,8 +265,7 @@ Painted paint(const CopyPlan& plan, uint64_t source_size, uint64_t target_size) 
     for (uint64_t number = 0; number < record.outer_iterations() * record.row_count; ++number) {
       const uint64_t row = number % record.row_count;
       uint64_t left = number / record.row_count;
-      auto from =
-          static_cast<int64_t>(record.source_offset + row * static_cast<uint64_t>(record.source_pitch));
+      auto from = static_cast<int64_t>(record.source_offset + row * static_cast<uint64_t>(record.source_pitch));
       auto to = static_cast<int64_t>(record.target_offset + row * static_cast<uint64_t>(record.target_pitch));
       for (size_t at = 0; at < record.outer_count; ++at) {
         const auto index = static_cast<int64_t>(left % record.outer[at].count);
@@ -325,9 +324,7 @@ class RandomPlan {
   }
 
  private:
-  int64_t pitch() {
-    return below(8) == 0 ? -static_cast<int64_t>(below(20)) : static_cast<int64_t>(below(30));
-  }
+  int64_t pitch() { return below(8) == 0 ? -static_cast<int64_t>(below(20)) : static_cast<int64_t>(below(30)); }
 
   std::mt19937_64 random_;
 };
@@ -356,8 +353,7 @@ TEST(Plan, a_plan_is_accepted_exactly_when_no_byte_is_written_twice_or_out_of_bo
     if (!status) return;
     ++good_count;
     const bool is_complete = std::count(painted.bytes.begin(), painted.bytes.end(), kNothing) == 0;
-    ASSERT_EQ(check_plan(plan, sources, targets, Coverage::complete).has_value(), is_complete)
-        << to_text(plan);
+    ASSERT_EQ(check_plan(plan, sources, targets, Coverage::complete).has_value(), is_complete) << to_text(plan);
     ASSERT_EQ(paint(canonical(plan), kSource, kTarget).bytes, painted.bytes) << to_text(plan);
     ASSERT_EQ(to_text(parse_plan(to_text(plan))), to_text(plan));
   });
@@ -420,10 +416,9 @@ TEST(Plan, a_dense_model_of_443_tensors_is_at_most_443_records) {
     wanted.push_back(one);
   };
   for (int layer = 0; layer < 40; ++layer) {
-    for (const uint64_t rows : {5120, 1024, 1024, 17408, 17408})
-      add(rows, 5120, rows / 2, 5120);                                                   // q k v gate up
-    for (const uint64_t columns : {5120, 17408}) add(5120, columns, 5120, columns / 2);  // o down
-    for (const uint64_t columns : {128, 128, 5120, 5120}) add(1, columns, 1, columns);   // norms
+    for (const uint64_t rows : {5120, 1024, 1024, 17408, 17408}) add(rows, 5120, rows / 2, 5120);  // q k v gate up
+    for (const uint64_t columns : {5120, 17408}) add(5120, columns, 5120, columns / 2);            // o down
+    for (const uint64_t columns : {128, 128, 5120, 5120}) add(1, columns, 1, columns);             // norms
   }
   add(151936, 5120, 151936 / 2, 5120);
   add(151936, 5120, 151936 / 2, 5120);

@@ -11,9 +11,7 @@ std::string place(char memory, uint32_t number, uint64_t offset) {
   return number == 0 ? text(offset) : text(std::string(1, memory), number, ":", offset);
 }
 
-std::string counted(uint64_t count, std::string_view noun) {
-  return text(count, " ", noun, count == 1 ? "" : "s");
-}
+std::string counted(uint64_t count, std::string_view noun) { return text(count, " ", noun, count == 1 ? "" : "s"); }
 
 std::string record_text(const Copy2D& record) {
   const bool is_fill = record.kind == Copy2D::Kind::fill;
@@ -29,8 +27,7 @@ std::string record_text(const Copy2D& record) {
     if (!is_fill) out += text(loop.source_pitch, " ");
     out += text("-> ", loop.target_pitch);
   }
-  if (record.casts())
-    out += text("   ", dtype_name(record.source_dtype), " as ", dtype_name(record.target_dtype));
+  if (record.casts()) out += text("   ", dtype_name(record.source_dtype), " as ", dtype_name(record.target_dtype));
   return out + "\n";
 }
 

@@ -17,9 +17,7 @@ using Kind = Copy2D::Kind;
 
 // --- canonical -----------------------------------------------------------------------------------------------------
 
-bool is_single_row(const Copy2D& record) {
-  return record.row_count == 1 && record.outer_count == 0 && !record.casts();
-}
+bool is_single_row(const Copy2D& record) { return record.row_count == 1 && record.outer_count == 0 && !record.casts(); }
 
 uint64_t distance(const Copy2D& record) {
   return record.kind == Kind::fill ? 0 : record.target_offset - record.source_offset;
@@ -96,8 +94,7 @@ class Cut {
     const uint64_t touched = first.end > inside_.begin ? 0 : (inside_.begin - first.end) / pitch + 1;
     const uint64_t untouched = std::min(loop.count, (inside_.end - first.begin - 1) / pitch + 1);
     uint64_t full = first.begin >= inside_.begin ? 0 : (inside_.begin - first.begin - 1) / pitch + 1;
-    uint64_t partial =
-        first.end > inside_.end ? 0 : std::min(loop.count, (inside_.end - first.end) / pitch + 1);
+    uint64_t partial = first.end > inside_.end ? 0 : std::min(loop.count, (inside_.end - first.end) / pitch + 1);
     if (full >= partial) full = partial = untouched;
     for (uint64_t index = touched; index < full; ++index) TRY(cut_iteration(rest, loop, index));
     if (full < partial) {

@@ -92,8 +92,7 @@ class HeaderReader final : public JsonEvents {
   }
 
   Status set_field(std::string_view name, JsonValue& value) {
-    const auto field =
-        std::find_if(kFields.begin(), kFields.end(), [&](const Field& one) { return one.name == name; });
+    const auto field = std::find_if(kFields.begin(), kFields.end(), [&](const Field& one) { return one.name == name; });
     if (field == kFields.end()) return refuse_tensor("unknown field ", quoted(name));
     bool& seen = seen_[static_cast<size_t>(field - kFields.begin())];
     if (std::exchange(seen, true)) return refuse_tensor("duplicate field ", quoted(name));
@@ -171,8 +170,8 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
                   " overlap at byte ", tensor->offset, " of the file");
     }
     if (tensor->offset > cursor) {
-      return fail(Code::corrupt, path, ": the ", tensor->offset - cursor, " bytes at ", cursor,
-                  " before tensor ", quoted(tensor->name), " belong to no tensor");
+      return fail(Code::corrupt, path, ": the ", tensor->offset - cursor, " bytes at ", cursor, " before tensor ",
+                  quoted(tensor->name), " belong to no tensor");
     }
     cursor = tensor->offset + tensor->size_bytes;
     last = tensor;
@@ -210,9 +209,7 @@ class ShardIndexReader final : public JsonEvents {
   }
 
  private:
-  tl::unexpected<base::Error> refuse(const auto&... what) const {
-    return fail(Code::corrupt, path_, " has ", what...);
-  }
+  tl::unexpected<base::Error> refuse(const auto&... what) const { return fail(Code::corrupt, path_, " has ", what...); }
 
   Status add(const std::string& tensor, JsonValue& value) {
     if (value.kind != Kind::string) {
@@ -244,8 +241,8 @@ class ShardIndexReader final : public JsonEvents {
 
 }  // namespace
 
-Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first,
-                                     uint64_t file_size_bytes, const std::string& path) {
+Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first, uint64_t file_size_bytes,
+                                     const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes) {
     return fail(Code::corrupt, path, ": its ", file_size_bytes, " bytes are too few for a safetensors file");
   }
@@ -254,8 +251,8 @@ Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthByt
   std::memcpy(&length, first.data(), kHeaderLengthBytes);
   if (length == 0) return fail(Code::corrupt, path, ": header length is 0");
   if (length > kHeaderBytesMax) {
-    return fail(Code::corrupt, path, ": header length ", length, " is over the format's limit of ",
-                kHeaderBytesMax, "; is it a safetensors file?");
+    return fail(Code::corrupt, path, ": header length ", length, " is over the format's limit of ", kHeaderBytesMax,
+                "; is it a safetensors file?");
   }
   if (length > file_size_bytes - kHeaderLengthBytes) {
     return fail(Code::corrupt, path, ": header of ", length, " bytes ends past the file's ", file_size_bytes,
@@ -264,11 +261,10 @@ Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthByt
   return length;
 }
 
-Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes,
-                                      const std::string& path) {
+Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes, const std::string& path) {
   if (file_size_bytes < kHeaderLengthBytes || json.size() > file_size_bytes - kHeaderLengthBytes) {
-    return fail(Code::corrupt, path, ": header of ", json.size(), " bytes ends past the file's ",
-                file_size_bytes, " bytes; is it cut short?");
+    return fail(Code::corrupt, path, ": header of ", json.size(), " bytes ends past the file's ", file_size_bytes,
+                " bytes; is it cut short?");
   }
   const size_t brace = json.find_first_not_of(" \t\r\n");
   if (brace == std::string_view::npos || json[brace] != '{') {
@@ -308,8 +304,8 @@ Status check_shard_index(const ShardIndex& shards, const Index& index, Holds hol
     }
     const std::string_view path = index.files[tensor->file].path;
     if (path != file && !path.ends_with("/" + file)) {
-      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
-                  ", but it is in ", path);
+      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file), ", but it is in ",
+                  path);
     }
   }
   return {};

@@ -23,8 +23,8 @@ inline constexpr uint64_t kEntryCountMax = 1'000'000;
 
 // Size in bytes of the JSON header. Code::corrupt, naming `path`: file too short for it, 0, over
 // kHeaderBytesMax, or past the end of the file.
-Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first,
-                                     uint64_t file_size_bytes, const std::string& path);
+Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthBytes> first, uint64_t file_size_bytes,
+                                     const std::string& path);
 
 // `json`: the header without its length; JSON white space around the object is allowed, as writers align
 // data with it. Refused with Code::corrupt, naming path, tensor and what is wrong: not UTF-8, not an object
@@ -33,8 +33,7 @@ Result<uint64_t> parse_header_length(std::span<const std::byte, kHeaderLengthByt
 // overflow, overlapping ranges, holes between tensors (bytes no tensor owns), bytes left over at the end of
 // the file, over kRankMax dimensions, over kEntryCountMax entries, metadata that is neither null nor string
 // to string. A dtype that is not known is kept as Dtype::opaque; its range may have any length.
-Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes,
-                                      const std::string& path);
+Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_bytes, const std::string& path);
 
 // model.safetensors.index.json.
 struct ShardIndex {

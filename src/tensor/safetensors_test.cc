@@ -37,8 +37,8 @@ std::string outcome(std::string_view json, uint64_t data_bytes) {
 std::string one(std::string_view fields) { return text("{\"w\":{", fields, "}}"); }
 
 std::string u8(std::string_view name, uint64_t begin, uint64_t end) {
-  return text("\"", name, "\":{\"dtype\":\"U8\",\"shape\":[", end - begin, "],\"data_offsets\":[", begin, ",",
-              end, "]}");
+  return text("\"", name, "\":{\"dtype\":\"U8\",\"shape\":[", end - begin, "],\"data_offsets\":[", begin, ",", end,
+              "]}");
 }
 
 std::string header_length(uint64_t length, uint64_t file_size_bytes) {
@@ -85,8 +85,7 @@ TEST(Safetensors, well_formed_headers_are_read) {
   EXPECT_EQ(outcome(" \n{}", 0), "ok");
   EXPECT_EQ(outcome(R"({"__metadata__":null})", 0), "ok");
   EXPECT_EQ(outcome(R"({"__metadata__":{"format":"pt","a":""}})", 0), "ok a= format=pt");
-  EXPECT_EQ(outcome(one(R"("dtype":"BF16","shape":[3,5],"data_offsets":[0,30])"), 30),
-            "ok w BF16 [3,5,] @0+30");
+  EXPECT_EQ(outcome(one(R"("dtype":"BF16","shape":[3,5],"data_offsets":[0,30])"), 30), "ok w BF16 [3,5,] @0+30");
   EXPECT_EQ(outcome(one(R"("data_offsets":[0,4],"shape":[],"dtype":"F32")"), 4), "ok w F32 [] @0+4");
   EXPECT_EQ(outcome(R"({"\u00e9\n":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", 1),
             "ok \xc3\xa9\n U8 [1,] @0+1");
@@ -102,8 +101,7 @@ TEST(Safetensors, empty_tensors_share_offsets_with_their_neighbours) {
                          u8("z", 0, 0), ",", u8("y", 5, 5), "}"),
                     5),
             "ok a U8 [4,] @0+4 b U8 [1,] @4+1 e U8 [0,] @4+0 f U8 [0,] @4+0 y U8 [0,] @5+0 z U8 [0,] @0+0");
-  EXPECT_EQ(outcome(one(R"("dtype":"F64","shape":[16,0,3],"data_offsets":[0,0])"), 0),
-            "ok w F64 [16,0,3,] @0+0");
+  EXPECT_EQ(outcome(one(R"("dtype":"F64","shape":[16,0,3],"data_offsets":[0,0])"), 0), "ok w F64 [16,0,3,] @0+0");
   EXPECT_EQ(outcome(text("{", u8("a", 0, 4), ",", u8("e", 2, 2), "}"), 4),
             text("m: tensors 'a' and 'e' overlap at byte ",
                  8 + text("{", u8("a", 0, 4), ",", u8("e", 2, 2), "}").size() + 2, " of the file"));
@@ -111,17 +109,14 @@ TEST(Safetensors, empty_tensors_share_offsets_with_their_neighbours) {
 
 TEST(Safetensors, elements_smaller_than_a_byte_must_fill_whole_bytes) {
   EXPECT_EQ(outcome(one(R"("dtype":"F4","shape":[3,2],"data_offsets":[0,3])"), 3), "ok w F4 [3,2,] @0+3");
-  EXPECT_EQ(outcome(one(R"("dtype":"F6_E3M2","shape":[4],"data_offsets":[0,3])"), 3),
-            "ok w F6_E3M2 [4,] @0+3");
+  EXPECT_EQ(outcome(one(R"("dtype":"F6_E3M2","shape":[4],"data_offsets":[0,3])"), 3), "ok w F6_E3M2 [4,] @0+3");
   EXPECT_EQ(outcome(one(R"("dtype":"F4","shape":[3],"data_offsets":[0,2])"), 2),
             "m: tensor 'w': 3 elements of F4 are not a whole number of bytes");
 }
 
 TEST(Safetensors, unknown_dtypes_are_opaque_and_of_any_length) {
   EXPECT_EQ(outcome(one(R"("dtype":"NVFP4","shape":[5],"data_offsets":[0,3])"), 3), "ok w ? [5,] @0+3");
-  EXPECT_EQ(
-      parse_safetensors(one(R"("dtype":"NVFP4","shape":[5],"data_offsets":[0,0])"), 100, "m").has_value(),
-      false);
+  EXPECT_EQ(parse_safetensors(one(R"("dtype":"NVFP4","shape":[5],"data_offsets":[0,0])"), 100, "m").has_value(), false);
   const std::string json = one(R"("dtype":"NVFP4","shape":[5],"data_offsets":[0,3])");
   EXPECT_EQ(parse_safetensors(json, 8 + json.size() + 3, "m")->tensors[0].dtype_text, "NVFP4");
 }
@@ -158,14 +153,10 @@ TEST(Safetensors, values_of_the_wrong_kind_are_refused_by_name) {
   EXPECT_EQ(outcome(one(R"("dtype":["F32"])"), 0), "m: tensor 'w': dtype is an array, not a string");
   EXPECT_EQ(outcome(one(R"("shape":4)"), 0), "m: tensor 'w': shape is a number, not an array of sizes");
   EXPECT_EQ(outcome(one(R"("shape":{})"), 0), "m: tensor 'w': shape is an object, not an array of sizes");
-  EXPECT_EQ(outcome(one(R"("shape":[-1])"), 0),
-            "m: tensor 'w': shape holds a negative number, not a natural number");
-  EXPECT_EQ(outcome(one(R"("shape":[-0])"), 0),
-            "m: tensor 'w': shape holds a negative number, not a natural number");
-  EXPECT_EQ(outcome(one(R"("shape":[1.0])"), 0),
-            "m: tensor 'w': shape holds a fraction, not a natural number");
-  EXPECT_EQ(outcome(one(R"("shape":[1e3])"), 0),
-            "m: tensor 'w': shape holds a fraction, not a natural number");
+  EXPECT_EQ(outcome(one(R"("shape":[-1])"), 0), "m: tensor 'w': shape holds a negative number, not a natural number");
+  EXPECT_EQ(outcome(one(R"("shape":[-0])"), 0), "m: tensor 'w': shape holds a negative number, not a natural number");
+  EXPECT_EQ(outcome(one(R"("shape":[1.0])"), 0), "m: tensor 'w': shape holds a fraction, not a natural number");
+  EXPECT_EQ(outcome(one(R"("shape":[1e3])"), 0), "m: tensor 'w': shape holds a fraction, not a natural number");
   EXPECT_EQ(outcome(one(R"("shape":[18446744073709551616])"), 0),
             "m: tensor 'w': shape holds a number beyond 64 bits, not a natural number");
   EXPECT_EQ(outcome(one(R"("shape":[[1]])"), 0), "m: tensor 'w': shape holds an array, not a natural number");
@@ -174,8 +165,7 @@ TEST(Safetensors, values_of_the_wrong_kind_are_refused_by_name) {
             "m: tensor 'w': data_offsets holds a string, not a natural number");
   EXPECT_EQ(outcome(one(R"("data_offsets":null)"), 4),
             "m: tensor 'w': data_offsets is null, not an array of 2 numbers");
-  EXPECT_EQ(outcome(R"({"__metadata__":[]})", 0),
-            "m: header has a __metadata__ that is an array, not an object");
+  EXPECT_EQ(outcome(R"({"__metadata__":[]})", 0), "m: header has a __metadata__ that is an array, not an object");
   EXPECT_EQ(outcome(R"({"__metadata__":{"k":1}})", 0),
             "m: header has a __metadata__ whose 'k' is a number, not a string");
   EXPECT_EQ(outcome(R"({"__metadata__":{"k":{}}})", 0),
@@ -190,8 +180,7 @@ TEST(Safetensors, missing_unknown_and_surplus_fields_are_refused) {
   EXPECT_EQ(outcome(one(""), 0), "m: tensor 'w': dtype is missing");
   EXPECT_EQ(outcome(one(R"("dtype":"U8","data_offsets":[0,4])"), 4), "m: tensor 'w': shape is missing");
   EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[4])"), 4), "m: tensor 'w': data_offsets is missing");
-  EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[4],"strides":[1])"), 4),
-            "m: tensor 'w': unknown field 'strides'");
+  EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[4],"strides":[1])"), 4), "m: tensor 'w': unknown field 'strides'");
   EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[4],"data_offsets":[0])"), 4),
             "m: tensor 'w': data_offsets has 1 of 2 numbers");
   EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[4],"data_offsets":[0,4,8])"), 4),
@@ -202,11 +191,9 @@ TEST(Safetensors, duplicates_are_refused_at_every_level) {
   EXPECT_EQ(outcome(text("{", u8("a", 0, 4), ",", u8("b", 4, 5), ",", u8("a", 0, 4), "}"), 5),
             "m: tensor 'a' is there twice");
   EXPECT_EQ(outcome(one(R"("dtype":"U8","dtype":"U8")"), 0), "m: tensor 'w': duplicate field 'dtype'");
-  EXPECT_EQ(outcome(R"({"__metadata__":{"k":"1","k":"2"}})", 0),
-            "m: header has a duplicate metadata key 'k'");
+  EXPECT_EQ(outcome(R"({"__metadata__":{"k":"1","k":"2"}})", 0), "m: header has a duplicate metadata key 'k'");
   EXPECT_EQ(outcome(R"({"__metadata__":{},"__metadata__":{}})", 0), "m: header has a duplicate __metadata__");
-  EXPECT_EQ(outcome(R"({"__metadata__":{},"__metadata__":null})", 0),
-            "m: header has a duplicate __metadata__");
+  EXPECT_EQ(outcome(R"({"__metadata__":{},"__metadata__":null})", 0), "m: header has a duplicate __metadata__");
 }
 
 TEST(Safetensors, ranges_that_do_not_fit_file_or_shape_are_refused) {
@@ -214,12 +201,10 @@ TEST(Safetensors, ranges_that_do_not_fit_file_or_shape_are_refused) {
             "m: tensor 'w': data_offsets [4, 0] end before they begin");
   EXPECT_EQ(outcome(one(R"("dtype":"I32","shape":[2,2],"data_offsets":[0,16])"), 14),
             "m: tensor 'w': data_offsets [0, 16] end past the file's 14 bytes of data; is it cut short?");
-  EXPECT_EQ(
-      outcome(one(R"("dtype":"U8","shape":[8],"data_offsets":[18446744073709551608,18446744073709551615])"),
-              8),
-      "m: tensor 'w': data_offsets [18446744073709551608, 18446744073709551615] end past the file's 8 bytes "
-      "of "
-      "data; is it cut short?");
+  EXPECT_EQ(outcome(one(R"("dtype":"U8","shape":[8],"data_offsets":[18446744073709551608,18446744073709551615])"), 8),
+            "m: tensor 'w': data_offsets [18446744073709551608, 18446744073709551615] end past the file's 8 bytes "
+            "of "
+            "data; is it cut short?");
   EXPECT_EQ(outcome(one(R"("dtype":"I32","shape":[2,2],"data_offsets":[0,4])"), 4),
             "m: tensor 'w': 4 elements of I32 take 16 bytes, its data_offsets span 4");
   EXPECT_EQ(outcome(one(R"("dtype":"F32","shape":[],"data_offsets":[0,0])"), 0),
@@ -250,17 +235,14 @@ TEST(Safetensors, holes_overlaps_and_left_over_bytes_are_told_apart) {
   EXPECT_EQ(outcome(hole, 8),
             text("m: the 2 bytes at ", 8 + hole.size() + 4, " before tensor 'b' belong to no tensor"));
   const std::string late = text("{", u8("a", 1, 4), "}");
-  EXPECT_EQ(outcome(late, 4),
-            text("m: the 1 bytes at ", 8 + late.size(), " before tensor 'a' belong to no tensor"));
+  EXPECT_EQ(outcome(late, 4), text("m: the 1 bytes at ", 8 + late.size(), " before tensor 'a' belong to no tensor"));
   const std::string overlap = text("{", u8("b", 3, 8), ",", u8("a", 0, 4), "}");
   EXPECT_EQ(outcome(overlap, 8),
             text("m: tensors 'a' and 'b' overlap at byte ", 8 + overlap.size() + 3, " of the file"));
   const std::string shared = text("{", u8("a", 0, 4), ",", u8("b", 0, 4), "}");
-  EXPECT_EQ(outcome(shared, 4),
-            text("m: tensors 'a' and 'b' overlap at byte ", 8 + shared.size(), " of the file"));
+  EXPECT_EQ(outcome(shared, 4), text("m: tensors 'a' and 'b' overlap at byte ", 8 + shared.size(), " of the file"));
   const std::string rest = text("{", u8("a", 0, 4), "}");
-  EXPECT_EQ(outcome(rest, 9),
-            text("m: 5 bytes are left over at ", 8 + rest.size() + 4, ", behind the last tensor"));
+  EXPECT_EQ(outcome(rest, 9), text("m: 5 bytes are left over at ", 8 + rest.size() + 4, ", behind the last tensor"));
   EXPECT_EQ(outcome("{}", 1), "m: 1 bytes are left over at 10, behind the last tensor");
 }
 
@@ -271,10 +253,8 @@ TEST(Safetensors, hostile_names_are_escaped_and_cut_in_messages) {
 }
 
 TEST(Safetensors, deep_nesting_is_refused_at_once) {
-  EXPECT_EQ(outcome(text("{\"w\":", std::string(1'000'000, '[')), 0),
-            "m: tensor 'w': is an array, not an object");
-  EXPECT_EQ(shard_outcome(text("{\"w\":", std::string(1'000'000, '['))),
-            "i.json nests deeper than 32 levels");
+  EXPECT_EQ(outcome(text("{\"w\":", std::string(1'000'000, '[')), 0), "m: tensor 'w': is an array, not an object");
+  EXPECT_EQ(shard_outcome(text("{\"w\":", std::string(1'000'000, '['))), "i.json nests deeper than 32 levels");
 }
 
 TEST(Safetensors, shards_1_2_and_100_join_into_one_index) {
@@ -283,8 +263,7 @@ TEST(Safetensors, shards_1_2_and_100_join_into_one_index) {
     std::vector<FileTensors> parts;
     for (size_t i = 0; i < shard_count; ++i) {
       // The last tensor of each shard spans exactly to its end.
-      const std::string json =
-          text("{", u8(text("t", i, ".a"), 0, 3), ",", u8(text("t", i, ".b"), 3, 10 + i), "}");
+      const std::string json = text("{", u8(text("t", i, ".a"), 0, 3), ",", u8(text("t", i, ".b"), 3, 10 + i), "}");
       files.push_back({text("model-", i), kHeaderLengthBytes + json.size() + 10 + i});
       parts.push_back(parse_safetensors(json, files.back().size_bytes, files.back().path).value());
     }
@@ -302,8 +281,7 @@ TEST(Safetensors, shards_1_2_and_100_join_into_one_index) {
 TEST(Safetensors, a_hundred_thousand_tensors_are_read) {
   std::string json = "{";
   for (uint64_t i = 0; i < 100'000; ++i) {
-    json += text(i == 0 ? "" : ",",
-                 u8(text("model.layers.", i * 7919 % 100'000, ".mlp.weight"), i * 8, i * 8 + 8));
+    json += text(i == 0 ? "" : ",", u8(text("model.layers.", i * 7919 % 100'000, ".mlp.weight"), i * 8, i * 8 + 8));
   }
   json += "}";
   const auto part = parse_safetensors(json, kHeaderLengthBytes + json.size() + 800'000, "m");
@@ -330,28 +308,20 @@ TEST(ShardIndex, bad_structure_is_refused) {
   EXPECT_EQ(shard_outcome("[]"), "i.json is an array, not an object");
   EXPECT_EQ(shard_outcome("7"), "i.json is a number, not an object");
   EXPECT_EQ(shard_outcome("{}"), "i.json has no weight_map");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":["m"]})"),
-            "i.json has a weight_map that is an array, not an object");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":"m"})"),
-            "i.json has a weight_map that is a string, not an object");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":1}})"),
-            "i.json has tensor 'a' in a number, not in a file name");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":{}}})"),
-            "i.json has tensor 'a' in an object, not in a file name");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":["m"]}})"),
-            "i.json has tensor 'a' in an array, not in a file name");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":["m"]})"), "i.json has a weight_map that is an array, not an object");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":"m"})"), "i.json has a weight_map that is a string, not an object");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":1}})"), "i.json has tensor 'a' in a number, not in a file name");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":{}}})"), "i.json has tensor 'a' in an object, not in a file name");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":["m"]}})"), "i.json has tensor 'a' in an array, not in a file name");
   EXPECT_EQ(shard_outcome(R"({"weight_map":{},"weight_map":{}})"), "i.json has a duplicate weight_map");
-  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":"m","a":"m"}})"),
-            "i.json has tensor 'a' twice in its weight_map");
+  EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":"m","a":"m"}})"), "i.json has tensor 'a' twice in its weight_map");
   EXPECT_EQ(shard_outcome("{\"weight_map\":{\"a\":\"\xff\"}}"), "i.json is not UTF-8 at byte 21");
 }
 
 TEST(ShardIndex, files_outside_of_its_folder_are_refused) {
-  for (const char* file :
-       {"", "/etc/passwd", "..", "../m", "a/..", "a/../../m", "a/../m", "m\\u0000.safetensors"}) {
+  for (const char* file : {"", "/etc/passwd", "..", "../m", "a/..", "a/../../m", "a/../m", "m\\u0000.safetensors"}) {
     const std::string message = shard_outcome(text(R"({"weight_map":{"a":")", file, "\"}}"));
-    EXPECT_NE(message.find("files must be named relative to the index and lie in its folder"),
-              std::string::npos)
+    EXPECT_NE(message.find("files must be named relative to the index and lie in its folder"), std::string::npos)
         << message;
   }
   EXPECT_EQ(shard_outcome(R"({"weight_map":{"a":"../m"}})"),

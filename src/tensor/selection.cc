@@ -67,8 +67,7 @@ bool matches(std::string_view pattern, std::string_view name) {
 
 Result<std::vector<uint32_t>> select(const Index& index, std::span<const std::string> only) {
   if (only.size() > kOnlyCountMax) {
-    return fail(Code::invalid_argument, "only: ", only.size(), " names; at most ", kOnlyCountMax,
-                " are possible");
+    return fail(Code::invalid_argument, "only: ", only.size(), " names; at most ", kOnlyCountMax, " are possible");
   }
   std::vector<bool> wanted(index.tensors.size());
   size_t pattern_count = 0;
@@ -78,8 +77,8 @@ Result<std::vector<uint32_t>> select(const Index& index, std::span<const std::st
       continue;
     }
     if (++pattern_count > kPatternCountMax) {
-      return fail(Code::invalid_argument, "only: more than ", kPatternCountMax,
-                  " patterns, or names of no tensor as ", quoted(words));
+      return fail(Code::invalid_argument, "only: more than ", kPatternCountMax, " patterns, or names of no tensor as ",
+                  quoted(words));
     }
     bool found = false;
     for (size_t at = 0; at < index.tensors.size(); ++at) {

@@ -53,16 +53,15 @@ TEST(Selection, patterns_match_as_a_shell_does) {
                                                         {"**", "abc"}}) {
     EXPECT_TRUE(matches(pattern, name)) << pattern << " " << name;
   }
-  for (const auto& [pattern, name] :
-       std::vector<std::pair<std::string, std::string>>{{"", "a"},
-                                                        {"a", "ab"},
-                                                        {"a", "A"},
-                                                        {"*a", "ab"},
-                                                        {"layers.1[0-9].*", "layers.1.w"},
-                                                        {"layers.?.*", "layers.17.w"},
-                                                        {"x[!0-9]", "x5"},
-                                                        {"x[0-9]", "x"},
-                                                        {"?", ""}}) {
+  for (const auto& [pattern, name] : std::vector<std::pair<std::string, std::string>>{{"", "a"},
+                                                                                      {"a", "ab"},
+                                                                                      {"a", "A"},
+                                                                                      {"*a", "ab"},
+                                                                                      {"layers.1[0-9].*", "layers.1.w"},
+                                                                                      {"layers.?.*", "layers.17.w"},
+                                                                                      {"x[!0-9]", "x5"},
+                                                                                      {"x[0-9]", "x"},
+                                                                                      {"?", ""}}) {
     EXPECT_FALSE(matches(pattern, name)) << pattern << " " << name;
   }
 }
@@ -85,8 +84,7 @@ TEST(Selection, what_matches_nothing_is_not_found_with_the_nearest_name) {
   EXPECT_EQ(selected(index, {"norm", "lm_head.weigth"}),
             "not_found: only: no tensor is or matches 'lm_head.weigth'; did you mean 'lm_head.weight'?");
   EXPECT_EQ(selected(index, {"vision.*"}), "not_found: only: no tensor is or matches 'vision.*'");
-  EXPECT_EQ(selected(index, std::vector<std::string>(kOnlyCountMax + 1, "norm")).substr(0, 16),
-            "invalid_argument");
+  EXPECT_EQ(selected(index, std::vector<std::string>(kOnlyCountMax + 1, "norm")).substr(0, 16), "invalid_argument");
 }
 
 TEST(Selection, batches_are_consecutive_tensors_in_file_order) {

@@ -90,8 +90,7 @@ Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit
     if (item.kind == Kind::integer) {
       const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
       if (at < 0 || at >= Wide(extent)) {
-        return refuse("dimension ", dimension, ": index ", item.integer, " is out of range for extent ",
-                      extent);
+        return refuse("dimension ", dimension, ": index ", item.integer, " is out of range for extent ", extent);
       }
       picked.offset += at * stride;
       picked.is_whole = false;
@@ -172,21 +171,21 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   // Bit offsets of sub-byte types must fit as well: no tensor is larger than an exbibyte.
   constexpr uint64_t kSizeMax = uint64_t{1} << 60;
   if (tensor.size_bytes > kSizeMax || !base::checked_add(offset, tensor.size_bytes)) {
-    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes,
-                " bytes at ", offset, " do not fit an address space");
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes, " bytes at ",
+                offset, " do not fit an address space");
   }
   const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
   const uint32_t bits = dtype_bits(tensor.dtype);
   const uint32_t unit = element_bytes ? *element_bytes : std::max(bits, 1u);
   TRY_ASSIGN(Picked picked, pick(tensor, items, unit));
   if (element_bytes) {
-    return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape),
-                   std::move(picked.strides), *element_bytes};
+    return Strided{offset + static_cast<uint64_t>(picked.offset), std::move(picked.shape), std::move(picked.strides),
+                   *element_bytes};
   }
   if (picked.is_whole) return whole(tensor, offset);
   if (bits == 0) {
-    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": its type ",
-                quoted(tensor.dtype_text), " is not known; it can be read as a whole only");
+    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": its type ", quoted(tensor.dtype_text),
+                " is not known; it can be read as a whole only");
   }
   for (const uint64_t extent : picked.shape) {
     if (extent == 0) return Strided{offset, {0}, {1}, 1};
@@ -194,9 +193,8 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   if (picked.has_unit_steps) {
     if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
   }
-  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": elements of ",
-              dtype_name(tensor.dtype), " have ", bits,
-              " bits; a slice must begin and end on whole bytes and have step 1");
+  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype),
+              " have ", bits, " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
 // --- text --------------------------------------------------------------------------------------------------------
