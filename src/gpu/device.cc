@@ -14,7 +14,7 @@ using base::fail;
 
 namespace {
 constexpr size_t kStreamCount = 2;
-constexpr size_t kChunkCountMax = 4 * kStreamCount;  // under way: no copy engine waits for this thread
+constexpr size_t kChunkCountMax = 4;  // under way: enough that a copy engine never waits for this thread
 // The thread wakes up for each chunk: 1.2 ms at the speed of the bus.
 constexpr uint64_t kChunkBytes = 64 << 20;
 // Copies smaller than this are handed over together: at 64 KiB single calls move 16 GB/s, the batch call 40 (H200).
@@ -168,10 +168,11 @@ void Device::start(std::unique_ptr<CopyJob> job) {
 // Gives each segment its second mapping, and begins to register what the job is going to read.
 Status Device::pin(Running& running) {
   const CopyJob& job = *running.job;
-  std::vector<bool> wanted((job.image_bytes + kPinBytes - 1) / kPinBytes);
+  constexpr uint64_t kGrainBytes = 64 << 10;
+  std::vector<bool> wanted(job.image_bytes / kGrainBytes + 1);
   for (const DeviceCopy& copy : job.copies) {
     const uint64_t end = copy.source_offset + (copy.row_count - 1) * copy.source_pitch + copy.row_bytes;
-    for (uint64_t at = copy.source_offset / kPinBytes; at * kPinBytes < end; ++at) wanted[at] = true;
+    for (uint64_t at = copy.source_offset / kGrainBytes; at * kGrainBytes < end; ++at) wanted[at] = true;
   }
   std::vector<PinAhead::Stretch> stretches;
   uint64_t begin = 0;  // of the segment in the image
@@ -186,9 +187,11 @@ Status Device::pin(Running& running) {
     const auto pinned = std::static_pointer_cast<Pinned>(segment.slot->attachment);
     running.segments.push_back(pinned);
     for (uint64_t at = 0; at < segment.size_bytes && begin + at < job.image_bytes; at += kPinBytes) {
-      if (!wanted[(begin + at) / kPinBytes] || pinned->is_registered(at)) continue;
-      const uint64_t first = begin + at,
-                     last = std::min({first + kPinBytes, begin + segment.size_bytes, job.image_bytes});
+      const uint64_t first = begin + at;
+      const uint64_t last = std::min({first + kPinBytes, begin + segment.size_bytes, job.image_bytes});
+      const auto grain = [&](uint64_t offset) { return wanted.begin() + static_cast<ptrdiff_t>(offset / kGrainBytes); };
+      const bool is_wanted = std::find(grain(first), grain(last - 1) + 1, true) != grain(last - 1) + 1;
+      if (!is_wanted || pinned->is_registered(at)) continue;
       const auto ready = [&job, first, last] {
         const auto there = job.ready(first, last);
         return !there || *there;
@@ -210,9 +213,10 @@ void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const ba
   }
 }
 
-// False where its next bytes are not there. Streams take turns by piece, so that two copies run at any time.
+// False where its next bytes are not there.
 Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
-  std::vector<Batch> batches(streams_.size());
+  const Handle stream = streams_[next_stream_++ % streams_.size()];
+  Batch batch;
   uint64_t bytes = 0;
   size_t count = 0;
   Status issued;
@@ -220,17 +224,14 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
     const auto ready = is_ready(*running, *running->next);
     if (!ready) issued = base::pass_on(ready);
     if (!ready || !*ready) break;
-    const size_t lane = count % streams_.size();
-    issued = issue(*running, *running->next, batches[lane], streams_[lane]);
+    issued = issue(*running, *running->next, batch, stream);
     if (!issued) break;
     bytes += running->next->bytes();
     running->next = running->cutter.next();
   }
+  if (issued) issued = flush(*running, batch, stream);
   running->report.bytes += bytes;
-  for (size_t lane = 0; lane < std::min(count, streams_.size()); ++lane) {
-    if (issued) issued = flush(*running, batches[lane], streams_[lane]);
-    TRY(close_chunk(running, streams_[lane]));  // also behind an error: what was issued is under way
-  }
+  if (count > 0) TRY(close_chunk(running, stream));  // also behind an error: what was issued is under way
   TRY(issued);
   return count > 0;
 }
@@ -343,6 +344,7 @@ void Device::finish_if_over(const std::shared_ptr<Running>& running) {
   running->pins.reset();
   running->targets.clear();
   running->segments.clear();
+  running->job->source.clear();  // they may go once `done` is called
   running->report.end_ns = base::monotonic_ns();
   if (running->error && running->report.bytes > 0) running->error->target = base::TargetState::dirty;
   if (running->error) return running->job->done(tl::unexpected(*running->error));

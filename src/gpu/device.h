@@ -1,6 +1,6 @@
 // Device: one GPU as the daemon uses it: a thread that opens its clients' memory and keeps its copy engines busy.
 //
-//   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB over two streams ──► retired in order
+//   jobs, in turn ──► pieces that are there ──► chunks of 64 MiB, on two streams ──► retired in order
 //
 // A job whose bytes are still being read lets others pass. The thread sleeps while chunks are under way. A client's memory is
 // open for one job: what it frees stays taken as long as it is open here, and opening costs little (36 us for 2 MiB, 0.5 ms for
@@ -71,6 +71,7 @@ class Device {
   std::shared_ptr<Primary> primary_;  // while awake, as the next two
   std::vector<Handle> streams_;
   std::vector<Handle> free_events_;
+  size_t next_stream_ = 0;
   std::deque<Chunk> chunks_;  // oldest first
   std::deque<std::shared_ptr<Running>> running_;
   std::vector<std::weak_ptr<memory::AttachmentSlot>> pinned_;
