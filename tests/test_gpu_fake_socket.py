@@ -114,12 +114,10 @@ class Hostile:
 
 
 @pytest.fixture
-def hostile(
-    start: Callable[..., Daemon], gpu: Gpu, path: Path, binary: Path, short_folder: Path
-) -> Iterator[Hostile]:
+def hostile(start: Callable[..., Daemon], gpu: Gpu, path: Path, short_folder: Path) -> Iterator[Hostile]:
     daemon = start()
     impostor = Impostor(Path(tempfile.mkdtemp(dir=short_folder)) / "run")
-    with impostor.client(binary, "ls") as (_, peer):
+    with impostor.client("ls") as (_, peer):
         hello = receive(peer)
     impostor.listener.close()
     assert hello is not None
