@@ -384,21 +384,6 @@ Answer cuDeviceGetUuid_v2(Uuid* uuid, int device) {
     return has_device(device) ? 0 : kInvalidDevice;
   });
 }
-Answer cuDeviceGetName(char* name, int size_bytes, int device) {
-  return call("cuDeviceGetName", [&] {
-    std::snprintf(name, static_cast<size_t>(size_bytes), "Fake %d", device);
-    return has_device(device) ? 0 : kInvalidDevice;
-  });
-}
-Answer cuDeviceTotalMem_v2(size_t* size, int device) {
-  return call("cuDeviceTotalMem_v2", [&] { return *size = kArenaBytes, has_device(device) ? 0 : kInvalidDevice; });
-}
-Answer cuDeviceGetAttribute(int* value, int, int device) {
-  return call("cuDeviceGetAttribute", [&] { return *value = 1, has_device(device) ? 0 : kInvalidDevice; });
-}
-Answer cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
-  return call_on_device("cuMemGetInfo_v2", [&] { return *free_bytes = *total_bytes = kArenaBytes, 0; });
-}
 
 Answer cuDevicePrimaryCtxRetain(Handle* handle, int device) {
   return call("cuDevicePrimaryCtxRetain", [&] {
@@ -596,14 +581,12 @@ Answer cuIpcCloseMemHandle(Address address) {
   });
 }
 
-Answer cuMemGetAllocationGranularity(size_t* size, const AllocationKind*, int) {
-  return call("cuMemGetAllocationGranularity", [&] { return *size = kGranularity, 0; });
-}
-Answer cuMemCreate(Allocation* handle, size_t size, const AllocationKind* kind, uint64_t) {
+// Not as the driver has it: only fake_cuda_vmm() calls it.
+Answer cuMemCreate(Allocation* handle, size_t size, int device) {
   return call("cuMemCreate", [&] {
-    if (size == 0 || size % kGranularity != 0 || !has_device(kind->location.id)) return kInvalidValue;
+    if (size == 0 || size % kGranularity != 0 || !has_device(device)) return kInvalidValue;
     *handle = state().next++;
-    state().allocations[*handle] = {.fd = make_memory(size), .device = kind->location.id, .size_bytes = size};
+    state().allocations[*handle] = {.fd = make_memory(size), .device = device, .size_bytes = size};
     return 0;
   });
 }
@@ -718,14 +701,13 @@ Address fake_cuda_pool(int device, uint64_t size) {
 }
 // Chunks mapped one after another, as in torch's expandable segments. `chunk` is a multiple of 2 MiB.
 Address fake_cuda_vmm(int device, uint64_t size, uint64_t chunk) {
-  const AllocationKind kind{.location = {.id = device}};
   const Access access{.location = {.id = device}, .flags = kReadWrite};
   Address begin = 0;
   size = rounded(size, chunk);
   Answer failed = cuMemAddressReserve(&begin, size, 0, 0, 0);
   for (uint64_t offset = 0; offset < size && failed == 0; offset += chunk) {
     Allocation allocation = 0;
-    failed = cuMemCreate(&allocation, chunk, &kind, 0);
+    failed = cuMemCreate(&allocation, chunk, device);
     if (failed == 0) failed = cuMemMap(begin + offset, chunk, 0, allocation, 0);
     if (failed == 0) failed = cuMemRelease(allocation);
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "base/log.h"
 #include "memory/fill_map.h"
 
 namespace tensord::daemon {

@@ -12,7 +12,6 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <set>
 #include <thread>
 #include <vector>
 
@@ -68,7 +67,7 @@ class Device {
   const int64_t idle_ms_;
 
   // The thread's own:
-  std::shared_ptr<Primary> primary_;  // while awake, as the next two
+  std::shared_ptr<Primary> primary_;  // while awake, as the streams
   std::vector<Handle> streams_;
   std::vector<Handle> free_events_;
   size_t next_stream_ = 0;

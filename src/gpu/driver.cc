@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <mutex>
-
 #include "base/text.h"
 
 namespace tensord::gpu {
@@ -44,14 +42,10 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.error_name, "cuGetErrorName");
   symbols.find(driver.device_count, "cuDeviceGetCount");
   symbols.find(driver.device_uuid, "cuDeviceGetUuid_v2");
-  symbols.find(driver.device_name, "cuDeviceGetName");
-  symbols.find(driver.device_bytes, "cuDeviceTotalMem_v2");
-  symbols.find(driver.device_attribute, "cuDeviceGetAttribute");
   symbols.find(driver.retain, "cuDevicePrimaryCtxRetain");
   symbols.find(driver.release, "cuDevicePrimaryCtxRelease_v2");
   symbols.find(driver.set_current, "cuCtxSetCurrent");
   symbols.find(driver.current, "cuCtxGetCurrent");
-  symbols.find(driver.memory_info, "cuMemGetInfo_v2");
   symbols.find(driver.describe, "cuPointerGetAttributes");
   symbols.find(driver.host_register, "cuMemHostRegister_v2");
   symbols.find(driver.host_unregister, "cuMemHostUnregister");
@@ -68,8 +62,6 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.ipc_export, "cuIpcGetMemHandle");
   symbols.find(driver.ipc_open, "cuIpcOpenMemHandle_v2");
   symbols.find(driver.ipc_close, "cuIpcCloseMemHandle");
-  symbols.find(driver.granularity, "cuMemGetAllocationGranularity");
-  symbols.find(driver.allocate, "cuMemCreate");
   symbols.find(driver.free, "cuMemRelease");
   symbols.find(driver.allocation_of, "cuMemRetainAllocationHandle");
   symbols.find(driver.export_fd, "cuMemExportToShareableHandle");

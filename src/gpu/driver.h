@@ -26,13 +26,6 @@ struct Location {
   int type = 1;  // a device
   int id = 0;
 };
-struct AllocationKind {
-  int type = 1;          // pinned: the only one there is
-  int handle_types = 1;  // a descriptor
-  Location location;
-  void* unused = nullptr;
-  uint64_t flags = 0;
-};
 struct Access {
   Location location;
   int flags = 0;
@@ -83,14 +76,10 @@ struct Driver {
   Answer (*error_name)(Answer, const char**);
   Answer (*device_count)(int*);
   Answer (*device_uuid)(Uuid*, int device);
-  Answer (*device_name)(char*, int size_bytes, int device);
-  Answer (*device_bytes)(size_t*, int device);
-  Answer (*device_attribute)(int*, int attribute, int device);
   Answer (*retain)(Handle*, int device);  // the one that all of a process share; made at the first call
   Answer (*release)(int device);
   Answer (*set_current)(Handle);
   Answer (*current)(Handle*);
-  Answer (*memory_info)(size_t* free_bytes, size_t* total_bytes);
   Answer (*describe)(unsigned count, const Attribute*, void** values, Address);
   Answer (*host_register)(void*, size_t, unsigned flags);
   Answer (*host_unregister)(void*);
@@ -109,8 +98,6 @@ struct Driver {
   Answer (*ipc_export)(IpcHandle*, Address);
   Answer (*ipc_open)(Address*, IpcHandle, unsigned flags);
   Answer (*ipc_close)(Address);
-  Answer (*granularity)(size_t*, const AllocationKind*, int wish);
-  Answer (*allocate)(Allocation*, size_t, const AllocationKind*, uint64_t flags);
   Answer (*free)(Allocation);
   Answer (*allocation_of)(Allocation*, void* address);
   Answer (*export_fd)(int* fd, Allocation, int handle_type, uint64_t flags);
