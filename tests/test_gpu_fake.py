@@ -80,13 +80,16 @@ def test_strided_targets_keep_their_gaps(start: Callable[..., Daemon], gpu: Gpu,
 
 
 def test_host_and_device_targets_in_one_call(start: Callable[..., Daemon], gpu: Gpu, path: Path) -> None:
-    start()
+    daemon = start()
     on_host, on_device = np.zeros_like(WEIGHTS["matrix"]), gpu.like(WEIGHTS["stack"])
     with tensord.open(path, "np") as model:
         report = model.load_into({"matrix": on_host, "stack": on_device})
+        uses = daemon.ask("explain", str(path))["uses"]
     assert np.array_equal(on_host, WEIGHTS["matrix"])
     assert np.array_equal(on_device.numpy(), WEIGHTS["stack"])
     assert report.device_bytes == WEIGHTS["stack"].nbytes < report.bytes
+    assert sum(use["copy_bytes"] for use in uses) == report.bytes
+    assert sum(use["device_bytes"] for use in uses) == report.device_bytes
 
 
 def test_two_devices_in_one_call(start: Callable[..., Daemon], gpu: Gpu, path: Path) -> None:

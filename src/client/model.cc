@@ -426,12 +426,12 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   if (!split.left_out.empty() && options.left_out == nullptr)
     return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.front().order].name), ": ",
                 split.why);
-  const int64_t plan_ns = base::monotonic_ns() - begin_ns;
-  LoadReport report{.begin_ns = begin_ns};
+  LoadReport report{.begin_ns = begin_ns, .plan_ns = base::monotonic_ns() - begin_ns};
+  LoadReport host;  // reported by itself
   if (!split.to_host.empty()) {
     std::vector<CopyOrder> to_host;
     for (const size_t at : split.to_host) to_host.push_back(orders[at]);
-    TRY_ASSIGN(report, copy_to_host(to_host, options));
+    TRY_ASSIGN(host, copy_to_host(to_host, options));
   }
   const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
   Result<DeviceCopied> copied;
@@ -441,21 +441,26 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
     const Code code = copied.error().code;
     const bool elsewhere =
         code == Code::unavailable || code == Code::unsupported || code == Code::denied || code == Code::exhausted;
-    if (report.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
+    if (host.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
     if (!elsewhere || options.left_out == nullptr || copied.error().target == base::TargetState::dirty)
       return base::pass_on(copied);
     for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, copied.error().message);
     copied = DeviceCopied();
   }
-  report.plan_ns += plan_ns;
-  report.record_count += prepared.plan.records.size();
+  report.record_count = prepared.plan.records.size();
   report.device = *copied;
-  report.copy.target_bytes += copied->bytes;
-  report.copy.wait_ns += copied->wait_ns;
-  report.copy_ns += copied->copy_ns;
-  if (!split.left_out.empty()) *options.left_out = std::move(split.left_out);
+  report.copy.target_bytes = copied->bytes;
+  report.copy.wait_ns = copied->wait_ns;
+  report.copy_ns = copied->copy_ns;
   report.left_out_why = std::move(split.why);
   report_use(report);
+  if (!split.left_out.empty()) *options.left_out = std::move(split.left_out);
+  report.record_count += host.record_count;
+  report.plan_ns += host.plan_ns;
+  report.copy_ns += host.copy_ns;
+  report.copy.target_bytes += host.copy.target_bytes;
+  report.copy.wait_ns += host.copy.wait_ns;
+  report.copy.thread_count = host.copy.thread_count;
   return report;
 }
 
