@@ -139,7 +139,7 @@ class Tensor {
   tensord_tensor raw_;
 };
 
-// CPU memory of the caller. `shape` in elements; `strides` in bytes, may be negative; empty: row-major.
+// Memory of the caller, of the CPU or of a GPU. `shape` in elements; `strides` in bytes, may be negative; empty: row-major.
 struct Target {
   void* data = nullptr;  // element (0, 0, ..)
   tensord_dtype dtype = TENSORD_OPAQUE;
