@@ -6,7 +6,8 @@
 //                   bytes missing. Those whose memory or stream goes before are counted as `stray`
 //   a primary       what a device keeps for a process; what still belongs to it when it goes is counted as `lost`
 //
-// FAKE_CUDA_DEVICES (1), FAKE_CUDA_VERSION (13000)
+// FAKE_CUDA_DEVICES (1), FAKE_CUDA_VERSION (13000), FAKE_CUDA_MEMORY_MIB of each device, FAKE_CUDA_PEERS (1): whether
+// they reach each other
 // FAKE_CUDA_FAIL     "cuMemHostRegister_v2=801,cuIpcOpenMemHandle_v2=1@3": answers; here from the third call on. What
 //                    frees something does so all the same
 // FAKE_CUDA_COUNTS   a file that always tells what this process holds
@@ -106,6 +107,7 @@ int setting(const char* name, int otherwise) {
   return text == nullptr ? otherwise : std::atoi(text);
 }
 bool has_device(int device) { return device >= 0 && device < std::min(setting("FAKE_CUDA_DEVICES", 1), kDevicesMax); }
+bool can_reach(int device, int peer) { return device == peer || setting("FAKE_CUDA_PEERS", 1) != 0; }
 bool has_primary() { return current >= 0 && state().primaries[current] > 0; }
 
 // ---- faults and counts ----
@@ -230,6 +232,46 @@ int make_memory(uint64_t size) {
   if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(size)) != 0) std::abort();
   return fd;
 }
+// Memory that is handed around in descriptors tells its device by its name. As long as this process has a descriptor of it,
+// it counts.
+int device_of(int fd) {
+  char name[64] = "";
+  int device = 0;
+  const std::string link = "/proc/self/fd/" + std::to_string(fd);
+  if (::readlink(link.c_str(), name, sizeof name - 1) < 0) return -1;
+  return std::sscanf(name, "/memfd:fake-cuda-gpu%d", &device) == 1 ? device : -1;
+}
+uint64_t taken_bytes(int device) {
+  std::map<ino_t, uint64_t> sizes;
+  for (int fd = 0; fd < 4096; ++fd) {
+    struct stat about {};
+    if (device_of(fd) == device && ::fstat(fd, &about) == 0) sizes[about.st_ino] = static_cast<uint64_t>(about.st_size);
+  }
+  uint64_t sum = 0;
+  for (const auto& [inode, size] : sizes) sum += size;
+  return sum;
+}
+// -1 where the device has no more.
+int make_device_memory(int device, uint64_t size) {
+  const auto most = static_cast<uint64_t>(setting("FAKE_CUDA_MEMORY_MIB", 1 << 20)) << 20;
+  if (taken_bytes(device) + size > most) return -1;
+  const int fd = ::memfd_create(("fake-cuda-gpu" + std::to_string(device)).c_str(), MFD_CLOEXEC);
+  if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(size)) != 0) std::abort();
+  return fd;
+}
+
+bool is_writable(Address address) {
+  std::FILE* maps = std::fopen("/proc/self/maps", "re");
+  char line[512];
+  unsigned long begin = 0, end = 0;
+  char mode = '-';
+  bool found = false;
+  while (!found && std::fgets(line, sizeof line, maps) != nullptr)
+    found = std::sscanf(line, "%lx-%lx %*c%c", &begin, &end, &mode) == 3 && begin <= address && address < end;
+  std::fclose(maps);
+  return mode == 'w';
+}
+
 // Of a descriptor that somebody gave; 0 when it is no device memory.
 uint64_t memory_bytes(int fd) {
   char name[64] = "";
@@ -271,6 +313,10 @@ bool can_write(Address begin, Address end) {
   return false;
 }
 bool can_read(Address begin, Address end) {
+  for (const Range* range = find_device(begin); range != nullptr; range = find_device(range->end)) {
+    if (end <= range->end) return true;
+    if (range->kind != Kind::mapped) return false;
+  }
   for (const Range* range = find(begin, Kind::host); range != nullptr; range = find(range->end, Kind::host)) {
     if (end <= range->end) return true;
   }
@@ -385,6 +431,13 @@ Answer cuDeviceGetUuid_v2(Uuid* uuid, int device) {
   });
 }
 
+Answer cuDeviceCanAccessPeer(int* can, int device, int peer) {
+  return call("cuDeviceCanAccessPeer", [&] {
+    *can = device != peer && can_reach(device, peer);
+    return has_device(device) && has_device(peer) ? 0 : kInvalidDevice;
+  });
+}
+
 Answer cuDevicePrimaryCtxRetain(Handle* handle, int device) {
   return call("cuDevicePrimaryCtxRetain", [&] {
     if (!has_device(device)) return kInvalidDevice;
@@ -411,6 +464,16 @@ Answer cuCtxSetCurrent(Handle handle) {
 }
 Answer cuCtxGetCurrent(Handle* handle) {
   return call("cuCtxGetCurrent", [&] { return *handle = current < 0 ? nullptr : &state().primaries[current], 0; });
+}
+
+Answer cuCtxSynchronize() {
+  return call_on_device("cuCtxSynchronize", [&] {
+    for (Stream& stream : state().streams) {
+      if (stream.owner != current) continue;
+      if (const Answer answer = run(stream, stream.done_count + stream.waiting.size()); answer != 0) return answer;
+    }
+    return 0;
+  });
 }
 
 // Of what is no device memory: zeros, as the driver does.
@@ -441,8 +504,9 @@ Answer cuMemHostRegister_v2(void* data, size_t size, unsigned flags) {
   return call_on_device("cuMemHostRegister_v2", [&] {
     const auto begin = reinterpret_cast<Address>(data);
     unsigned char page = 0;
-    if (size == 0 || flags != kPortable || begin % kPage != 0 || ::mincore(data, kPage, &page) != 0)
-      return kInvalidValue;
+    const bool known = flags == kPortable || flags == (kPortable | kHostReadOnly);
+    if (size == 0 || !known || begin % kPage != 0 || ::mincore(data, kPage, &page) != 0) return kInvalidValue;
+    if (flags == kPortable && !is_writable(begin)) return kInvalidValue;
     for (const auto& [at, range] : state().hosts) {
       if (range.meets(begin, begin + size)) return kRegistered;
     }
@@ -505,14 +569,15 @@ Answer cuEventSynchronize(Handle handle) {
   });
 }
 
-Answer cuMemcpyHtoDAsync_v2(Address target, const void* source, size_t size, Handle stream) {
-  return call_on_device("cuMemcpyHtoDAsync_v2",
-                        [&] { return queue({flat(target, reinterpret_cast<Address>(source), size)}, stream); });
+Answer cuMemcpyAsync(Address target, Address source, size_t size, Handle stream) {
+  return call_on_device("cuMemcpyAsync", [&] { return queue({flat(target, source, size)}, stream); });
 }
 Answer cuMemcpy2DAsync_v2(const Rows* rows, Handle stream) {
   return call_on_device("cuMemcpy2DAsync_v2", [&] {
-    if (rows->source.type != 1 || rows->target.type != 2) return kInvalidValue;
-    return queue({{rows->target.device, reinterpret_cast<Address>(rows->source.host), rows->row_bytes, rows->row_count,
+    if (rows->source.type < 1 || rows->source.type > 2 || rows->target.type != 2) return kInvalidValue;
+    const Address source =
+        rows->source.type == 1 ? reinterpret_cast<Address>(rows->source.host) : rows->source.device;
+    return queue({{rows->target.device, source, rows->row_bytes, rows->row_count,
                    rows->target.pitch, rows->source.pitch}},
                  stream);
   });
@@ -581,12 +646,16 @@ Answer cuIpcCloseMemHandle(Address address) {
   });
 }
 
-// Not as the driver has it: only fake_cuda_vmm() calls it.
-Answer cuMemCreate(Allocation* handle, size_t size, int device) {
+Answer cuMemCreate(Allocation* handle, size_t size, const AllocationKind* kind, uint64_t flags) {
   return call("cuMemCreate", [&] {
-    if (size == 0 || size % kGranularity != 0 || !has_device(device)) return kInvalidValue;
+    const int device = kind->location.id;
+    if (size == 0 || size % kGranularity != 0 || kind->type != 1 || kind->location.type != 1 || flags != 0 ||
+        kind->handle_types != kByDescriptor || !has_device(device))
+      return kInvalidValue;
+    const int fd = make_device_memory(device, size);
+    if (fd < 0) return kOutOfMemory;
     *handle = state().next++;
-    state().allocations[*handle] = {.fd = make_memory(size), .device = device, .size_bytes = size};
+    state().allocations[*handle] = {.fd = fd, .device = device, .size_bytes = size};
     return 0;
   });
 }
@@ -615,7 +684,8 @@ Answer cuMemImportFromShareableHandle(Allocation* handle, void* number, int type
     const int fd = static_cast<int>(reinterpret_cast<intptr_t>(number));
     if (type != 1 || memory_bytes(fd) == 0) return kInvalidValue;
     *handle = state().next++;
-    state().allocations[*handle] = {.fd = ::fcntl(fd, F_DUPFD_CLOEXEC, 0), .size_bytes = memory_bytes(fd)};
+    state().allocations[*handle] = {
+        .fd = ::fcntl(fd, F_DUPFD_CLOEXEC, 0), .device = std::max(device_of(fd), 0), .size_bytes = memory_bytes(fd)};
     return 0;
   });
 }
@@ -669,6 +739,9 @@ Answer cuMemUnmap(Address address, size_t size) {
 Answer cuMemSetAccess(Address address, size_t size, const Access* access, size_t count) {
   return call("cuMemSetAccess", [&] {
     if (count != 1 || !has_device(access->location.id)) return kInvalidValue;
+    for (const auto& [begin, range] : state().mapped) {
+      if (range.meets(address, address + size) && !can_reach(access->location.id, range.device)) return kNotPermitted;
+    }
     const bool writable = access->flags == kReadWrite;
     for (Address at = address; at < address + size;) {
       Range* range = find(at, Kind::mapped);
@@ -702,12 +775,13 @@ Address fake_cuda_pool(int device, uint64_t size) {
 // Chunks mapped one after another, as in torch's expandable segments. `chunk` is a multiple of 2 MiB.
 Address fake_cuda_vmm(int device, uint64_t size, uint64_t chunk) {
   const Access access{.location = {.id = device}, .flags = kReadWrite};
+  const AllocationKind kind{.location = {.id = device}};
   Address begin = 0;
   size = rounded(size, chunk);
   Answer failed = cuMemAddressReserve(&begin, size, 0, 0, 0);
   for (uint64_t offset = 0; offset < size && failed == 0; offset += chunk) {
     Allocation allocation = 0;
-    failed = cuMemCreate(&allocation, chunk, device);
+    failed = cuMemCreate(&allocation, chunk, &kind, 0);
     if (failed == 0) failed = cuMemMap(begin + offset, chunk, 0, allocation, 0);
     if (failed == 0) failed = cuMemRelease(allocation);
   }

@@ -102,6 +102,12 @@ typedef struct tensord_open_options {
   int64_t memory_wait_ms; /* for memory that others hold. 0: as the daemon's setting says, -1: not at all */
   const int32_t* cancel;  /* NULL, or a number of the caller's: once another thread sets it to other than 0, waiting for
                              the daemon's answer ends within a tenth of a second with TENSORD_CANCELLED */
+  /* NULL: in host memory. A GPU, "cuda:0" as this process numbers them, or its UUID, "GPU-...": the daemon keeps the tensors
+   * in its memory, where this process may read and not write them. Such a model has GPU addresses (tensord_tensor.data), each
+   * a multiple of 256, and tensord_load_into writes to GPU memory alone. */
+  const char* device;
+  int32_t hold_only; /* 1, on a GPU: nothing is mapped here, and tensord_tensor.data is NULL */
+  int32_t reserved;
 } tensord_open_options;
 
 /* Opens a checkpoint: one path to a file, one path to a folder with model.safetensors.index.json (or one .safetensors

@@ -40,6 +40,9 @@ class OpenOptions(ctypes.Structure):
         ("only_count", ctypes.c_size_t),
         ("memory_wait_ms", ctypes.c_int64),
         ("cancel", ctypes.POINTER(ctypes.c_int32)),
+        ("device", ctypes.c_char_p),
+        ("hold_only", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 

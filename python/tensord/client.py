@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from contextlib import ExitStack
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, NoReturn, Union
 
 from . import _library
 from ._library import check, last_error, library
@@ -19,39 +18,35 @@ from .copies import Batch, LoadReport, bytes_target, interruptible
 from .devices import copy_left_out, wait_for_streams
 from .errors import (
     CorruptError,
-    DeniedError,
     Error,
     InvalidArgumentError,
     InvalidIndexError,
     InvalidTypeError,
-    MissingFileError,
     TensordWarning,
     UnavailableError,
     UnknownTensorError,
     WaitTimeoutError,
 )
 from .indexing import Item, item_rows, parse
+from .opening import PathLike, Resident, check_seconds, device_name, encoded_paths, open_options, opened
 from .progress import Meter, ProgressOption, stderr_bar
 from .tensors import (
     AnyTensor,
     Entry,
     Mapping,
     Place,
+    device_tensor,
     framework_of,
     numpy_array,
     target_of,
     torch_tensor,
 )
 
-PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
-Resident = Literal["artifact", "view"]
 LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, AnyTensor]]]
 
 # A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
 # The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
 WAIT_PIECE_SECONDS = 0.25
-
-MEMORY_WAIT_SECONDS_MAX = 300.0  # the daemon's own limit
 
 TOO_LARGE = (
     "is larger than the daemon's host_memory: it is not kept, load_into has it read in batches "
@@ -86,8 +81,11 @@ class Model:
     by batch, and each zero-copy tensor holds memory of its own.
     """
 
-    def __init__(self, handle: _Handle, paths: Sequence[str], framework: str) -> None:
+    def __init__(
+        self, handle: _Handle, paths: Sequence[str], framework: str, device: str | None = None
+    ) -> None:
         self._handle: _Handle | None = handle
+        self._device = device  # in whose memory it lies; None: the host's
         self._mapping: Mapping | None = None
         self._paths = tuple(paths)
         self._framework = framework
@@ -248,7 +246,7 @@ class Model:
         Error
             The load failed; the error has the code of the failure.
         """
-        _check_seconds("wait: timeout", timeout)
+        check_seconds("wait: timeout", timeout)
         with ExitStack() as stack:
             show = progress if callable(progress) else None
             bar = stderr_bar() if progress is True else None
@@ -375,6 +373,10 @@ class Model:
 
     def _at(self, entry: Entry, place: Place, framework: str, writable: bool) -> AnyTensor:
         self._wait_for(entry)
+        if self._device is not None:
+            return device_tensor(
+                place, entry.number, self._device, framework, name=entry.name, dtype_text=entry.dtype_text
+            )
         if framework == "np":
             return numpy_array(
                 place, entry.number, name=entry.name, dtype_text=entry.dtype_text, writable=writable
@@ -661,6 +663,7 @@ def open(
     resident: Resident = "artifact",
     memory_wait: float | None = None,
     autostart: bool | None = None,
+    device: Any = None,
 ) -> Model:
     """Opens a checkpoint, or some of its tensors. Returns at once while the daemon still reads it.
 
@@ -682,6 +685,10 @@ def open(
         Seconds to wait for memory that others hold. None: as the daemon's ``memory_wait_seconds``.
     autostart : bool, optional
         Whether a daemon is started when none runs. None: as ``$TENSORD_AUTOSTART`` says (default yes).
+    device : str, int or torch.device, optional
+        ``"cuda:0"``, or a GPU's UUID: the daemon keeps the tensors in that GPU's memory, and all processes
+        read them there. They cannot be written to: a kernel that tries fails, and with it the process's use
+        of the GPU. torch tensors, or with ``framework="np"`` objects with ``__cuda_array_interface__``.
 
     Returns
     -------
@@ -697,104 +704,13 @@ def open(
         A file is no valid safetensors file (also a safetensors.SafetensorError where that package is
         installed).
     ExhaustedError
-        Others hold the daemon's memory, and did not let go in time; the message names them.
+        Others hold the daemon's memory, and did not let go in time, or that of the GPU; the message names them.
     UnavailableError
-        No daemon answers.
+        No daemon answers, or it does not see the GPU.
     """
-    chosen = framework_of(framework)
-    names, pointer = _opened(_encoded_paths(path), _open_options(only, resident, autostart, memory_wait))
-    model = Model(_Handle(pointer), names, chosen)
+    chosen, where = framework_of(framework), device_name(device)
+    names, pointer = opened(encoded_paths(path), open_options(only, resident, autostart, memory_wait, where))
+    model = Model(_Handle(pointer), names, chosen, where)
     if model._is_view and resident == "artifact":
         warnings.warn(f"{', '.join(names)} {TOO_LARGE}", TensordWarning, stacklevel=2)
     return model
-
-
-def _opened(paths: list[bytes], options: _library.OpenOptions) -> tuple[list[str], ctypes.c_void_p]:
-    """The names of the files, and the library's handle. Ctrl-C ends waiting for it."""
-    names, given = [os.fsdecode(one) for one in paths], (ctypes.c_char_p * len(paths))(*paths)
-    pointer, cancel = ctypes.c_void_p(), ctypes.c_int32(0)
-    options.cancel = ctypes.pointer(cancel)
-
-    def ask() -> Error | None:
-        code = library().tensord_open(given, len(paths), ctypes.byref(options), ctypes.byref(pointer))
-        return None if code == _library.OK else _open_error(code, last_error(code), names)
-
-    try:
-        error = interruptible(ask, cancel)
-    except BaseException:
-        library().tensord_close(pointer)  # it may have come to that
-        raise
-    if error is None:
-        return names, pointer
-    try:
-        raise error
-    finally:
-        del error
-
-
-def _open_options(
-    only: str | Sequence[str] | None, resident: Resident, autostart: bool | None, memory_wait: float | None
-) -> _library.OpenOptions:
-    if resident not in ("artifact", "view"):
-        raise InvalidArgumentError(f'open: resident is "artifact" or "view", not {resident!r}')
-    _check_seconds("open: memory_wait", memory_wait)
-    wanted = _encoded_names([only] if isinstance(only, str) else only)
-    return _library.OpenOptions(
-        struct_bytes=ctypes.sizeof(_library.OpenOptions),
-        autostart=-1 if autostart is None else int(autostart),
-        resident=_library.RESIDENT_VIEW if resident == "view" else _library.RESIDENT_ARTIFACT,
-        only=(ctypes.c_char_p * len(wanted))(*wanted),
-        only_count=len(wanted),
-        memory_wait_ms=0
-        if memory_wait is None
-        else int(min(max(memory_wait, 0), MEMORY_WAIT_SECONDS_MAX) * 1000) or -1,
-    )
-
-
-def _check_seconds(what: str, seconds: float | None) -> None:
-    if seconds is not None and not isinstance(seconds, (int, float)):
-        raise InvalidTypeError(f"{what} is seconds or None, not {seconds!r}")
-    if seconds is not None and math.isnan(seconds):
-        raise InvalidArgumentError(f"{what}: {seconds!r} is no time")
-
-
-def _encoded_paths(path: PathLike | Sequence[PathLike]) -> list[bytes]:
-    given = [path] if isinstance(path, (str, bytes, os.PathLike)) else path
-    try:
-        paths = [os.fsencode(one) for one in given]
-    except TypeError:
-        raise InvalidTypeError(f"open takes a path or a list of paths, not {path!r}") from None
-    for one in paths:
-        if b"\0" in one:
-            raise InvalidArgumentError(f"open {one!r}: a path holds no NUL")
-    return paths
-
-
-def _encoded_names(only: Sequence[str] | None) -> list[bytes]:
-    if only is None:
-        return []
-    if not isinstance(only, Iterable):
-        raise InvalidTypeError(f"open: only is a name or a list of names, not {only!r}")
-    for one in only:
-        if not isinstance(one, str):
-            raise InvalidArgumentError(f"open: only: {one!r} is no name")
-    names = [name.encode() for name in only]
-    if not names:
-        raise InvalidArgumentError("open: only is empty; None means all tensors")
-    for name in names:
-        if b"\0" in name:
-            raise InvalidArgumentError(f"open: only: {name!r}: names hold no NUL")
-    return names
-
-
-def _open_error(code: int, error: Error, names: list[str]) -> Error:
-    """The built-in OSErrors tell which file it was."""
-    # Path.exists() raises for names that are too long.
-    missing = next((name for name in names if not os.path.exists(name)), names[0] if names else "")  # noqa: PTH110
-    if code == _library.NOT_FOUND and ": only: " in error.message:
-        return UnknownTensorError(error.message)
-    if code == _library.NOT_FOUND:
-        return MissingFileError(error.message, filename=missing)
-    if code == _library.DENIED:
-        return DeniedError(error.message, filename=missing)
-    return error

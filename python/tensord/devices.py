@@ -91,6 +91,10 @@ def _copy_slower(
         for group in _groups(by_shape):
             by_cpu += _through_device(model, group, threads)
         for entry, items, target in by_cpu:
+            if model._device is not None:
+                place = model.place_of(entry, items)._replace(shape=target.shape)
+                target.copy_(model._at(entry, place, "pt", False))
+                continue
             staged = torch.empty(target.shape, dtype=target.dtype)
             model._run([(entry, items, staged)], cast=cast, threads=threads)
             target.copy_(staged)

@@ -287,6 +287,55 @@ def torch_tensor(place: Place, number: int, *, name: str, dtype_text: str) -> An
     return tensor if tensor.dtype is dtype else tensor.view(dtype)
 
 
+# ---- GPU memory ------------------------------------------------------------------------------------
+
+
+class DeviceArray:
+    """A tensor in GPU memory, for whatever takes the CUDA Array Interface: CuPy, Numba, JAX, torch.as_tensor.
+
+    It is not marked as read-only, which torch does not take, but writes are refused by the hardware.
+    """
+
+    __slots__ = ("__cuda_array_interface__", "_owner")
+
+    def __init__(self, place: Place, typestr: str) -> None:
+        self._owner = place.owner
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "typestr": typestr,
+            "shape": place.shape,
+            "strides": place.strides,
+            "data": (0 if place.is_empty else place.address, False),
+        }
+
+
+def device_tensor(
+    place: Place, number: int, device: str, framework: str, *, name: str, dtype_text: str
+) -> AnyTensor:
+    """Zero-copy, of torch; or a `DeviceArray`, whose elements are integers where numpy has no such type.
+
+    Raises
+    ------
+    UnsupportedError
+        A place that runs backward: torch has no negative strides.
+    UnsupportedDtypeError
+        As `torch_dtype`.
+    """
+    carrier = _CARRIERS[max(DTYPES[number].bits // 8, 1)]
+    if framework == "np":
+        known = _numpy_type(number)
+        return DeviceArray(place, known.str if known is not None and known.isbuiltin == 1 else carrier)
+    torch = torch_module()
+    dtype = torch_dtype(number, name=name, dtype_text=dtype_text)
+    if place.is_empty:
+        return torch.empty(place.shape, dtype=dtype, device=device if device.startswith("cuda") else "cuda")
+    if place.runs_backward:
+        raise UnsupportedError(f"tensor {name!r}: torch has no negative strides, and GPU memory is not copied")
+    torch.cuda.init()
+    tensor = torch.as_tensor(DeviceArray(place, carrier))
+    return tensor if tensor.dtype is dtype else tensor.view(dtype)
+
+
 # ---- targets -------------------------------------------------------------------------------------
 
 

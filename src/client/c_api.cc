@@ -181,6 +181,8 @@ int tensord_open(const char* const* paths, size_t path_count, const tensord_open
       wishes.index_only = known.index_only != 0;
       wishes.memory_wait_ms = known.memory_wait_ms;
       wishes.cancel = known.cancel;
+      if (known.device != nullptr) wishes.device = known.device;
+      wishes.hold_only = known.hold_only != 0;
       wishes.resident = known.resident == TENSORD_RESIDENT_VIEW ? client::Resident::view : client::Resident::artifact;
       TRY_ASSIGN(wishes.only, to_texts("a name", known.only, known.only_count));
     }

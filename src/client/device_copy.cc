@@ -115,6 +115,12 @@ class DeviceRequests {
   std::map<uint32_t, uint32_t> numbers_;  // of targets in the newest request
 };
 
+bool can_go_elsewhere(const base::Error& error) {
+  const bool unable = error.code == Code::unavailable || error.code == Code::unsupported ||
+                      error.code == Code::denied || error.code == Code::exhausted;
+  return unable && error.target != base::TargetState::dirty;
+}
+
 }  // namespace
 
 Result<Connection*> DeviceConnections::get(int device) {
@@ -137,7 +143,8 @@ bool can_copy_to_device(const Copy2D& record) {
 }
 
 Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
-                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel) {
+                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel,
+                                     std::map<int, base::Error>* refused) {
   std::map<int, DeviceRequests> devices;
   for (const Copy2D& record : plan.records) {
     const uint64_t extent = (record.row_count - 1) * static_cast<uint64_t>(record.target_pitch) + record.row_bytes;
@@ -154,17 +161,13 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
     });
     TRY(added);
   }
-  std::vector<Connection*> own;
-  for (const auto& [number, requests] : devices) {
-    TRY_ASSIGN(Connection * connection, connections.get(number));
-    own.push_back(connection);
-  }
   std::vector<std::optional<Result<DeviceCopied>>> results(devices.size());
   std::vector<std::thread> threads;
   size_t at = 0;
   for (auto& [number, requests] : devices) {
-    const auto run = [&, &result = results[at], &order = requests, connection = own[at]] {
-      result = order.run(*connection, cancel);
+    const auto run = [&, &result = results[at], &order = requests, device = number] {
+      const auto connection = connections.get(device);
+      result = connection ? order.run(**connection, cancel) : base::pass_on(connection);
     };
     if (++at == devices.size()) run();
     if (at < devices.size()) threads.emplace_back(run);
@@ -172,9 +175,14 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
   for (std::thread& thread : threads) thread.join();
   DeviceCopied sum;
   std::optional<base::Error> error;
-  for (const auto& result : results) {
-    const Result<DeviceCopied>& done = *result;
-    if (!done && !error) error = done.error();
+  at = 0;
+  for (const auto& [number, requests] : devices) {
+    const Result<DeviceCopied>& done = *results[at++];
+    if (!done && refused != nullptr && can_go_elsewhere(done.error())) {
+      refused->emplace(number, done.error());
+    } else if (!done && !error) {
+      error = done.error();
+    }
     if (!done) continue;
     sum.bytes += done->bytes;
     sum.call_count += done->call_count;

@@ -37,8 +37,10 @@ class DeviceConnections {
 
 // All records of `plan` must be such, and their targets device memory that `exports` can find from `target` on. Devices
 // work at the same time. Returns when nothing is under way any more, whatever the result; errors say whether anything may
-// have been written. Code::cancelled as memory::CopyOptions.
+// have been written. Code::cancelled as memory::CopyOptions. Devices that the daemon cannot use, and wrote nothing to, are
+// told in `refused` while the others are copied to; nullptr: their error is that of all.
 Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
-                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel);
+                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel,
+                                     std::map<int, base::Error>* refused);
 
 }  // namespace tensord::client

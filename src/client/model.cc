@@ -140,7 +140,8 @@ struct DeviceSplit {
   }
 };
 
-Result<DeviceSplit> split_by_memory(std::span<const CopyOrder> orders, std::optional<gpu::Exports>& exports) {
+Result<DeviceSplit> split_by_memory(std::span<const CopyOrder> orders, std::optional<gpu::Exports>& exports,
+                                    bool from_device) {
   DeviceSplit split;
   for (size_t at = 0; at < orders.size(); ++at) {
     TRY_ASSIGN(const AddressRange range, addresses_of(orders[at]));
@@ -150,6 +151,8 @@ Result<DeviceSplit> split_by_memory(std::span<const CopyOrder> orders, std::opti
       split.leave_out({at}, place.error().message);
     } else if (!*place && orders[at].on_device && !range.empty()) {
       split.leave_out({at}, "the GPU driver of this process does not know its target");
+    } else if (!*place && from_device && !range.empty()) {
+      split.leave_out({at}, "the model lies in GPU memory, its target does not");
     } else {
       (*place ? split.to_device : split.to_host).push_back(at);
     }
@@ -200,6 +203,9 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   body.only = options.only;
   body.stay = stay;
   body.memory_wait_ms = options.memory_wait_ms;
+  if (!options.device.empty()) {
+    TRY_ASSIGN(body.device, gpu::device_uuid(options.device));
+  }
   std::vector<base::Fd> fds;
   for (const base::Fd& fd : checkpoint.fds) {
     TRY_ASSIGN(fds.emplace_back(), base::duplicate(fd.get()));
@@ -236,7 +242,8 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
   const base::Fd& index_fd = answer.fds[index_alone ? 0 : kLeaseFillIndex - 1];
   TRY_ASSIGN(index_, rpc::decode_index(index_fd, opened->index_bytes()));
   TRY(adopt_names(checkpoint, only_.empty() ? tensor::Holds::all : tensor::Holds::some, index_));
-  windows_ = tensor::windows_of(index_);
+  on_device_ = !options.device.empty();
+  windows_ = on_device_ ? tensor::device_windows_of(index_) : tensor::windows_of(index_);
   if (windows_.image_bytes != opened->image_bytes()) {
     return fail(Code::corrupt, "the daemon's image is of another size than the tensors in it");
   }
@@ -250,13 +257,35 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
   if (index_alone) return {};
   TRY_ASSIGN(fill_, memory::FillView::open(answer.fds[1]));
   MappedSegments mapped;
-  if (segment_count > 0) {
+  if (on_device_) {
+    TRY(map_on_device(options, answer));
+  } else if (segment_count > 0) {
     TRY_ASSIGN(mapped, map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *opened->segment_bytes(),
                                     windows_.image_bytes));
   }
-  mapping_ = std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
+  if (!on_device_)
+    mapping_ = std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
   map_begin_ns_ = begin_ns;
   map_ns_ = base::monotonic_ns() - begin_ns;
+  return {};
+}
+
+Status Model::map_on_device(const OpenOptions& options, Answer& answer) {
+  const auto& sizes = *answer.frame().reply_as_Opened()->segment_bytes();
+  gpu::Target memory{.size_bytes = windows_.image_bytes};
+  uint64_t total_bytes = 0;
+  for (uint32_t at = 0; at < sizes.size(); ++at) {
+    total_bytes = base::checked_add(total_bytes, sizes[at]).value_or(UINT64_MAX);
+    memory.allocations.emplace_back(std::move(answer.fds[answer.fds.size() - sizes.size() + at]), sizes[at]);
+  }
+  if (total_bytes < windows_.image_bytes) return fail(Code::corrupt, "the daemon sent too little memory of a GPU");
+  std::shared_ptr<gpu::ReadMemory> read;
+  if (!options.hold_only) {
+    TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
+    TRY_ASSIGN(const int device, gpu::find_device(*driver, options.device));
+    TRY_ASSIGN(read, gpu::ReadMemory::open(*driver, device, memory));
+  }
+  mapping_ = std::make_shared<Mapping>(std::move(read), windows_.image_bytes, std::move(answer.fds[0]));
   return {};
 }
 
@@ -278,7 +307,7 @@ Result<std::shared_ptr<Model>> Model::open_part(std::shared_ptr<Connection> conn
 }
 
 const std::byte* Model::data(const tensor::Tensor& tensor) const {
-  if (mapping_ == nullptr) return nullptr;
+  if (mapping_ == nullptr || mapping_->data() == nullptr) return nullptr;
   return mapping_->data() + windows_.image_offset(tensor);
 }
 
@@ -329,7 +358,12 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
 
 Status Model::wait(const tensor::Tensor* tensor, int64_t timeout_ms) const {
   if (resident_ == Resident::view) return {};
-  if (tensor != nullptr) return wait_for(windows_.image_offset(*tensor), tensor->size_bytes, timeout_ms);
+  if (tensor != nullptr) {
+    // Blocks are those of the image in host memory.
+    const bool elsewhere = on_device_ && fill_->state() != memory::FillState::ready;
+    const uint64_t offset = (elsewhere ? layout().windows : windows_).image_offset(*tensor);
+    return wait_for(offset, tensor->size_bytes, timeout_ms);
+  }
   if (!fill_) return fail(Code::invalid_argument, path_ + " was opened for its index only");
   if (!granted_) return fill_->wait_ready(timeout_ms, [this] { return mapping_->check_daemon(); });
   const int64_t begin_ns = base::monotonic_ns();
@@ -390,7 +424,7 @@ Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const Cop
     return fail(Code::invalid_argument, path_ + " was opened for its index only");
   const gpu::Driver* driver = gpu::loaded_driver();
   const bool on_device = std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
-  const bool mixed = driver != nullptr || on_device;
+  const bool mixed = driver != nullptr || on_device || on_device_;
   auto done = mixed ? copy_mixed(driver, orders, options) : copy_to_host(orders, options);
   if (!done && !done.error().message.starts_with(path_)) done.error().message.insert(0, path_ + ": ");
   return done;
@@ -406,7 +440,7 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   const int64_t begin_ns = base::monotonic_ns();
   std::optional<gpu::Exports> exports;
   if (driver != nullptr) exports.emplace(*driver);
-  TRY_ASSIGN(DeviceSplit split, split_by_memory(orders, exports));
+  TRY_ASSIGN(DeviceSplit split, split_by_memory(orders, exports, on_device_));
   if (split.to_device.empty() && split.left_out.empty()) return copy_to_host(orders, options);
   if (resident_ == Resident::view) {
     for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, "the model is read in batches");
@@ -435,17 +469,20 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   }
   const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
   Result<DeviceCopied> copied;
-  if (!split.to_device.empty())
-    copied = copy_to_devices(prepared.plan, target, *exports, replica_, *device_connections_, options.cancel);
-  if (!copied) {
-    const Code code = copied.error().code;
-    const bool elsewhere =
-        code == Code::unavailable || code == Code::unsupported || code == Code::denied || code == Code::exhausted;
-    if (host.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
-    if (!elsewhere || options.left_out == nullptr || copied.error().target == base::TargetState::dirty)
-      return base::pass_on(copied);
-    for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, copied.error().message);
-    copied = DeviceCopied();
+  std::map<int, base::Error> refused;
+  if (!split.to_device.empty()) {
+    const Status daemon = mapping_->check_daemon();  // another one's replicas have other numbers
+    copied = daemon ? copy_to_devices(prepared.plan, target, *exports, replica_, *device_connections_, options.cancel,
+                                      options.left_out == nullptr ? nullptr : &refused)
+                    : base::pass_on(daemon);
+  }
+  if (!copied && host.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
+  if (!copied) return base::pass_on(copied);
+  for (const size_t at : std::exchange(split.to_device, {})) {
+    TRY_ASSIGN(const AddressRange range, addresses_of(orders[at]));
+    const auto place = exports->find(range.begin, range.end - range.begin);
+    const auto why = place && *place ? refused.find((*place)->device) : refused.end();
+    if (why != refused.end()) split.leave_out({at}, why->second.message);
   }
   report.record_count = prepared.plan.records.size();
   report.device = *copied;
@@ -572,6 +609,7 @@ std::string Model::info_json() const {
                          {"state", kStates[static_cast<size_t>(state())]},
                          {"payload_bytes", index_.payload_bytes()},
                          {"image_bytes", windows_.image_bytes},
+                         {"on_device", on_device_},
                          {"resident", resident_ == Resident::view ? "view" : "artifact"},
                          {"tensor_count", index_.tensors.size()},
                          {"ready_bytes", ready_bytes()},

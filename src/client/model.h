@@ -13,6 +13,7 @@
 #include "base/result.h"
 #include "client/connection.h"
 #include "client/device_copy.h"
+#include "gpu/target_memory.h"
 #include "memory/copy.h"
 #include "memory/fill_map.h"
 #include "tensor/blocks.h"
@@ -29,8 +30,14 @@ class Mapping {
  public:
   Mapping(memory::Mapped memory, bool writable, base::Fd lease)
       : memory_(std::move(memory)), writable_(writable), lease_(std::move(lease)) {}
-  std::byte* data() const { return memory_.data(); }
-  uint64_t size_bytes() const { return memory_.size_bytes(); }
+  // On a device, for reading alone; nullptr: it is only held.
+  Mapping(std::shared_ptr<gpu::ReadMemory> on_device, uint64_t size_bytes, base::Fd lease)
+      : device_data_(on_device == nullptr ? 0 : on_device->address()),
+        device_bytes_(size_bytes),
+        on_device_(std::move(on_device)),
+        lease_(std::move(lease)) {}
+  std::byte* data() const { return on_device_ ? reinterpret_cast<std::byte*>(device_data_) : memory_.data(); }
+  uint64_t size_bytes() const { return on_device_ ? device_bytes_ : memory_.size_bytes(); }
   // False where strict overcommit refused so much private memory: a write into it is a SIGSEGV.
   bool writable() const { return writable_; }
   // Code::unavailable once the daemon that holds the other end of the lease is gone.
@@ -38,7 +45,10 @@ class Mapping {
 
  private:
   memory::Mapped memory_;
-  bool writable_;
+  bool writable_ = false;
+  gpu::Address device_data_ = 0;
+  uint64_t device_bytes_ = 0;
+  std::shared_ptr<gpu::ReadMemory> on_device_;
   base::Fd lease_;
 };
 
@@ -63,6 +73,8 @@ struct OpenOptions {
   Autostart autostart = Autostart::from_environment;
   bool index_only = false;        // headers only
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
+  std::string device;             // "cuda:0" or a GPU's UUID: in whose memory they are wanted; empty: in the host's
+  bool hold_only = false;         // on a device: this process reads nothing, and maps nothing
   Resident resident = Resident::artifact;
   int64_t memory_wait_ms = 0;       // 0: as the daemon's setting says, -1: not at all
   const int32_t* cancel = nullptr;  // as memory::CopyOptions, while the daemon's answer is waited for
@@ -118,6 +130,7 @@ class Model {
   uint64_t replica() const { return replica_; }
   Resident resident() const { return resident_; }
   uint64_t image_bytes() const { return windows_.image_bytes; }
+  bool on_device() const { return on_device_; }
 
   // nullptr with index_only and Resident::view.
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
@@ -150,6 +163,7 @@ class Model {
   static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
                                             const OpenOptions& options, protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
+  Status map_on_device(const OpenOptions& options, Answer& answer);
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection, std::vector<std::string> names,
                                            protocol::Stay stay, const int32_t* cancel = nullptr) const;
   Result<Parts> cut(std::span<const CopyOrder> orders) const;
@@ -175,6 +189,7 @@ class Model {
   std::optional<tensor::Index> granted_;  // of the replica, where it holds more tensors
   tensor::Windows windows_;               // of the replica's image
   Resident resident_ = Resident::artifact;
+  bool on_device_ = false;
   Checkpoint checkpoint_;  // with Resident::view, to open parts
   uint64_t replica_ = 0;
   uint64_t batch_bytes_ = 0;

@@ -104,6 +104,10 @@ constexpr Setting kSettings[] = {
      [](Config& config, const std::string& value) {
        return set_choice(config.gpu, value, {"auto", "off"});
      }},
+    {"gpu_memory", "SIZE",
+     "most memory of each GPU for weights that stay there (default: 0, as much as the GPU has; what nobody holds goes "
+     "when it is full)",
+     [](Config& config, const std::string& value) { return set_bytes(config.gpu_memory, value); }},
     {"gpu_idle_seconds", "COUNT",
      "after so long without a copy a GPU is given back, with 0.5 GiB of its memory (default: 60)",
      set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},

@@ -38,6 +38,7 @@ struct Config {
   std::string log_file;
   int64_t drain_seconds = 10;
   GpuUse gpu = GpuUse::automatic;
+  uint64_t gpu_memory = 0;
   int64_t gpu_idle_seconds = 60;
 };
 

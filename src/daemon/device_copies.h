@@ -1,4 +1,5 @@
-// Copies out of replicas into clients' GPU memory: requests in, jobs for the devices' threads out, and back.
+// Copies out of replicas into memory of GPUs, clients' and that of replicas on them: requests in, jobs for the devices'
+// threads out, and back.
 #pragma once
 
 #include <functional>
@@ -23,7 +24,7 @@ struct GpuOptions {
 };
 
 // Lives on the loop's thread; all references must outlive it.
-class DeviceCopies {
+class DeviceCopies final : public engine::Devices {
  public:
   DeviceCopies(engine::Engine& engine, rpc::Loop& loop, GpuOptions options)
       : engine_(engine), loop_(loop), options_(options) {}
@@ -33,14 +34,25 @@ class DeviceCopies {
   void cancel(rpc::ConnectionId connection, uint64_t request);
   void forget(rpc::ConnectionId connection);
 
+  void make(const std::string& device, uint64_t size_bytes,
+            std::function<void(Result<engine::Allocations>)> done) override;
+  void fill(const engine::Replica& source, engine::Replica& target, std::function<void(base::Status)> done) override;
+  bool reaches(const std::string& device, const std::string& peer) override;
+
  private:
-  Result<gpu::Device*> device(const gpu::Uuid& uuid);
-  Result<std::unique_ptr<gpu::CopyJob>> make_job(rpc::Request& request, const engine::Replica& replica);
+  struct Used {
+    int number = 0;  // the driver's
+    std::unique_ptr<gpu::Device> device;
+  };
+  Result<Used*> use(const std::string& device);
+  Result<std::unique_ptr<gpu::CopyJob>> job_out_of(const engine::Replica& replica, const std::string& device);
+  Result<std::unique_ptr<gpu::CopyJob>> client_job(rpc::Request& request, const engine::Replica& replica,
+                                                   const std::string& device);
 
   engine::Engine& engine_;
   rpc::Loop& loop_;
   const GpuOptions options_;
-  std::map<gpu::Uuid, std::unique_ptr<gpu::Device>> devices_;  // by use
+  std::map<std::string, Used> devices_;  // by UUID
 };
 
 }  // namespace tensord::daemon

@@ -46,7 +46,8 @@ json replica_value(const engine::Replica& replica) {
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
-                {"memory_bytes", replica.memory.size_bytes()},
+                {"device", replica.key.device.empty() ? json() : json(replica.key.device)},
+                {"memory_bytes", replica.memory_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
                 {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
@@ -64,6 +65,15 @@ json replica_value(const engine::Replica& replica) {
     for (const auto& file : replica.content->index.files) value["files"].push_back(file.path);
   }
   return value;
+}
+
+// Bytes of replicas on each device.
+json gpus_value(const engine::Engine& engine) {
+  std::map<std::string, uint64_t> bytes;
+  for (const auto& [number, replica] : engine.replicas()) {
+    if (!replica->key.device.empty()) bytes[replica->key.device] += replica->device_bytes;
+  }
+  return bytes;
 }
 
 json uses_value(const std::vector<engine::Use>& uses) {
@@ -143,9 +153,11 @@ std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, 
                {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
                {"limits",
                 {{"host_memory", engine.memory().limit_bytes()},
+                 {"gpu_memory", facts.gpu_memory_bytes},
                  {"read_threads", facts.read_threads},
                  {"connections", facts.connection_count_max}}},
                {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
+               {"gpus", gpus_value(engine)},
                {"replicas", engine.replicas().size()},
                {"loads_running", engine.running_count() - engine.waiting_count()},
                {"waiting", waiting_value(engine)},

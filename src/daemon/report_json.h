@@ -16,6 +16,7 @@ struct DaemonFacts {
   std::string state_dir;
   int64_t started_ns = 0;
   int read_threads = 0;
+  uint64_t gpu_memory_bytes = 0;
   size_t connection_count_max = 0;
   bool keep_spans = false;
 };

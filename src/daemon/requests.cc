@@ -38,6 +38,7 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
   if (open.stay() > protocol::Stay::MAX) return fail(Code::unsupported, "no such stay of a replica");
   engine::OpenOrder order{
       .path = open.path()->str(), .index_only = open.index_only(), .stay = static_cast<engine::Stay>(open.stay())};
+  if (open.device() != nullptr) order.device = open.device()->str();
   if (open.only() != nullptr) {
     for (const auto* words : *open.only()) order.only.push_back(words->str());
   }
@@ -63,7 +64,7 @@ rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   opened.replica = grant.replica;
   opened.index_bytes = grant.index_bytes;
   opened.fill_map_bytes = grant.fill_map_bytes;
-  opened.image_bytes = grant.content->image_bytes;
+  opened.image_bytes = grant.image_bytes;
   opened.segment_bytes = grant.segment_bytes;
   opened.batch_bytes = grant.batch_bytes;
   opened.memory_bytes_max = grant.memory_bytes_max;

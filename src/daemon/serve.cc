@@ -240,6 +240,7 @@ Status run(const Config& config) {
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine({.host_memory_bytes = config.host_memory,
+                         .device_memory_bytes = config.gpu_memory,
                          .keep_spans = keep_spans,
                          .encode_index = encode_index,
                          .reads = {.direct = direct.reader.get(),
@@ -259,9 +260,11 @@ Status run(const Config& config) {
                     .state_dir = config.state_dir,
                     .started_ns = base::monotonic_ns(),
                     .read_threads = config.read_threads,
+                    .gpu_memory_bytes = config.gpu_memory,
                     .connection_count_max = shares.connections,
                     .keep_spans = keep_spans};
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
+  engine.use_devices(devices);
   Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
   const auto closed = [&](rpc::ConnectionId id) {
     loop->post([&, id] {

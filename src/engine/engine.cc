@@ -49,6 +49,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
                      kFileCountMax, " are possible"));
   }
   ReplicaKey key{.only = std::move(order.only)};
+  if (!order.index_only) key.device = std::move(order.device);
   for (const OpenFile& file : order.files) key.files.push_back(file.identity);
   std::sort(key.only.begin(), key.only.end());
   key.only.erase(std::unique(key.only.begin(), key.only.end()), key.only.end());
@@ -58,6 +59,8 @@ void Engine::open(OpenOrder order, GrantDone done) {
                 .done = std::move(done),
                 .asked_ns = base::monotonic_ns(),
                 .patience_ns = order.memory_wait_ms.value_or(options_.memory_wait_ms) * base::kNsPerMs};
+  if (!key.device.empty() && devices_ == nullptr)
+    return waiter.done(fail(Code::unsupported, "this daemon has no GPUs"));
   const auto known = by_key_.find(key);
   if (known != by_key_.end()) {
     Replica& replica = *replicas_.at(known->second);
@@ -85,7 +88,7 @@ void Engine::open(OpenOrder order, GrantDone done) {
   replica.waiters.push_back(std::move(waiter));
   by_key_[std::move(key)] = replica.number;
   replicas_[replica.number] = std::move(made);
-  index(replica);
+  replica.key.device.empty() ? index(replica) : find_source(replica);
 }
 
 void Engine::index(Replica& replica) {
@@ -123,6 +126,7 @@ void Engine::indexed(uint64_t number, Indexed outcome) {
   if (!outcome.content) return fail_waiters(replica, outcome.content.error());
   if (!outcome.index_file) return fail_waiters(replica, outcome.index_file.error());
   replica.content = std::move(*outcome.content);
+  replica.image_bytes = replica.content->image_bytes;
   replica.index_file = std::move(*outcome.index_file);
   begin(replica, std::move(outcome.known));
 }
@@ -131,6 +135,7 @@ void Engine::indexed(uint64_t number, Indexed outcome) {
 Replica* Engine::covering(const Replica& replica) {
   const auto covers = [&](const Replica& other) {
     if (other.number == replica.number || other.key.files != replica.key.files || other.doomed) return false;
+    if (other.key.device != replica.key.device) return false;
     if (other.state != ReplicaState::filling && other.state != ReplicaState::ready) return false;
     const auto has = [&](const tensor::Tensor& tensor) { return other.content->index.find(tensor.name) != nullptr; };
     const auto& wanted = replica.content->index.tensors;
@@ -203,6 +208,7 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   granted.content = replica.content;
   granted.index_fd = replica.index_file.fd.get();
   granted.index_bytes = replica.index_file.size_bytes;
+  granted.image_bytes = replica.image_bytes;
   if (waiter.index_only) return granted;
   if (holder.user_id != replica.owner) {
     return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ", holder.user_id);
@@ -223,6 +229,10 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   for (const memory::Segment& segment : replica.memory.segments) {
     granted.segment_fds.push_back(segment.fd());
     granted.segment_bytes.push_back(segment.size_bytes());
+  }
+  for (const auto& [fd, size_bytes] : replica.allocations) {
+    granted.segment_fds.push_back(fd.get());
+    granted.segment_bytes.push_back(size_bytes);
   }
   return granted;
 }
@@ -363,6 +373,13 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     replica.fill->end_failed(result.status.error());
     unlist(replica);  // the next open tries again
   }
+  std::vector<Replica*> copies;
+  for (const auto& [at, other] : replicas_) {
+    if (other->source == number) copies.push_back(other.get());
+  }
+  for (Replica* copy : copies) {
+    if (copy->copied) end_on_device(*copy);
+  }
   settle(replica);
   end_drain();
 }
@@ -441,6 +458,7 @@ void Engine::forget(uint64_t number) {
   Replica& replica = *found->second;
   CHECK(!replica.load && replica.leases.empty());
   unlist(replica);
+  if (replica.source != 0) let_go(replica.source);
   pool_memory_.free(std::move(replica.memory));
   replicas_.erase(found);
   room_changed();
@@ -475,7 +493,8 @@ void Engine::cancel_load(Replica& replica, base::Error reason) {
 }
 
 void Engine::want(uint64_t number, uint32_t first, uint32_t last) {
-  const auto found = replicas_.find(number);
+  auto found = replicas_.find(number);
+  if (found != replicas_.end() && found->second->source != 0) found = replicas_.find(found->second->source);
   if (found != replicas_.end() && found->second->load) found->second->load->want(first, last);
 }
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "catalog/catalog.h"
+#include "engine/devices.h"
 #include "engine/eviction.h"
 #include "engine/replica.h"
 #include "engine/report.h"
@@ -44,6 +45,7 @@ struct Owner {
 
 struct EngineOptions {
   uint64_t host_memory_bytes = 0;
+  uint64_t device_memory_bytes = 0;  // of replicas on each device; 0: as much as the device has
   bool keep_spans = false;
   // Encodes an index for clients. Called on pool threads.
   std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
@@ -60,6 +62,7 @@ struct OpenOrder {
   std::vector<OpenFile> files;
   bool index_only = false;
   std::vector<std::string> only;  // names and patterns of the tensors that are wanted; empty: all
+  std::string device;             // as ReplicaKey
   Stay stay = Stay::artifact;
   Holder holder;
   std::optional<int64_t> memory_wait_ms;
@@ -97,6 +100,8 @@ class Engine {
          Owner owner);
   // Every load must have ended (drain()).
   ~Engine();
+  // Set once, before the first replica on a device is opened; must outlive the engine's use.
+  void use_devices(Devices& devices) { devices_ = &devices; }
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
   // one replica and one read; what holds more tensors than are wanted serves too. `done` is called on the owner's thread,
@@ -177,6 +182,16 @@ class Engine {
   Status begin_load(Replica& replica, Digests known);
   void start_load(uint64_t number);
 
+  // engine_devices.cc
+  void find_source(Replica& replica);
+  void source_found(uint64_t number, const Result<uint64_t>& source);
+  uint64_t used_on_device(const Replica& replica) const;
+  void make_on_device(Replica& replica);
+  void made_on_device(uint64_t number, Result<Allocations> made);
+  Status fill_on_device(Replica& replica, Allocations made);
+  void end_on_device(Replica& replica);
+  base::Error refusal_on_device(const Replica& replica) const;
+
   // engine_room.cc
   enum class Room { now, freeing, held };  // freeing: the engine's own doing, and soon over
   void room_changed();
@@ -191,7 +206,7 @@ class Engine {
   void evict_all(const std::vector<uint64_t>& victims, const char* why);
   void shrink();
   void give_back(std::vector<memory::Segment> surplus, std::function<void()> then);
-  std::vector<EvictionCandidate> candidates() const;
+  std::vector<EvictionCandidate> candidates(const std::string& device = "") const;
   size_t descriptor_count() const;  // without kept segments
   base::Error refusal(const Replica& replica) const;
 
@@ -211,7 +226,7 @@ class Engine {
   void unlist(const Replica& replica);
   void forget(uint64_t number);
   void settle(Replica& replica);  // frees a replica that nobody can use any more
-  std::string holders_text() const;
+  std::string holders_text(const std::string& device = "") const;
   static LoadReport waiting_report(const Replica& replica);
   static void note_progress(const Replica& replica, LoadReport& report);
   void keep_report(LoadReport report);
@@ -223,6 +238,7 @@ class Engine {
   storage::ReadPool& catalog_thread_;
   storage::ReadPool& pool_;
   const Owner owner_;
+  Devices* devices_ = nullptr;
   memory::SegmentPool pool_memory_;
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;

@@ -42,6 +42,9 @@ Result<uint64_t> Engine::find(const std::string& selector) const {
     if (at == number && (is_number || selector == "last")) return at;
     if (is_named(*replica, selector)) found.push_back(at);
   }
+  // A path means the copy in host memory, where there is one; others have numbers.
+  const auto on_host = [&](uint64_t at) { return replicas_.at(at)->key.device.empty(); };
+  if (std::any_of(found.begin(), found.end(), on_host)) std::erase_if(found, std::not_fn(on_host));
   if (found.empty()) {
     return fail(Code::not_found, "no replica of ", base::quoted(selector), " is resident; `tensord ls` lists them");
   }
@@ -237,6 +240,9 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
   if (replica.state != ReplicaState::ready) {
     return done(fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
   }
+  if (!replica.key.device.empty())
+    return done(fail(Code::unsupported, "replica ", number, " lies on ", replica.key.device,
+                     "; what it was copied from was checked, and is what can be verified"));
   ++replica.use_count;
   auto job = std::make_shared<Verification>();
   job->content = replica.content;

@@ -192,10 +192,11 @@ base::Error Engine::refusal(const Replica& replica) const {
 
 // ---- making room ----------------------------------------------------------------------------------------------------
 
-std::vector<EvictionCandidate> Engine::candidates() const {
+std::vector<EvictionCandidate> Engine::candidates(const std::string& device) const {
   std::vector<EvictionCandidate> all;
   for (const auto& [number, replica] : replicas_) {
-    all.push_back({number, replica->memory.size_bytes(), replica->descriptor_count(), replica->last_used_ns,
+    if (replica->key.device != device) continue;
+    all.push_back({number, replica->memory_bytes(), replica->descriptor_count(), replica->last_used_ns,
                    replica->held(), replica->stays});
   }
   return all;
@@ -287,15 +288,15 @@ void Engine::settle_claim(uint64_t size_bytes, std::optional<memory::Segment> se
   room_changed();
 }
 
-std::string Engine::holders_text() const {
+std::string Engine::holders_text(const std::string& device) const {
   constexpr size_t kShownMax = 8;
   std::string out;
   size_t shown = 0;
   for (const auto& [number, replica] : replicas_) {
-    if (!replica->held() || replica->memory.segments.empty()) continue;
+    if (replica->key.device != device || !replica->held() || replica->memory_bytes() == 0) continue;
     if (shown++ == kShownMax) return out + ", and others";
     if (!out.empty()) out += ", ";
-    out += base::text("replica ", number, " ", replica->path(), " (", base::human_bytes(replica->memory.size_bytes()));
+    out += base::text("replica ", number, " ", replica->path(), " (", base::human_bytes(replica->memory_bytes()));
     if (replica->pinned) out += ", pinned";
     if (replica->state == ReplicaState::filling) out += ", filling";
     for (const auto& [lease, held] : replica->leases) {

@@ -49,6 +49,7 @@ struct Lease {
 struct ReplicaKey {
   std::vector<base::FileIdentity> files;
   std::vector<std::string> only;  // as asked for, sorted; empty: all tensors
+  std::string device;             // whose memory it lies in: a UUID as text; empty: the host's
   auto operator<=>(const ReplicaKey&) const = default;
 };
 
@@ -57,12 +58,17 @@ inline constexpr size_t kPathCountMax = 16;
 
 enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 
+// Memory of a device: descriptors of allocations that follow each other, and their sizes. It lasts as long as anybody has
+// them.
+using Allocations = std::vector<std::pair<base::Fd, uint64_t>>;
+
 // What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
 struct Grant {
   uint64_t replica = 0;
   std::shared_ptr<const Content> content;
   int index_fd = -1;
   uint64_t index_bytes = 0;
+  uint64_t image_bytes = 0;
   int fill_map_fd = -1;  // -1, and no segments and no lease, when only the index was asked for
   uint64_t fill_map_bytes = 0;
   std::vector<int> segment_fds;
@@ -110,6 +116,11 @@ struct Replica {
   std::shared_ptr<const Content> content;
   IndexFile index_file;
   memory::SegmentRun memory;
+  Allocations allocations;    // on a device, in place of segments
+  uint64_t device_bytes = 0;  // of those, also before they are made
+  uint64_t image_bytes = 0;   // as it is laid out where it lies
+  uint64_t source = 0;        // on a device, while it fills: the replica that it is copied from, which it holds
+  bool copied = false;        // and all bytes are there
   std::optional<memory::FreshPages> pages;  // while filling
   std::optional<memory::FillMap> fill;
   std::map<uint64_t, Lease> leases;
@@ -124,6 +135,7 @@ struct Replica {
     if (paths.size() < kPathCountMax && std::find(paths.begin(), paths.end(), path) == paths.end())
       paths.push_back(path);
   }
+  uint64_t memory_bytes() const { return memory.size_bytes() + device_bytes; }
   // Nobody waits for it any more: its clients went while it was filling.
   bool abandoned() const { return state == ReplicaState::filling && leases.empty() && !pinned; }
   bool held() const { return !leases.empty() || pinned || use_count > 0 || state <= ReplicaState::waiting; }
@@ -136,7 +148,7 @@ struct Replica {
   // The index, the fill map, the segments, and the files until they are read. Who still waits takes nobody's room.
   size_t descriptor_count() const {
     if (state <= ReplicaState::waiting) return 0;
-    return 2 + memory.segments.size() + (state == ReplicaState::filling ? key.files.size() : 0);
+    return 2 + memory.segments.size() + allocations.size() + (state == ReplicaState::filling ? key.files.size() : 0);
   }
 };
 

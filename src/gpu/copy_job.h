@@ -63,10 +63,13 @@ struct CopyJob {
   uint64_t number = 0;  // of the client's request
   uint64_t image_bytes = 0;
   std::vector<HostSegment> source;  // of the image, one after another; they stay until `done` is called
+  std::optional<Target> device_source;  // instead of the segments' memory: the image on this device or one that it reaches
   std::vector<Target> targets;
   std::vector<DeviceCopy> copies;  // best in the order of the image
   // Whether bytes [begin, end) of the image are there; the error of a load that failed. Thread safe.
   std::function<Result<bool>(uint64_t begin, uint64_t end)> ready;
+  // All copies whose sources end at or before `image_end` are done; from the device's thread. May be empty.
+  std::function<void(uint64_t image_end)> copied;
   // Bytes that the job has waited for in vain for a while.
   std::function<void(uint64_t begin, uint64_t end)> want;
   // Called once, on the device's thread, when nothing of the job is in flight any more.

@@ -37,6 +37,7 @@ struct Device::Running {
   std::optional<Piece> next = cutter.next();
   std::vector<std::shared_ptr<OpenedMemory>> targets = std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
   std::vector<std::shared_ptr<Pinned>> segments;
+  std::shared_ptr<OpenedMemory> device_source;
   std::optional<PinAhead> pins;
   size_t chunk_count = 0;  // under way
   DeviceReport report{.begin_ns = base::monotonic_ns()};
@@ -61,6 +62,16 @@ void Device::submit(std::unique_ptr<CopyJob> job) {
   base::MutexLock lock(mutex_);
   calls_.push_back(
       [this, order = std::make_shared<std::unique_ptr<CopyJob>>(std::move(job))] { start(std::move(*order)); });
+  called_.notify_one();
+}
+
+void Device::make(uint64_t size_bytes, std::function<void(MadeMemory)> done) {
+  base::MutexLock lock(mutex_);
+  calls_.push_back([this, size_bytes, done = std::move(done)] {
+    const Status awake = wake_up();
+    if (!awake) rest();
+    done(awake ? make_memory(driver_, number_, size_bytes) : base::pass_on(awake));
+  });
   called_.notify_one();
 }
 
@@ -168,6 +179,10 @@ void Device::start(std::unique_ptr<CopyJob> job) {
 // Gives each segment its second mapping, and begins to register what the job is going to read.
 Status Device::pin(Running& running) {
   const CopyJob& job = *running.job;
+  if (job.device_source) {
+    TRY_ASSIGN(running.device_source, OpenedMemory::open(driver_, number_, *job.device_source, kReadOnly));
+    return {};
+  }
   constexpr uint64_t kGrainBytes = 64 << 10;
   std::vector<bool> wanted(job.image_bytes / kGrainBytes + 1);
   for (const DeviceCopy& copy : job.copies) {
@@ -217,7 +232,7 @@ void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const ba
 Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
   const Handle stream = streams_[next_stream_++ % streams_.size()];
   Batch batch;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0, image_end = 0;
   size_t count = 0;
   Status issued;
   for (; running->next && bytes < kChunkBytes && count < kBatchCountMax; ++count) {
@@ -227,11 +242,12 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
     issued = issue(*running, *running->next, batch, stream);
     if (!issued) break;
     bytes += running->next->bytes();
+    image_end = running->next->image_end();
     running->next = running->cutter.next();
   }
   if (issued) issued = flush(*running, batch, stream);
   running->report.bytes += bytes;
-  if (count > 0) TRY(close_chunk(running, stream));  // also behind an error: what was issued is under way
+  if (count > 0) TRY(close_chunk(running, stream, image_end));  // also behind an error: what was issued is under way
   TRY(issued);
   return count > 0;
 }
@@ -254,17 +270,20 @@ Result<bool> Device::is_ready(Running& running, const Piece& piece) {
 
 Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle stream) {
   TRY_ASSIGN(const Address memory, target(running, piece.target));
-  TRY_ASSIGN(const std::byte* data, source(running, piece));
+  TRY_ASSIGN(const Address data, source(running, piece));
   const Address address = memory + piece.target_offset;
   if (piece.row_count == 1 && piece.row_bytes < kBatchedBytesMax) {
     batch.targets.push_back(address);
-    batch.sources.push_back(reinterpret_cast<Address>(data));
+    batch.sources.push_back(data);
     batch.sizes.push_back(piece.row_bytes);
     return {};
   }
   ++running.report.call_count;
   if (piece.row_count == 1) return driver_.check(driver_.copy(address, data, piece.row_bytes, stream), "copy to a GPU");
-  const Rows rows{.source = {.type = 1, .host = data, .pitch = piece.source_pitch},
+  const Side from = running.device_source
+                        ? Side{.type = 2, .device = data, .pitch = piece.source_pitch}
+                        : Side{.type = 1, .host = reinterpret_cast<const void*>(data), .pitch = piece.source_pitch};
+  const Rows rows{.source = from,
                   .target = {.type = 2, .device = address, .pitch = piece.target_pitch},
                   .row_bytes = piece.row_bytes,
                   .row_count = piece.row_count};
@@ -283,8 +302,7 @@ Status Device::flush(Running& running, Batch& batch, Handle stream) {
   }
   running.report.call_count += count;
   for (size_t at = 0; at < count; ++at) {
-    const void* source = reinterpret_cast<const void*>(batch.sources[at]);
-    TRY(driver_.check(driver_.copy(batch.targets[at], source, batch.sizes[at], stream), "copy to a GPU"));
+    TRY(driver_.check(driver_.copy(batch.targets[at], batch.sources[at], batch.sizes[at], stream), "copy to a GPU"));
   }
   return {};
 }
@@ -298,15 +316,16 @@ Result<Address> Device::target(Running& running, uint32_t number) {
   return memory->address();
 }
 
-Result<const std::byte*> Device::source(Running& running, const Piece& piece) {
+Result<Address> Device::source(Running& running, const Piece& piece) {
+  if (running.device_source) return running.device_source->address() + piece.image_offset;
   const int64_t begin_ns = base::monotonic_ns();
-  auto data = running.segments[piece.segment]->at(piece.segment_offset);
+  const auto data = running.segments[piece.segment]->at(piece.segment_offset);
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
-  return data;
+  return data.map([](const std::byte* at) { return reinterpret_cast<Address>(at); });
 }
 
 // Where no event can be had it waits for what was issued itself: nothing may be under way behind a job's end.
-Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream) {
+Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end) {
   Handle event = nullptr;
   Status closed;
   if (free_events_.empty()) {
@@ -317,7 +336,7 @@ Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle strea
   }
   if (closed) closed = driver_.check(driver_.record(event, stream), "record an event on a GPU");
   if (closed) {
-    chunks_.push_back({event, running});
+    chunks_.push_back({event, running, image_end});
     ++running->chunk_count;
     return {};
   }
@@ -333,6 +352,8 @@ void Device::retire_oldest() {
   free_events_.push_back(chunk.event);
   --chunk.running->chunk_count;
   if (!done) return restart(done.error());
+  const CopyJob& job = *chunk.running->job;
+  if (job.copied && !chunk.running->error) job.copied(chunk.image_end);
   finish_if_over(chunk.running);
 }
 
@@ -344,6 +365,7 @@ void Device::finish_if_over(const std::shared_ptr<Running>& running) {
   running->pins.reset();
   running->targets.clear();
   running->segments.clear();
+  running->device_source.reset();
   running->job->source.clear();  // they may go once `done` is called
   running->report.end_ns = base::monotonic_ns();
   if (running->error && running->report.bytes > 0) running->error->target = base::TargetState::dirty;

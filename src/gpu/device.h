@@ -31,6 +31,9 @@ class Device {
 
   // All thread safe, none waits.
   void submit(std::unique_ptr<CopyJob> job);
+  // make_memory() on the device's thread, where `done` is called.
+  using MadeMemory = Result<std::vector<std::pair<base::Fd, uint64_t>>>;
+  void make(uint64_t size_bytes, std::function<void(MadeMemory)> done);
   void cancel(uint64_t client, uint64_t number);  // nothing when it is over
   void forget(uint64_t client);                   // it is gone: its jobs end
 
@@ -40,6 +43,7 @@ class Device {
   struct Chunk {
     Handle event = nullptr;
     std::shared_ptr<Running> running;
+    uint64_t image_end = 0;  // of its last piece
   };
   struct Batch;
 
@@ -56,8 +60,8 @@ class Device {
   Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
   Status flush(Running& running, Batch& batch, Handle stream);
   Result<Address> target(Running& running, uint32_t number);
-  Result<const std::byte*> source(Running& running, const Piece& piece);
-  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream);
+  Result<Address> source(Running& running, const Piece& piece);
+  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end);
   void retire_oldest();
   void finish_if_over(const std::shared_ptr<Running>& running);
   void restart(const base::Error& why);

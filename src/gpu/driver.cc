@@ -42,10 +42,12 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.error_name, "cuGetErrorName");
   symbols.find(driver.device_count, "cuDeviceGetCount");
   symbols.find(driver.device_uuid, "cuDeviceGetUuid_v2");
+  symbols.find(driver.can_reach, "cuDeviceCanAccessPeer");
   symbols.find(driver.retain, "cuDevicePrimaryCtxRetain");
   symbols.find(driver.release, "cuDevicePrimaryCtxRelease_v2");
   symbols.find(driver.set_current, "cuCtxSetCurrent");
   symbols.find(driver.current, "cuCtxGetCurrent");
+  symbols.find(driver.finish, "cuCtxSynchronize");
   symbols.find(driver.describe, "cuPointerGetAttributes");
   symbols.find(driver.host_register, "cuMemHostRegister_v2");
   symbols.find(driver.host_unregister, "cuMemHostUnregister");
@@ -56,12 +58,13 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.end_event, "cuEventDestroy_v2");
   symbols.find(driver.record, "cuEventRecord");
   symbols.find(driver.wait, "cuEventSynchronize");
-  symbols.find(driver.copy, "cuMemcpyHtoDAsync_v2");
+  symbols.find(driver.copy, "cuMemcpyAsync");
   symbols.find(driver.copy_rows, "cuMemcpy2DAsync_v2");
   symbols.find_optional(driver.copy_batch, "cuMemcpyBatchAsync_v2");
   symbols.find(driver.ipc_export, "cuIpcGetMemHandle");
   symbols.find(driver.ipc_open, "cuIpcOpenMemHandle_v2");
   symbols.find(driver.ipc_close, "cuIpcCloseMemHandle");
+  symbols.find(driver.allocate, "cuMemCreate");
   symbols.find(driver.free, "cuMemRelease");
   symbols.find(driver.allocation_of, "cuMemRetainAllocationHandle");
   symbols.find(driver.export_fd, "cuMemExportToShareableHandle");
@@ -111,6 +114,17 @@ Status Driver::check(Answer answer, const char* what) const {
                     : answer == kNotSupported || answer == kInvalidValue ? Code::unsupported
                                                                          : Code::unavailable;
   return fail(code, what, ": ", name_of(answer));
+}
+
+std::string text_of(const Uuid& uuid) {
+  std::string text = "GPU-";
+  for (size_t at = 0; at < uuid.size(); ++at) {
+    constexpr const char* kDigits = "0123456789abcdef";
+    if (at == 4 || at == 6 || at == 8 || at == 10) text += '-';
+    text += kDigits[static_cast<unsigned char>(uuid[at]) >> 4];
+    text += kDigits[static_cast<unsigned char>(uuid[at]) & 15];
+  }
+  return text;
 }
 
 Result<const Driver*> driver() {

@@ -31,6 +31,14 @@ struct Access {
   int flags = 0;
 };
 inline constexpr int kReadOnly = 1, kReadWrite = 3;
+inline constexpr int kByDescriptor = 1;  // how an allocation is handed to other processes
+struct AllocationKind {
+  int type = 1;  // stays where it is
+  int handle_types = kByDescriptor;
+  Location location;
+  void* unused = nullptr;
+  uint64_t flags = 0;
+};
 
 struct Side {
   size_t x_bytes = 0, y = 0;
@@ -66,6 +74,7 @@ inline constexpr int kDeviceMemory = 2;
 // Answers that mean something of their own.
 inline constexpr Answer kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kNotPermitted = 800, kNotSupported = 801;
 inline constexpr unsigned kPortable = 1;        // registered host memory counts for every device
+inline constexpr unsigned kHostReadOnly = 8;    // and is mapped for reading alone
 inline constexpr unsigned kNonBlocking = 1;     // a stream that does not wait for the default one
 inline constexpr unsigned kSleepUntilDone = 3;  // an event: waiting sleeps, and no times are taken
 inline constexpr unsigned kPeers = 1;           // memory of another device is made reachable as it is opened
@@ -76,10 +85,12 @@ struct Driver {
   Answer (*error_name)(Answer, const char**);
   Answer (*device_count)(int*);
   Answer (*device_uuid)(Uuid*, int device);
+  Answer (*can_reach)(int* can, int device, int peer);
   Answer (*retain)(Handle*, int device);  // the one that all of a process share; made at the first call
   Answer (*release)(int device);
   Answer (*set_current)(Handle);
   Answer (*current)(Handle*);
+  Answer (*finish)();  // waits for all that the current device was told by this process
   Answer (*describe)(unsigned count, const Attribute*, void** values, Address);
   Answer (*host_register)(void*, size_t, unsigned flags);
   Answer (*host_unregister)(void*);
@@ -90,7 +101,7 @@ struct Driver {
   Answer (*end_event)(Handle);
   Answer (*record)(Handle event, Handle stream);
   Answer (*wait)(Handle event);
-  Answer (*copy)(Address target, const void* source, size_t, Handle stream);  // from host memory
+  Answer (*copy)(Address target, Address source, size_t, Handle stream);
   Answer (*copy_rows)(const Rows*, Handle stream);
   // nullptr before CUDA 13
   Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*, size_t* kind_begins,
@@ -98,6 +109,7 @@ struct Driver {
   Answer (*ipc_export)(IpcHandle*, Address);
   Answer (*ipc_open)(Address*, IpcHandle, unsigned flags);
   Answer (*ipc_close)(Address);
+  Answer (*allocate)(Allocation*, size_t, const AllocationKind*, uint64_t flags);
   Answer (*free)(Allocation);
   Answer (*allocation_of)(Allocation*, void* address);
   Answer (*export_fd)(int* fd, Allocation, int handle_type, uint64_t flags);
@@ -114,6 +126,8 @@ struct Driver {
   // unavailable.
   Status check(Answer answer, const char* what) const;
 };
+
+std::string text_of(const Uuid& uuid);  // "GPU-00112233-4455-6677-8899-aabbccddeeff", as nvidia-smi writes it
 
 // Makes a device current on this thread; what was before is so again when it goes.
 class Current {

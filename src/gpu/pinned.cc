@@ -61,9 +61,12 @@ Result<const std::byte*> Pinned::at(uint64_t offset) {
   const Driver& driver = primary_->driver();
   const Current current(driver, primary_->handle());
   Status registered = driver.check(current.answer(), "use a GPU");
-  if (registered)
-    registered = driver.check(driver.host_register(mapped_.data() + begin, size_bytes, kPortable),
-                              "register host memory with the GPU driver");
+  if (registered) {
+    Answer answer = driver.host_register(mapped_.data() + begin, size_bytes, kPortable);
+    // Of a daemon before this one: it cannot be mapped for writing again.
+    if (answer != 0) answer = driver.host_register(mapped_.data() + begin, size_bytes, kPortable | kHostReadOnly);
+    registered = driver.check(answer, "register host memory with the GPU driver");
+  }
   base::MutexLock lock(mutex_);
   parts_[part] = registered ? Part::registered : Part::plain;
   settled_.notify_all();

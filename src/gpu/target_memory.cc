@@ -1,13 +1,56 @@
 #include "gpu/target_memory.h"
 
-#include <numeric>
+#include <algorithm>
 
 #include "base/bytes.h"
+#include "base/text.h"
 
 namespace tensord::gpu {
 
 using base::Code;
 using base::fail;
+
+namespace {
+constexpr uint64_t kAllocationBytesMax = uint64_t{2} << 30;
+constexpr uint64_t kGranularityBytes = 2 << 20;
+}  // namespace
+
+Result<std::vector<std::pair<base::Fd, uint64_t>>> make_memory(const Driver& driver, int device, uint64_t size_bytes) {
+  std::vector<std::pair<base::Fd, uint64_t>> made;
+  const AllocationKind kind{.location = {.id = device}};
+  for (uint64_t left = base::align_up(size_bytes, kGranularityBytes); left > 0; left -= made.back().second) {
+    const uint64_t bytes = std::min(left, kAllocationBytesMax);
+    Allocation allocation = 0;
+    int fd = -1;
+    TRY(driver.check(driver.allocate(&allocation, bytes, &kind, 0), "make memory on a GPU"));
+    const Answer exported = driver.export_fd(&fd, allocation, kByDescriptor, 0);
+    driver.free(allocation);  // the descriptor keeps it
+    TRY(driver.check(exported, "share memory on a GPU"));
+    made.emplace_back(base::Fd(fd), bytes);
+  }
+  return made;
+}
+
+Result<std::string> device_uuid(const std::string& name) {
+  if (name.starts_with("GPU-")) return name;
+  TRY_ASSIGN(const Driver* known, driver());
+  TRY_ASSIGN(const int device, find_device(*known, name));
+  Uuid uuid{};
+  TRY(known->check(known->device_uuid(&uuid, device), "ask for a GPU's UUID"));
+  return text_of(uuid);
+}
+
+Result<int> find_device(const Driver& driver, const std::string& name) {
+  int device_count = 0;
+  TRY(driver.check(driver.device_count(&device_count), "count GPUs"));
+  for (int number = 0; number < device_count; ++number) {
+    Uuid uuid{};
+    TRY(driver.check(driver.device_uuid(&uuid, number), "ask for a GPU's UUID"));
+    if (name == text_of(uuid) || name == base::text("cuda:", number)) return number;
+  }
+  return fail(Code::invalid_argument, base::quoted(name), " is no GPU of this process; it has ", device_count,
+              ", from cuda:0 on");
+}
 
 Result<uint64_t> bytes_from(const Driver& driver, Address address) {
   Address begin = 0;
@@ -63,6 +106,25 @@ OpenedMemory::~OpenedMemory() {
     at += size_bytes;
   }
   if (reserved_bytes_ > 0) driver_.unreserve(address_, reserved_bytes_);
+}
+
+Result<std::shared_ptr<ReadMemory>> ReadMemory::open(const Driver& driver, int device, const Target& memory) {
+  const Current before(driver, nullptr);
+  TRY(driver.check(before.answer(), "use a GPU"));
+  auto read = std::make_shared<ReadMemory>();
+  TRY_ASSIGN(read->held_->primary, Primary::retain(driver, device));
+  if (memory.size_bytes == 0) return read;
+  TRY_ASSIGN(read->held_->opened, OpenedMemory::open(driver, device, memory, kReadOnly));
+  return read;
+}
+
+ReadMemory::~ReadMemory() {
+  if (process_ != ::getpid()) static_cast<void>(held_.release());
+  if (held_ == nullptr || held_->primary == nullptr) return;
+  const Driver& driver = held_->primary->driver();
+  const Current current(driver, held_->primary->handle());
+  driver.finish();
+  held_->opened.reset();
 }
 
 }  // namespace tensord::gpu

@@ -57,7 +57,7 @@ bool texts_are_short(const protocol::RequestFrame& frame) {
   if (const auto* used = frame.request_as_Used()) return is_short(used->slower_why());
   const auto* open = frame.request_as_Open();
   if (open == nullptr) return true;
-  if (open->paths()->size() > kFrameFdsMax || !is_short(open->path())) return false;
+  if (open->paths()->size() > kFrameFdsMax || !is_short(open->path()) || !is_short(open->device())) return false;
   for (const auto* path : *open->paths()) {
     if (!is_short(path)) return false;
   }

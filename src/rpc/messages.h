@@ -13,7 +13,7 @@
 namespace tensord::rpc {
 
 // The first number changes with every change that an old reader would misunderstand.
-inline constexpr uint32_t kProtocolVersion = 2;
+inline constexpr uint32_t kProtocolVersion = 3;
 
 // Every text in a Hello or a request; paths are at most PATH_MAX.
 inline constexpr size_t kTextBytesMax = 4096;

@@ -117,6 +117,17 @@ ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_
 
 Windows windows_of(const Index& index) { return windows_over(index, occupants(index)); }
 
+Windows device_windows_of(const Index& index) {
+  Windows windows;
+  for (const uint32_t at : occupants(index)) {
+    const Tensor& tensor = index.tensors[at];
+    const uint64_t begin = base::align_up(windows.image_bytes, kDeviceAlignment);
+    windows.list.push_back({tensor.file, tensor.offset, begin, tensor.size_bytes});
+    windows.image_bytes = begin + tensor.size_bytes;
+  }
+  return windows;
+}
+
 ImageLayout lay_out(const Index& index) {
   const std::vector<uint32_t> order = occupants(index);
   ImageLayout layout;

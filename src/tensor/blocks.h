@@ -81,6 +81,9 @@ struct ImageLayout {
 // The tensors of a file must lie inside it and must not overlap (CHECK; the parsers see to it). The files are at most
 // kIndexBytesMax together, as all parsers see to.
 Windows windows_of(const Index& index);
+// The same in memory of a device, whose kernels want tensors at such multiples: one window for each.
+inline constexpr uint64_t kDeviceAlignment = 256;  // as cudaMalloc gives
+Windows device_windows_of(const Index& index);
 
 // Bytes that no tensor owns (headers, gaps within a window) are in blocks too, cut anywhere. Takes about 90 bytes of
 // memory a MiB of image. As windows_of.

@@ -40,6 +40,8 @@ class Checkpoint:
         Names and patterns of the tensors that are wanted; empty: all.
     is_index_only : bool
         Read the headers alone.
+    device : str
+        In whose memory it is wanted; empty: the host's. Nothing of a GPU is used by this process.
 
     Raises
     ------
@@ -47,7 +49,9 @@ class Checkpoint:
         As tensord_open.
     """
 
-    def __init__(self, path: str, only: Sequence[str] = (), is_index_only: bool = False) -> None:
+    def __init__(
+        self, path: str, only: Sequence[str] = (), is_index_only: bool = False, device: str = ""
+    ) -> None:
         paths = (ctypes.c_char_p * 1)(os.fsencode(path))
         names = (ctypes.c_char_p * len(only))(*map(os.fsencode, only))
         options = _library.OpenOptions(
@@ -56,6 +60,8 @@ class Checkpoint:
             index_only=int(is_index_only),
             only=names,
             only_count=len(only),
+            device=os.fsencode(device) or None,
+            hold_only=1,
         )
         self._pointer = ctypes.c_void_p()
         check(library().tensord_open(paths, 1, ctypes.byref(options), ctypes.byref(self._pointer)))
@@ -148,9 +154,9 @@ def _plan(pointer: ctypes.c_void_p | None, views: Sequence[str]) -> str:
     return _library.take_text(text)
 
 
-def open_resident(path: str, only: Sequence[str] = ()) -> Checkpoint:
+def open_resident(path: str, only: Sequence[str] = (), device: str = "") -> Checkpoint:
     """All that is wanted, in memory or on its way there. Raises ExhaustedError where it does not fit."""
-    checkpoint = Checkpoint(path, only)
+    checkpoint = Checkpoint(path, only, device=device)
     if checkpoint.is_resident:
         return checkpoint
     info = checkpoint.info()

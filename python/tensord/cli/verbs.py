@@ -61,7 +61,7 @@ def _stop(_: Given) -> Output:
 
 
 def _load(given: Given) -> Output:
-    with open_resident(absolute(given.operand), given.only) as checkpoint:
+    with open_resident(absolute(given.operand), given.only, given.device) as checkpoint:
         if given.pin:
             daemon.ask("pin", str(checkpoint.info()["replica"]))
         if given.wait:
@@ -224,6 +224,7 @@ _VIEW = Word(
     read=check_view,
     is_repeated=True,
 )
+_DEVICE = Word("--device", "into the memory of a GPU: cuda:0, or a UUID", "DEVICE")
 _WAIT = Word("--wait", "return when every byte is there and checked")
 _PIN = Word("--pin", "keep it until it is unpinned")
 _PROGRESS = Word(
@@ -258,7 +259,7 @@ VERBS = (
         "load a checkpoint into memory",
         "tensord load /models/Qwen3-14B --wait --pin",
         _load,
-        (_PATH, _ONLY, _WAIT, _PIN, _PROGRESS),
+        (_PATH, _ONLY, _DEVICE, _WAIT, _PIN, _PROGRESS),
     ),
     Verb("ls", "list what is in memory and who holds it", "tensord ls", _ls),
     Verb(
