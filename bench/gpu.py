@@ -472,6 +472,122 @@ def tp2(options: argparse.Namespace) -> list[Result]:
     ]
 
 
+def _attach(options: argparse.Namespace, results: Any) -> None:
+    torch.zeros(1, device="cuda:0")
+    torch.cuda.synchronize()
+    name = "lm_head.weight"
+    times = []
+    for _ in range(options.rounds):
+        begin = time.perf_counter()
+        model = tensord.open(options.checkpoint, device="cuda:0")
+        opened = time.perf_counter()
+        first = model[name][0].sum().item()  # a kernel has read it
+        used = time.perf_counter()
+        tensors = [model[one] for one in model]
+        times.append((opened - begin, used - begin, time.perf_counter() - begin))
+        assert first == first
+        del tensors
+        model.close()
+        gc.collect()
+    with tensord.open(options.checkpoint, device="cuda:0") as model, tensord.open(options.checkpoint) as host:
+        compare([(one, ..., model[one]) for one in model], host)
+    results.put(times)
+
+
+def attach(options: argparse.Namespace) -> list[Result]:
+    """The model is in GPU memory: a second process, whose torch is awake, opens it; first time apart."""
+    spawn = multiprocessing.get_context("spawn")
+    with daemon("--host-memory", "70GiB"), tensord.open(options.checkpoint) as host:
+        host.wait()
+        begin = time.perf_counter()
+        model = tensord.open(options.checkpoint, device="cuda:0")
+        model.wait()
+        fill = time.perf_counter() - begin
+        payload = model.info()["payload_bytes"]
+        results = spawn.Queue()
+        client = spawn.Process(target=_attach, args=(options, results))
+        client.start()
+        times = results.get(timeout=600)
+        client.join()
+        del model
+    opened, used, all_tensors = (statistics.median(column) for column in zip(*times))
+    return [
+        say(
+            {
+                "case": "attach",
+                "payload_gb": payload / GB,
+                "fill_s": fill,
+                "first_time_ms": times[0][1] * 1e3,
+                "opened_ms": opened * 1e3,
+                "first_tensor_ms": used * 1e3,
+                "all_tensors_ms": all_tensors * 1e3,
+            }
+        )
+    ]
+
+
+def peer_ceiling(size_bytes: int = 2 << 30) -> float:
+    """Bytes a second of a plain copy from GPU 0 to GPU 1."""
+    source = torch.empty(size_bytes, dtype=torch.uint8, device="cuda:0").random_()
+    target = torch.empty(size_bytes, dtype=torch.uint8, device="cuda:1")
+
+    def once() -> float:
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+        return time.perf_counter() - begin
+
+    once()
+    return size_bytes / median_of(9, once)[0]
+
+
+def peer_copy(options: argparse.Namespace) -> list[Result]:
+    """From the model in memory of GPU 0 into memory of GPU 1, and to a replica there."""
+    if torch.cuda.device_count() < 2:
+        return [say({"case": "peer_copy", "cannot": "needs two GPUs"})]
+    shapes = qwen_shapes(options.layers)
+    with daemon("--host-memory", "70GiB"), tensord.open(options.checkpoint, device="cuda:0") as model:
+        model.wait()
+        orders = make_targets(shapes, 0, 1, "cuda:1")
+        payload = bytes_of(orders)
+        report = model.load_into(orders)
+        assert report.device_bytes == payload, report
+        compare(orders, model)
+
+        def once() -> float:
+            begin = time.perf_counter()
+            model.load_into(orders)
+            return time.perf_counter() - begin
+
+        seconds, spread = median_of(options.rounds, once)
+        del orders
+        torch.cuda.empty_cache()
+        begin = time.perf_counter()
+        with tensord.open(options.checkpoint, device="cuda:1") as other:
+            other.wait()
+            fill = time.perf_counter() - begin
+            path = json.loads(tensord._library.call("explain", str(other.info()["replica"])))["read_path"]
+    rate = peer_ceiling()
+    return [
+        say(
+            {
+                "case": "peer_copy",
+                "payload_gb": payload / GB,
+                "seconds": seconds,
+                "spread": spread,
+                "gb_per_s": payload / GB / seconds,
+                "ceiling_gb_per_s": rate / GB,
+                "ratio": payload / rate / seconds,
+                "replica_fill_s": fill,
+                "replica_path": path,
+            }
+        )
+    ]
+
+
 def peers(options: argparse.Namespace) -> list[Result]:
     """Other loaders, hot page cache, whole tensors into one GPU."""
     results = []
@@ -536,9 +652,11 @@ CASES = {
     "rows": rows,
     "small": small,
     "tp2": tp2,
+    "attach": attach,
+    "peer_copy": peer_copy,
     "peers": peers,
 }
-NEED_CHECKPOINT = ("resident", "first_load", "tp2", "peers")
+NEED_CHECKPOINT = ("resident", "first_load", "tp2", "attach", "peer_copy", "peers")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Daemon
+from processes import is_sanitized
 
 MIB = 1 << 20
 POISON = 0x5A
@@ -176,6 +177,48 @@ def start(
         assert daemon.stop() == 0, daemon.log()
         assert holds_nothing(daemon), counts(daemon)
 
+
+# ---- bytes that are not there yet ------------------------------------------------------------------------
+
+# Copies are handed over in pieces of 16 MiB: two are there.
+SLOW_BYTES = 48 * MIB
+STALL_AT = 33 * MIB
+
+
+class SlowDisk:
+    """A daemon whose reads of one file stall at one place."""
+
+    def __init__(self, control: Path) -> None:
+        self._control = control
+        self.say(f"stall {STALL_AT}")
+
+    def say(self, text: str) -> None:
+        after = self._control.with_suffix(".new")
+        after.write_text(text + "\n")
+        after.rename(self._control)
+
+
+@pytest.fixture
+def slow(
+    start: Callable[..., Daemon],
+    binary: Path,
+    tmp_path: Path,
+    make_file: Callable[..., Path],
+) -> tuple[SlowDisk, Daemon, Path, np.ndarray]:
+    if is_sanitized(binary):
+        pytest.skip("a sanitizer wants to be the first library of its process")
+    shim = tmp_path / "faulty_disk.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O1", "-o", shim, Path(__file__).with_name("faulty_disk.c")], check=True
+    )
+    disk = SlowDisk(tmp_path / "control")
+    daemon = start("--disk-reads", "pread", LD_PRELOAD=shim, FAULTY_DISK=tmp_path / "control")
+    content = np.random.default_rng(9).integers(0, 255, SLOW_BYTES, np.uint8)
+    path = make_file({"w": content}).rename(tmp_path / "model.faulty.safetensors")
+    return disk, daemon, path, content
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 WEIGHTS = {
     "matrix": np.random.default_rng(1).standard_normal((1000, 768), np.float32),

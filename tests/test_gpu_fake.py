@@ -18,11 +18,25 @@ import numpy as np
 import pytest
 import tensord
 from conftest import DEADLINE_SECONDS, Daemon
-from fake_gpu import MIB, POISON, WEIGHTS, Array, Gpu, counts, holds_nothing, is_poisoned, needs_no_driver
-from processes import is_sanitized, until
+from fake_gpu import (
+    MIB,
+    POISON,
+    SLOW_BYTES,
+    STALL_AT,
+    WEIGHTS,
+    Array,
+    Gpu,
+    SlowDisk,
+    counts,
+    holds_nothing,
+    is_poisoned,
+    needs_no_driver,
+)
+from processes import until
 
 pytestmark = needs_no_driver
 library, gpu, start, path = fake_gpu.library, fake_gpu.gpu, fake_gpu.start, fake_gpu.path
+slow = fake_gpu.slow
 
 
 # ---- what is copied --------------------------------------------------------------------------------------
@@ -147,43 +161,6 @@ def test_memory_that_was_freed_and_made_again(start: Callable[..., Daemon], gpu:
 
 
 # ---- bytes that are not there yet ------------------------------------------------------------------------
-
-# Copies are handed over in pieces of 16 MiB: two are there.
-SLOW_BYTES = 48 * MIB
-STALL_AT = 33 * MIB
-
-
-class SlowDisk:
-    """A daemon whose reads of one file stall at one place."""
-
-    def __init__(self, control: Path) -> None:
-        self._control = control
-        self.say(f"stall {STALL_AT}")
-
-    def say(self, text: str) -> None:
-        after = self._control.with_suffix(".new")
-        after.write_text(text + "\n")
-        after.rename(self._control)
-
-
-@pytest.fixture
-def slow(
-    start: Callable[..., Daemon],
-    binary: Path,
-    tmp_path: Path,
-    make_file: Callable[..., Path],
-) -> tuple[SlowDisk, Daemon, Path, np.ndarray]:
-    if is_sanitized(binary):
-        pytest.skip("a sanitizer wants to be the first library of its process")
-    shim = tmp_path / "faulty_disk.so"
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-O1", "-o", shim, Path(__file__).with_name("faulty_disk.c")], check=True
-    )
-    disk = SlowDisk(tmp_path / "control")
-    daemon = start("--disk-reads", "pread", LD_PRELOAD=shim, FAULTY_DISK=tmp_path / "control")
-    content = np.random.default_rng(9).integers(0, 255, SLOW_BYTES, np.uint8)
-    path = make_file({"w": content}).rename(tmp_path / "model.faulty.safetensors")
-    return disk, daemon, path, content
 
 
 def test_while_the_replica_fills(slow: tuple[SlowDisk, Daemon, Path, np.ndarray], gpu: Gpu) -> None:
@@ -334,7 +311,9 @@ def test_one_device_of_two_that_the_daemon_does_not_see(
         pytest.raises(tensord.Error, match="the daemon does not see") as caught,
     ):
         model.load_into({"matrix": low, "stack": high})
-    assert caught.value.target_dirty == (not is_poisoned(low)) and is_poisoned(high)
+    # What the daemon can do is done; the rest has no slower way here.
+    assert np.array_equal(low.numpy(), WEIGHTS["matrix"]) and is_poisoned(high)
+    assert caught.value.target_dirty
 
 
 def test_a_daemon_that_uses_no_gpu(start: Callable[..., Daemon], gpu: Gpu, path: Path) -> None:
@@ -479,7 +458,7 @@ FAULTS = [
     "cuPointerGetAttributes",
     "cuMemHostRegister_v2",
     "cuIpcOpenMemHandle_v2",
-    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyAsync",
     "cuMemcpy2DAsync_v2",
     "cuMemcpyBatchAsync_v2",
 ]

@@ -404,7 +404,7 @@ def test_descriptors_that_no_frame_announces_close_the_connection(daemon: Daemon
 # ---- versions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 3, 0xFFFFFFFF])
+@pytest.mark.parametrize("version", [0, 4, 0xFFFFFFFF])
 def test_a_client_of_another_version_is_told_so(daemon: Daemon, spoken: Spoken, version: int) -> None:
     with connected(daemon) as peer:
         peer.sendall(frame(with_version(spoken.client_hello, version)))
@@ -413,11 +413,11 @@ def test_a_client_of_another_version_is_told_so(daemon: Daemon, spoken: Spoken, 
         assert hello is not None and refusal is not None
         code, said = failure(refusal.payload)
         assert code == UNSUPPORTED
-        assert f"this client {version} " in said and "the daemon speaks protocol 2 " in said
+        assert f"this client {version} " in said and "the daemon speaks protocol 3 " in said
         assert receive(peer) is None
 
 
-@pytest.mark.parametrize(("version", "advice"), [(0, "restart the daemon"), (3, "update the client")])
+@pytest.mark.parametrize(("version", "advice"), [(0, "restart the daemon"), (4, "update the client")])
 def test_a_daemon_of_another_version_is_refused(
     spoken: Spoken, impostor: Impostor, version: int, advice: str
 ) -> None:

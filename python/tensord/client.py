@@ -704,7 +704,7 @@ def open(
         A file is no valid safetensors file (also a safetensors.SafetensorError where that package is
         installed).
     ExhaustedError
-        Others hold the daemon's memory, and did not let go in time, or that of the GPU; the message names them.
+        Others hold the daemon's memory or the GPU's, and did not let go in time; the message names them.
     UnavailableError
         No daemon answers, or it does not see the GPU.
     """

@@ -330,7 +330,9 @@ def device_tensor(
     if place.is_empty:
         return torch.empty(place.shape, dtype=dtype, device=device if device.startswith("cuda") else "cuda")
     if place.runs_backward:
-        raise UnsupportedError(f"tensor {name!r}: torch has no negative strides, and GPU memory is not copied")
+        raise UnsupportedError(
+            f"tensor {name!r}: torch has no negative strides, and GPU memory is not copied"
+        )
     torch.cuda.init()
     tensor = torch.as_tensor(DeviceArray(place, carrier))
     return tensor if tensor.dtype is dtype else tensor.view(dtype)

@@ -271,12 +271,13 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
 }
 
 Status Model::map_on_device(const OpenOptions& options, Answer& answer) {
-  const auto& sizes = *answer.frame().reply_as_Opened()->segment_bytes();
+  const auto* sizes = answer.frame().reply_as_Opened()->segment_bytes();
+  const uint32_t count = sizes == nullptr ? 0 : sizes->size();
   gpu::Target memory{.size_bytes = windows_.image_bytes};
   uint64_t total_bytes = 0;
-  for (uint32_t at = 0; at < sizes.size(); ++at) {
-    total_bytes = base::checked_add(total_bytes, sizes[at]).value_or(UINT64_MAX);
-    memory.allocations.emplace_back(std::move(answer.fds[answer.fds.size() - sizes.size() + at]), sizes[at]);
+  for (uint32_t at = 0; at < count; ++at) {
+    total_bytes = base::checked_add(total_bytes, sizes->Get(at)).value_or(UINT64_MAX);
+    memory.allocations.emplace_back(std::move(answer.fds[answer.fds.size() - count + at]), sizes->Get(at));
   }
   if (total_bytes < windows_.image_bytes) return fail(Code::corrupt, "the daemon sent too little memory of a GPU");
   std::shared_ptr<gpu::ReadMemory> read;

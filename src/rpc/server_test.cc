@@ -206,7 +206,7 @@ TEST(Server, a_client_of_another_protocol_gets_both_versions_and_is_closed) {
   EXPECT_EQ(reply.id(), 0u);
   EXPECT_EQ(reply.reply_as_Failure()->code(), static_cast<uint8_t>(Code::unsupported));
   EXPECT_EQ(reply.reply_as_Failure()->message()->str(),
-            "the daemon speaks protocol 2 (version 1.2.3), this client 3 (version 9.9.9): restart the daemon with "
+            "the daemon speaks protocol 3 (version 1.2.3), this client 4 (version 9.9.9): restart the daemon with "
             "`tensord stop`");
   expect_gone(caller, "other version");
   EXPECT_EQ(daemon.connection_count(), 0u);
@@ -223,7 +223,7 @@ TEST(Server, a_daemon_of_another_protocol_is_unsupported) {
     ASSERT_FALSE(hello);
     EXPECT_EQ(hello.error().code, Code::unsupported);
     EXPECT_EQ(hello.error().message, "the daemon speaks protocol " + std::to_string(version) +
-                                         " (version 9.9.9), this client 2 (version 1.2.3): " + advice);
+                                         " (version 9.9.9), this client 3 (version 1.2.3): " + advice);
   }
 }
 

@@ -70,6 +70,11 @@ def _status(status: Report) -> str:
         f"waiting   pid {number(one, 'pid')}, {text(one, 'path')}: {text(one, 'waits_for')}\n"
         for one in entries(status, "waiting")
     )
+    limit = limits.get("gpu_memory", 0)
+    gpus = "".join(
+        f"gpu       {device}: {size_text(used)}{f' of {size_text(limit)}' if limit else ''} in use\n"
+        for device, used in status.get("gpus", {}).items()
+    )
     in_use = f"{size(memory, 'in_use')} of {size(limits, 'host_memory')} in use"
     running = counted(number(status, "loads_running"), "load")
     return (
@@ -78,6 +83,7 @@ def _status(status: Report) -> str:
         f"socket    {text(status, 'socket')}\n"
         f"state     {text(status, 'state_dir')}\n"
         f"memory    {in_use}, {size(memory, 'kept')} kept for the next load\n"
+        f"{gpus}"
         f"replicas  {number(status, 'replicas')}, {running} running\n"
         f"reading   {counted(number(limits, 'read_threads'), 'thread')}\n"
         f"clients   {counted(number(status, 'connections'), 'connection')}\n"
@@ -106,7 +112,7 @@ def list_of(listed: Report) -> str:
             tensors_of(replica),
             (replica["artifact"] or "-")[:12],
             _holders_of(replica),
-            text(replica, "path"),
+            text(replica, "path") + (f" on {replica['device']}" if replica.get("device") else ""),
         )
         error = replica["error"]
         if error is not None:
@@ -161,8 +167,9 @@ def _load(model: Report) -> str:
         rest = f", artifact {model['artifact'] or '-'}"
     else:
         rest = " (filling; `tensord load --wait` watches it)"
+    where = " on a GPU" if model.get("on_device") else ""
     return (
-        f"{text(model, 'path')}: {size(model, 'payload_bytes')} in {tensors}, "
+        f"{text(model, 'path')}{where}: {size(model, 'payload_bytes')} in {tensors}, "
         f"replica {number(model, 'replica')}{rest}\n"
     )
 
