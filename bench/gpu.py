@@ -563,7 +563,7 @@ def peer_copy(options: argparse.Namespace) -> list[Result]:
             return time.perf_counter() - begin
 
         seconds, spread = median_of(options.rounds, once)
-        del orders
+        orders.clear()
         torch.cuda.empty_cache()
         begin = time.perf_counter()
         with tensord.open(options.checkpoint, device="cuda:1") as other:

@@ -575,11 +575,10 @@ Answer cuMemcpyAsync(Address target, Address source, size_t size, Handle stream)
 Answer cuMemcpy2DAsync_v2(const Rows* rows, Handle stream) {
   return call_on_device("cuMemcpy2DAsync_v2", [&] {
     if (rows->source.type < 1 || rows->source.type > 2 || rows->target.type != 2) return kInvalidValue;
-    const Address source =
-        rows->source.type == 1 ? reinterpret_cast<Address>(rows->source.host) : rows->source.device;
-    return queue({{rows->target.device, source, rows->row_bytes, rows->row_count,
-                   rows->target.pitch, rows->source.pitch}},
-                 stream);
+    const Address source = rows->source.type == 1 ? reinterpret_cast<Address>(rows->source.host) : rows->source.device;
+    return queue(
+        {{rows->target.device, source, rows->row_bytes, rows->row_count, rows->target.pitch, rows->source.pitch}},
+        stream);
   });
 }
 Answer cuMemcpyBatchAsync_v2(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*,

@@ -35,9 +35,8 @@ void Engine::find_source(Replica& replica) {
   const uint64_t number = replica.number;
   const auto found = [this, number](const Result<uint64_t>& source) {
     const auto held = source ? hold(*source) : base::pass_on(source);
-    owner_.post([this, number, held] {
-      source_found(number, held.map([](const Replica* one) { return one->number; }));
-    });
+    owner_.post(
+        [this, number, held] { source_found(number, held.map([](const Replica* one) { return one->number; })); });
   };
   for (const auto& [at, other] : replicas_) {
     const bool same = other->key.files == replica.key.files && other->key.only == replica.key.only;
@@ -130,8 +129,11 @@ Status Engine::fill_on_device(Replica& replica, Allocations made) {
   report.fill_ns = base::monotonic_ns();
   report.thread_count = 1;
   report.read_path = source.key.device.empty() ? "host memory, by copy engines" : source.key.device + ", by peer copy";
-  log(LogLevel::info, "load ", report.load, ": ", replica.path(), " to ", replica.key.device, " from replica ",
-      source.number, ": ", report.read_path);
+  report.memory_ns = 0;  // nobody waits in line
+  report.checked_against_record = source.checked;
+  report.notes.push_back(
+      base::text("copied to ", replica.key.device, " from replica ", source.number, ": ", report.read_path));
+  log(LogLevel::info, "load ", report.load, ": ", replica.path(), " ", report.notes.back());
   keep_report(std::move(report));
   replica.state = ReplicaState::filling;
   ++replica.use_count;

@@ -196,8 +196,8 @@ std::vector<EvictionCandidate> Engine::candidates(const std::string& device) con
   std::vector<EvictionCandidate> all;
   for (const auto& [number, replica] : replicas_) {
     if (replica->key.device != device) continue;
-    all.push_back({number, replica->memory_bytes(), replica->descriptor_count(), replica->last_used_ns,
-                   replica->held(), replica->stays});
+    all.push_back({number, replica->memory_bytes(), replica->descriptor_count(), replica->last_used_ns, replica->held(),
+                   replica->stays});
   }
   return all;
 }

@@ -63,7 +63,8 @@ struct CopyJob {
   uint64_t number = 0;  // of the client's request
   uint64_t image_bytes = 0;
   std::vector<HostSegment> source;  // of the image, one after another; they stay until `done` is called
-  std::optional<Target> device_source;  // instead of the segments' memory: the image on this device or one that it reaches
+  std::optional<Target>
+      device_source;  // instead of the segments' memory: the image on this device or one that it reaches
   std::vector<Target> targets;
   std::vector<DeviceCopy> copies;  // best in the order of the image
   // Whether bytes [begin, end) of the image are there; the error of a load that failed. Thread safe.
