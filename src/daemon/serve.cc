@@ -129,12 +129,15 @@ base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
   return reads;
 }
 
-// What was faster when the doctor measured this machine; else by the instructions that its CPU has.
-storage::CachedPath faster_path(const std::string& state_dir) {
+// What was fastest when the doctor measured this machine; else by the instructions that its CPU has.
+storage::CachedPath fastest_path(const std::string& state_dir) {
+  using enum storage::CachedPath;
   const auto rates = doctor::load_rates(state_dir, doctor::this_machine());
   if (!rates || rates->of("cache_pread") == 0) return storage::FileSourceOptions().cached_path;
-  const bool streams = base::can_stream() && rates->of("cache_stream") > rates->of("cache_pread");
-  return streams ? storage::CachedPath::stream : storage::CachedPath::plain;
+  if (!base::can_stream()) return plain;
+  const auto rate = [&](const char* name) { return rates->of(name); };
+  if (rate("cache_mapped") > std::max(rate("cache_stream"), rate("cache_pread"))) return mapped;
+  return rate("cache_stream") > rate("cache_pread") ? stream : plain;
 }
 
 std::optional<memory::Segment> touched_segment(uint64_t size, memory::HugePages huge) {
@@ -244,7 +247,7 @@ Status run(const Config& config) {
                          .encode_index = encode_index,
                          .reads = {.direct = direct.reader.get(),
                                    .direct_note = direct.note,
-                                   .cached_path = faster_path(config.state_dir),
+                                   .cached_path = fastest_path(config.state_dir),
                                    .cache_left = config.cache},
                          .huge_pages = config.huge_pages,
                          .memory_wait_ms = config.memory_wait_seconds * 1000,

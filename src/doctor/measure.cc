@@ -116,26 +116,13 @@ struct Bench {
 
   double read_cached(CachedPath path) {
     read({}, &SourceCounters::cached_bytes);  // now it is cached
-    if (path == CachedPath::stream && !base::can_stream()) return 0;
+    if (path != CachedPath::plain && !base::can_stream()) return 0;
     return read({.cached_path = path}, &SourceCounters::cached_bytes);
   }
 
   double read_disk(storage::DirectReader* reader, uint64_t SourceCounters::*counted) {
     ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
     return read({.direct = reader}, counted);
-  }
-
-  double read_mapped() {
-    read({}, &SourceCounters::cached_bytes);
-    void* const map = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file.get(), 0);
-    if (map == MAP_FAILED || !base::can_stream()) return 0;
-    const auto copy_piece = [&](uint64_t at, uint64_t size) {
-      base::stream_rows({static_cast<std::byte*>(map) + at, target.data() + at, size, 1, 0, 0});
-      base::end_streaming();
-    };
-    const double rate = rate_of(thread_count, size_bytes, kMiB, copy_piece);
-    ::munmap(map, size_bytes);
-    return rate;
   }
 
   uint64_t size_bytes = 0;
@@ -160,7 +147,7 @@ constexpr Measurement kMeasurements[] = {
     {"fresh_huge", [](Bench& bench) { return bench.touch(HugePages::wanted); }},
     {"cache_pread", [](Bench& bench) { return bench.read_cached(CachedPath::plain); }},
     {"cache_stream", [](Bench& bench) { return bench.read_cached(CachedPath::stream); }},
-    {"cache_mapped", [](Bench& bench) { return bench.read_mapped(); }},
+    {"cache_mapped", [](Bench& bench) { return bench.read_cached(CachedPath::mapped); }},
     {"disk_direct", [](Bench& bench) { return bench.read_disk(bench.direct.get(), &SourceCounters::direct_bytes); }},
     {"disk_buffered", [](Bench& bench) { return bench.read_disk(nullptr, &SourceCounters::buffered_bytes); }},
 };
