@@ -100,7 +100,7 @@ json trace_value(const engine::LoadReport& report) {
                      {"block", span.block}});
   }
   for (const engine::Use& use : report.uses) {
-    for (const engine::UseSpan& span : use.spans) {
+    for (const memory::CopySpan& span : use.spans) {
       if (trace.size() == kTraceCountMax) break;
       trace.push_back(
           {{"name", "copy"},
@@ -208,9 +208,9 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"read_threads", report.thread_count},
                 {"cpu_ns", report.cpu_ns},
                 {"disk_bytes", report.disk_bytes},
-                {"cached_bytes", report.cached_bytes},
-                {"direct_bytes", report.direct_bytes},
-                {"buffered_bytes", report.buffered_bytes},
+                {"cached_bytes", report.source.cached_bytes},
+                {"direct_bytes", report.source.direct_bytes},
+                {"buffered_bytes", report.source.buffered_bytes},
                 {"read_path", report.read_path},
                 {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},

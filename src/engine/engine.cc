@@ -264,12 +264,9 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   }
   report.checked_against_record = replica.checked = known_count == content.layout.leaves.size();
 
-  std::vector<storage::SourceFile> files;
-  for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
-  replica.files.clear();
   replica.pages.emplace(replica.memory, content.layout.size_bytes, options_.huge_pages);
   LoadOrder order{.content = replica.content,
-                  .source = storage::make_file_source(std::move(files), pool_, options_.reads),
+                  .source = storage::make_file_source(std::exchange(replica.files, {}), pool_, options_.reads),
                   .image = replica.memory.data(),
                   .fill = &*replica.fill,
                   .pages = &*replica.pages,
