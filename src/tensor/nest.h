@@ -44,7 +44,7 @@ std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const
 std::optional<Extent> source_reach(const Nest& nest);
 std::optional<Extent> target_reach(const Nest& nest);
 
-// Canonical order: copies before fills; then by source, source_offset, target, target_offset.
+// Canonical order: by source, source_offset, target, target_offset.
 void sort_records(std::vector<Copy2D>& records);
 
 }  // namespace tensord::tensor
