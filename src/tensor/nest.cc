@@ -25,6 +25,23 @@ bool continues(const Repeat& inner, const Repeat& outer) {
          !__builtin_mul_overflow(inner.count, outer.count, &count);
 }
 
+// The bytes that `row_bytes` at `offset` touch under loops with these pitches.
+std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
+                            int64_t Repeat::*pitch) {
+  constexpr Wide kEnd = Wide(1) << 64;
+  Wide begin = offset;
+  Wide end = begin + row_bytes;
+  for (const Repeat& loop : loops) {
+    if (loop.count == 0) return Extent{offset, offset};
+    // Below 2^127: a count has 64 bits, a pitch 63 and a sign.
+    const Wide distance = Wide(loop.count - 1) * (loop.*pitch);
+    (distance < 0 ? begin : end) += distance;
+    if (begin < 0 || end >= kEnd) return std::nullopt;
+  }
+  if (end >= kEnd) return std::nullopt;
+  return Extent{static_cast<uint64_t>(begin), static_cast<uint64_t>(end)};
+}
+
 }  // namespace
 
 Nest::Nest(const Copy2D& record) : head(record) {
@@ -142,22 +159,6 @@ void Nest::append_all_to(std::vector<Copy2D>& records) const {
     rest.append_all_to(records);
     rest.advance(loop, 1);
   }
-}
-
-std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
-                            int64_t Repeat::*pitch) {
-  constexpr Wide kEnd = Wide(1) << 64;
-  Wide begin = offset;
-  Wide end = begin + row_bytes;
-  for (const Repeat& loop : loops) {
-    if (loop.count == 0) return Extent{offset, offset};
-    // Below 2^127: a count has 64 bits, a pitch 63 and a sign.
-    const Wide distance = Wide(loop.count - 1) * (loop.*pitch);
-    (distance < 0 ? begin : end) += distance;
-    if (begin < 0 || end >= kEnd) return std::nullopt;
-  }
-  if (end >= kEnd) return std::nullopt;
-  return Extent{static_cast<uint64_t>(begin), static_cast<uint64_t>(end)};
 }
 
 std::optional<Extent> source_reach(const Nest& nest) {
