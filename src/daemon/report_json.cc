@@ -185,7 +185,6 @@ std::string verify_json(const engine::VerifyReport& report) {
 }
 
 std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
-  static constexpr const char* kStates[] = {"waiting", "filling", "ready", "failed"};
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
@@ -193,7 +192,7 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"tensor_count", report.tensor_count},
                 {"whole_tensor_count", report.whole_tensor_count},
                 {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
-                {"state", kStates[static_cast<size_t>(report.state)]},
+                {"state", state_name(report.state)},
                 {"error", error_json(report.error)},
                 {"begin_ns", report.begin_ns},
                 {"fill_ns", report.fill_ns},

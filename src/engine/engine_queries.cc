@@ -83,7 +83,7 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
 // Of a replica that has not come to a load: how long it has waited for its headers and for memory.
 LoadReport Engine::waiting_report(const Replica& replica) {
   const int64_t now_ns = base::monotonic_ns();
-  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
+  LoadReport report{.replica = replica.number, .path = replica.path(), .state = ReplicaState::waiting};
   report.only = replica.key.only;
   report.begin_ns = replica.asked_ns;
   report.wall_ns = report.index_ns = now_ns - replica.asked_ns;
@@ -106,7 +106,7 @@ void Engine::keep_failed(const Replica& replica, const base::Error& error) {
   if (std::all_of(replica.waiters.begin(), replica.waiters.end(), index_only)) return;
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
-  report.state = LoadState::failed;
+  report.state = ReplicaState::failed;
   report.error = error;
   keep_report(std::move(report));
 }

@@ -54,7 +54,7 @@ struct Use {
   std::vector<memory::CopySpan> spans;
 };
 
-enum class LoadState : uint8_t { waiting, filling, ready, failed };  // waiting: for headers or memory
+enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 
 struct LoadReport {
   uint64_t load = 0;  // 0: it only waits so far
@@ -62,8 +62,8 @@ struct LoadReport {
   std::string path;
   std::vector<std::string> only;  // what was asked for; empty: all tensors
   uint64_t tensor_count = 0;
-  uint64_t whole_tensor_count = 0;  // of the files
-  LoadState state = LoadState::filling;
+  uint64_t whole_tensor_count = 0;             // of the files
+  ReplicaState state = ReplicaState::filling;  // waiting: also for headers
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;
   int64_t begin_ns = 0;
