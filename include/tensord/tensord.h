@@ -197,6 +197,12 @@ typedef struct tensord_region {
   int64_t strides[TENSORD_RANK_MAX];
 } tensord_region;
 
+#define TENSORD_INDEX_ITEMS_MAX (2 * TENSORD_RANK_MAX)
+
+/* Reads the text of an index, "[:, 0:8704]", with or without the brackets. `items` has room for
+ * TENSORD_INDEX_ITEMS_MAX; `count` receives how many there are. */
+TENSORD_EXPORT int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count);
+
 /* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */
 TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
                                    size_t item_count, tensord_region* region);

@@ -380,7 +380,7 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const 
   if (!all.empty()) prepared.target = {reinterpret_cast<std::byte*>(all.begin), all.end - all.begin};
   const uint64_t source_bytes[] = {windows_.image_bytes};
   const uint64_t target_bytes[] = {prepared.target.size_bytes};
-  TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes, tensor::Coverage::any,
+  TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes,
                          [&](size_t record) { return origin_of(prepared.plan.records[record], wanted); }));
   return prepared;
 }

@@ -143,12 +143,10 @@ storage::CachedPath fastest_path(const std::string& state_dir) {
 std::optional<memory::Segment> touched_segment(uint64_t size, memory::HugePages huge) {
   auto segment = memory::make_segment(size, ::getuid());
   if (!segment) return std::nullopt;
-  memory::SegmentRun run;
-  run.segments.push_back(std::move(*segment));
-  memory::FreshPages(run, size, huge).prepare(0, size);
-  if (::madvise(run.data(), size, MADV_POPULATE_WRITE) != 0) return std::nullopt;
-  run.segments.front().set_touched(size);
-  return std::move(run.segments.front());
+  memory::FreshPages({&*segment, 1}, size, huge).prepare(0, size);
+  if (::madvise(segment->data(), size, MADV_POPULATE_WRITE) != 0) return std::nullopt;
+  segment->set_touched(size);
+  return std::move(*segment);
 }
 
 // Touches memory for loads to come, segment by segment: the loop claims room, `thread` touches it. `sizes` are still to

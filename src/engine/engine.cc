@@ -254,7 +254,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
 
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
-  report.state = LoadState::filling;
+  report.state = ReplicaState::filling;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.cpu_ns = cpu_time_ns();
@@ -264,12 +264,9 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   }
   report.checked_against_record = replica.checked = known_count == content.layout.leaves.size();
 
-  std::vector<storage::SourceFile> files;
-  for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
-  replica.files.clear();
-  replica.pages.emplace(replica.memory, content.layout.size_bytes, options_.huge_pages);
+  replica.pages.emplace(replica.memory.segments, content.layout.size_bytes, options_.huge_pages);
   LoadOrder order{.content = replica.content,
-                  .source = storage::make_file_source(std::move(files), pool_, options_.reads),
+                  .source = storage::make_file_source(std::exchange(replica.files, {}), pool_, options_.reads),
                   .image = replica.memory.data(),
                   .fill = &*replica.fill,
                   .pages = &*replica.pages,
@@ -336,7 +333,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
       if (notes_.insert(note).second) log(LogLevel::info, "load ", report->load, ": ", note);
     }
     report->spans = std::move(result.spans);
-    report->state = result.status ? LoadState::ready : LoadState::failed;
+    report->state = result.status ? ReplicaState::ready : ReplicaState::failed;
     if (result.status) report->artifact = result.artifact_id;
     if (!result.status) report->error = result.status.error();
     log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",

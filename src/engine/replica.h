@@ -55,8 +55,6 @@ struct ReplicaKey {
 // Names of one replica that selectors know: links and lists of files can name it in many ways.
 inline constexpr size_t kPathCountMax = 16;
 
-enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
-
 // What a client gets. Descriptors are borrowed and valid within the callback only, but for the lease.
 struct Grant {
   uint64_t replica = 0;

@@ -221,12 +221,4 @@ void copy_plane(const Plane& plane, PlaneOrder order) {
   });
 }
 
-void fill_lines(const Plane& plane) {
-  each_line(plane, [](const Rows& rows) {
-    for (uint64_t at = 0; at < rows.row_count; ++at) {
-      std::memset(rows.target + static_cast<int64_t>(at) * rows.target_pitch, 0, rows.row_bytes);
-    }
-  });
-}
-
 }  // namespace tensord::memory

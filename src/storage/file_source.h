@@ -15,19 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "base/fd.h"
 #include "base/stream_copy.h"
 #include "storage/direct_reader.h"
 #include "storage/read_pool.h"
 #include "storage/source.h"
 
 namespace tensord::storage {
-
-struct SourceFile {
-  base::Fd fd;                  // open for reading; a regular file
-  std::string path;             // for messages
-  base::FileIdentity identity;  // reads end at its size, also when the file grew since
-};
 
 // What the kernel takes in one read: INT_MAX rounded down to a page (man 2 read, NOTES).
 inline constexpr size_t kReadBytesMax = 0x7ffff000;

@@ -264,10 +264,6 @@ class IndexText {
   const size_t end_;
 };
 
-void append_number(std::string& out, std::optional<int64_t> number) {
-  if (number) base::append_text(out, *number);
-}
-
 }  // namespace
 
 Result<ViewItem> parse_view_item(std::string_view text) {
@@ -281,34 +277,6 @@ Result<ViewItem> parse_view_item(std::string_view text) {
     return ViewItem{std::string(text.substr(0, at)), std::move(items)};
   }
   return ViewItem{std::string(text), {}};  // no '[' belongs to the last ']': all of it is a name
-}
-
-std::string to_text(const ViewItem& item) {
-  // A name that ends like an index gets an empty index, so that it is read back as a name.
-  if (item.items.empty()) return item.name.ends_with(']') ? item.name + "[]" : item.name;
-  std::string out = item.name + "[";
-  for (const IndexItem& index : item.items) {
-    if (&index != item.items.data()) out += ", ";
-    switch (index.kind) {
-      case IndexItem::Kind::ellipsis:
-        out += "...";
-        break;
-      case IndexItem::Kind::new_axis:
-        out += "None";
-        break;
-      case IndexItem::Kind::integer:
-        append_number(out, index.integer);
-        break;
-      case IndexItem::Kind::slice:
-        append_number(out, index.start);
-        out += ":";
-        append_number(out, index.stop);
-        if (index.step) out += ":";
-        append_number(out, index.step);
-        break;
-    }
-  }
-  return out + "]";
 }
 
 }  // namespace tensord::tensor

@@ -58,6 +58,5 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
 // "w", "w[:, 0:8704]", "w[..., None, -1, ::2]"; the name is everything before the first '[' that closes at the end.
 // Code::invalid_argument shows where the text stops making sense.
 Result<ViewItem> parse_view_item(std::string_view text);
-std::string to_text(const ViewItem& item);  // parse_view_item's inverse
 
 }  // namespace tensord::tensor

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "tensor/view_testing.h"
+
 namespace tensord::tensor {
 namespace {
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__, explaining
 from ..errors import Error, InvalidArgumentError, NotFoundError
-from . import completion, daemon, doctor, explain, reports, show, top
+from . import completion, daemon, doctor, explain, reports, serve, show, top
 from .checkpoint import Checkpoint, check_view, open_resident
 from .output import CORRUPT, DONE, Output, document, os_error
 from .table import quoted
@@ -175,8 +175,7 @@ def _help(given: Given) -> Output:
 
 
 def help_text(verb: Verb) -> str:
-    """What `serve` accepts is the daemon's to say."""
-    return daemon.serve_help() if verb.name == "serve" else help_on(verb)
+    return serve.serve_help() if verb.name == "serve" else help_on(verb)
 
 
 def _serve(_: Given) -> Output:
