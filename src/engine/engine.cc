@@ -258,11 +258,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.cpu_ns = cpu_time_ns();
-  size_t known_count = 0;
-  for (const auto& leaves : known) {
-    known_count += leaves.size() - static_cast<size_t>(std::count_if(leaves.begin(), leaves.end(), is_zero));
-  }
-  report.checked_against_record = replica.checked = known_count == content.layout.leaves.size();
+  report.checked_against_record = replica.checked = std::none_of(known.begin(), known.end(), is_zero);
 
   replica.pages.emplace(replica.memory.segments, content.layout.size_bytes, options_.huge_pages);
   LoadOrder order{.content = replica.content,
@@ -307,8 +303,8 @@ Result<std::vector<tensor::Digest>> Engine::recorded_leaves(const base::FileIden
 }
 
 Engine::Digests Engine::known_digests(const Content& content) {
-  Digests known(content.identities.size());
-  for (uint32_t file = 0; file < known.size(); ++file) {
+  Digests known(content.layout.leaves.size());
+  for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
     const FileLeaves& all = content.file_leaves[file];
     if (first == last || all.count == 0) continue;
@@ -318,7 +314,7 @@ Engine::Digests Engine::known_digests(const Content& content) {
       break;
     }
     for (uint32_t at = first; at < last && !recorded->empty(); ++at)
-      known[file].push_back((*recorded)[content.number_of(content.layout.leaves[at])]);
+      known[at] = (*recorded)[content.number_of(content.layout.leaves[at])];
   }
   return known;
 }
