@@ -298,6 +298,18 @@ def test_verify_loads_what_is_not_resident(daemon: Daemon, model: Path) -> None:
     assert "sound" in daemon.run("verify", str(model)).stdout
 
 
+def test_one_replica_of_two_names_is_listed_by_both(daemon: Daemon, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "another-name.safetensors"
+    other.symlink_to(model)
+    daemon.run("load", str(model), "--wait")
+    daemon.run("load", str(other), "--wait")
+    (listed,) = [one for one in daemon.ask("ls")["replicas"] if one["path"] == str(model)]
+    assert listed["paths"] == [str(model), str(other)]
+    shown = [line.split()[-1] for line in daemon.run("ls").stdout.splitlines()]
+    assert shown.index(str(other)) == shown.index(str(model)) + 1
+    assert daemon.ask("explain", str(other))["replica"] == listed["replica"]
+
+
 def test_explain_tells_phases_and_advice(daemon: Daemon, model: Path) -> None:
     daemon.ask("load", str(model), "--wait")
     report = daemon.ask("explain", str(model))

@@ -43,6 +43,7 @@ json replica_value(const engine::Replica& replica) {
   }
   json value = {{"replica", replica.number},
                 {"path", replica.path()},
+                {"paths", replica.paths},
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
