@@ -34,10 +34,12 @@ int load_half(const tensord::Model& model, const tensord::Tensor& matrix) {
   const uint64_t element_bytes = matrix.size_bytes() / rows / columns;
   const uint64_t pitch = columns * element_bytes, row_bytes = half * element_bytes;
 
+  const auto right = tensord::Index::parse(":, -" + std::to_string(half) + ":");
+  if (!right) return complain(right.error());
+
   std::vector<std::byte> mine(rows * row_bytes);
-  const auto report = model.load_into({{.name = std::string(matrix.name()),
-                                        .index = {tensord::all, tensord::slice(-static_cast<int64_t>(half), {})},
-                                        .target = {mine.data(), matrix.dtype(), {rows, half}}}});
+  const auto report = model.load_into(
+      {{.name = std::string(matrix.name()), .index = *right, .target = {mine.data(), matrix.dtype(), {rows, half}}}});
   if (!report) return complain(report.error());
   for (uint64_t row = 0; row < rows; ++row) {
     const std::byte* theirs = matrix.bytes().data() + row * pitch + (pitch - row_bytes);

@@ -20,84 +20,32 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <sstream>
 #include <vector>
 
-#include "gpu/driver.h"
+#include "fake_cuda_state.h"
 
 using namespace tensord::gpu;
 
 namespace {
 
-constexpr Answer kInvalidDevice = 101, kInvalidPrimary = 201, kInvalidHandle = 400, kIllegalAddress = 700,
-                 kRegistered = 712, kNotRegistered = 713;
-constexpr uint64_t kPage = 4096, kGranularity = 2 << 20, kArenaBytes = uint64_t{1} << 38;
-constexpr int kDevicesMax = 8;
-
-enum class Kind { plain, pool, ipc, reserved, mapped, host };
-struct Range {
-  Kind kind = Kind::plain;
-  Address begin = 0, end = 0;
-  int device = 0;
-  int owner = -1;  // the device whose primary it goes with
-  int fd = -1;
-  bool writable = true;
-  uint64_t serial = 0;
-  int opened_count = 1;
-  Allocation allocation = 0;
-  bool meets(Address other_begin, Address other_end) const { return begin < other_end && other_begin < end; }
-};
-struct Memory {
-  int fd = -1, device = 0, use_count = 1;
-  uint64_t size_bytes = 0;
-};
-struct Copy {
-  Address target = 0, source = 0;
-  size_t row_bytes = 0, row_count = 1, target_pitch = 0, source_pitch = 0;
-  Address target_end() const { return target + (row_count - 1) * target_pitch + row_bytes; }
-  Address source_end() const { return source + (row_count - 1) * source_pitch + row_bytes; }
-};
-struct Stream {
-  int owner = 0;
-  uint64_t done_count = 0;
-  std::deque<Copy> waiting;
-};
-struct Event {
-  int owner = 0;
-  Stream* stream = nullptr;
-  uint64_t behind = 0;  // so many copies of the stream
-};
-struct Fault {
-  Answer answer = 0;
-  int from = 1, call_count = 0;
-};
-struct Shared {  // the content of an IpcHandle
-  char magic[8] = "fakecud";
-  int process = 0, fd = 0, device = 0, unused = 0;
-  uint64_t size_bytes = 0, serial = 0, rest[3] = {};
-};
-
-struct State {
-  std::mutex mutex;
-  std::map<Address, Range> ranges, mapped,
-      hosts;  // by their beginnings; mapped: what lies in reserved ranges
-  std::map<Allocation, Memory> allocations;
-  std::list<Stream> streams;
-  std::list<Event> events;
-  int primaries[kDevicesMax] = {};  // how often each is retained
+std::map<std::string, Fault> parse_faults(const char* text) {
   std::map<std::string, Fault> faults;
-  Address arena = 0;
-  uint64_t next = 1;  // serial
-  long stray_count = 0, lost_count = 0;
-  State();
-};
+  std::istringstream words(text == nullptr ? "" : text);
+  for (std::string word; std::getline(words, word, ',');) {
+    const size_t name_size = word.find('=');
+    Fault& fault = faults[word.substr(0, name_size)];
+    std::sscanf(word.c_str() + name_size, "=%d@%d", &fault.answer, &fault.from);
+  }
+  return faults;
+}
+
 State& state() {
-  static State& forever = *std::make_unique<State>().release();  // threads may outlive main()
+  // Threads may outlive main().
+  static State& forever = *std::make_unique<State>(parse_faults(std::getenv("FAKE_CUDA_FAIL"))).release();
   return forever;
 }
 thread_local int current = -1;  // device
@@ -110,19 +58,7 @@ bool has_device(int device) { return device >= 0 && device < std::min(setting("F
 bool can_reach(int device, int peer) { return device == peer || setting("FAKE_CUDA_PEERS", 1) != 0; }
 bool has_primary() { return current >= 0 && state().primaries[current] > 0; }
 
-// ---- faults and counts ----
-
-std::map<std::string, Fault> parse_faults(const char* text) {
-  std::map<std::string, Fault> faults;
-  std::istringstream words(text == nullptr ? "" : text);
-  for (std::string word; std::getline(words, word, ',');) {
-    const size_t name_size = word.find('=');
-    Fault& fault = faults[word.substr(0, name_size)];
-    std::sscanf(word.c_str() + name_size, "=%d@%d", &fault.answer, &fault.from);
-  }
-  return faults;
-}
-State::State() : faults(parse_faults(std::getenv("FAKE_CUDA_FAIL"))) {}
+// ---- counts and faults ----
 
 std::map<std::string, long> counts() {
   State& all = state();

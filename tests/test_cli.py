@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 from processes import until
+from tensord.cli.serve import FLAGS
 
 VERBS = (
     *("serve", "stop", "status", "load", "ls", "show", "verify", "explain", "evict", "pin", "unpin"),
@@ -125,6 +127,11 @@ def test_serve_becomes_the_compiled_program(
         assert serving.wait(DEADLINE_SECONDS) == DONE
 
 
+def test_the_help_on_serve_tells_the_flags_that_the_compiled_program_has(binary: Path) -> None:
+    done = subprocess.run([binary, "serve", "--help"], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"--[a-z-]+", done.stdout)) == {flag for flag, _, _ in FLAGS}
+
+
 def test_a_client_can_start_the_daemon_through_the_script(
     no_daemon: Daemon, script: Path, model: Path
 ) -> None:
@@ -135,7 +142,7 @@ def test_a_client_can_start_the_daemon_through_the_script(
 
 def test_a_program_that_cannot_be_run_is_named(no_daemon: Daemon, tmp_path: Path) -> None:
     no_daemon.environment["TENSORD_BINARY"] = str(tmp_path / "none")
-    done = no_daemon.run("serve", "--help")
+    done = no_daemon.run("serve")
     assert done.returncode == NO_DAEMON
     assert done.stderr == f"tensord: serve: $TENSORD_BINARY names {tmp_path / 'none'}, which cannot be run\n"
 
@@ -289,6 +296,18 @@ def test_verify_loads_what_is_not_resident(daemon: Daemon, model: Path) -> None:
     assert report["faults"] == [] and report["path"] == str(model)
     assert daemon.ask("verify", str(report["replica"]))["artifact"] == report["artifact"]
     assert "sound" in daemon.run("verify", str(model)).stdout
+
+
+def test_one_replica_of_two_names_is_listed_by_both(daemon: Daemon, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "another-name.safetensors"
+    other.symlink_to(model)
+    daemon.run("load", str(model), "--wait")
+    daemon.run("load", str(other), "--wait")
+    (listed,) = [one for one in daemon.ask("ls")["replicas"] if one["path"] == str(model)]
+    assert listed["paths"] == [str(model), str(other)]
+    shown = [line.split()[-1] for line in daemon.run("ls").stdout.splitlines()]
+    assert shown.index(str(other)) == shown.index(str(model)) + 1
+    assert daemon.ask("explain", str(other))["replica"] == listed["replica"]
 
 
 def test_explain_tells_phases_and_advice(daemon: Daemon, model: Path) -> None:

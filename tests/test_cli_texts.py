@@ -10,9 +10,9 @@ import pytest
 import tensord
 from tensord.cli import exit_status, run
 from tensord.cli.checkpoint import Tensor
-from tensord.cli.daemon import serve_help
 from tensord.cli.explain import chrome_trace, explain_page, explain_text
 from tensord.cli.reports import list_text, status_text, verify_text
+from tensord.cli.serve import FLAGS, SETTINGS, serve_help
 from tensord.cli.show import show_index, show_views
 from tensord.cli.table import Table, bar, duration_text, quoted, size_text, without_controls
 from tensord.cli.top import look_text, screen_text, take_look
@@ -44,10 +44,11 @@ def ran(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_every_verb_has_help_with_an_example_and_knows_json(ran: Run, verb: Verb) -> None:
-    if verb.name == "serve":  # the process becomes the compiled program: test_cli.py
+    if verb.name == "serve":  # else the process becomes the compiled program: test_cli.py
         status, out, _ = ran("help", "serve")
         assert status == DONE and out == serve_help() and "\nexample: tensord serve " in out
-        assert "--json" not in out
+        assert all(f"\n  {one.flag} {one.value} " in out for one in SETTINGS)
+        assert "--json" not in out and ran("serve", "--help")[1] == out
         return
     status, out, _ = ran(verb.name, "--help")
     assert status == DONE
@@ -129,9 +130,10 @@ def test_every_shell_is_offered_every_verb_and_flag(ran: Run) -> None:
     verbs = ran("--complete", "")[1]
     for verb in VERBS:
         assert f"{verb.name}\t{verb.summary}\n" in verbs
-        if verb.name == "serve":  # its flags are the daemon's
-            continue
         flags = ran("--complete", verb.name, "-")[1]
+        if verb.name == "serve":  # its flags are the daemon's
+            assert all(f"{flag}\t{meaning}\n" in flags for flag, _, meaning in FLAGS)
+            continue
         for flag in verb.flags:
             assert f"{flag.name}\t{flag.summary}\n" in flags
 
@@ -147,7 +149,10 @@ def test_every_shell_is_offered_every_verb_and_flag(ran: Run) -> None:
         (("explain", "--trace", "t"), "<files>\n"),
         (("completion", "f"), "fish\n"),
         (("serve", "--drain"), "--drain-seconds\thow long SIGTERM lets running loads finish (default: 10)\n"),
-        (("serve", "--memory-wait"), "--memory-wait-seconds\n"),
+        (
+            ("serve", "--memory-wait"),
+            "--memory-wait-seconds\thow long an open waits for memory that others hold (default: 30)\n",
+        ),
         (("ls", "x"), ""),
         (("laod", "-"), ""),
     ],

@@ -363,7 +363,7 @@ def test_the_file_is_found_by_its_place_or_its_variable(
         (("--read-threads", "1.5"), '--read-threads: "1.5" is no whole number'),
         (("--read-threads=",), '--read-threads: "" is no whole number'),
         (("--drain-seconds", "-1"), '--drain-seconds: "-1" is no whole number from 0 to 3600'),
-        (("--log-level", "loud"), "--log-level: log level 'loud': one of trace, debug, info"),
+        (("--log-level", "loud"), "--log-level: 'loud' is none of trace, debug, info"),
         (("--no-such-flag", "1"), 'no flag "--no-such-flag"; see `tensord serve --help`'),
         (("word",), 'no flag "word"'),
         (("--host-memory",), "--host-memory needs a value"),

@@ -11,7 +11,6 @@
 // Status. Objects may be used from several threads at once; moving and destroying them is for one thread alone.
 #pragma once
 
-#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -106,14 +105,13 @@ class Index {
     for (const IndexItem& one : items) items_.push_back(one.item);
   }
 
-  // With or without the brackets. TENSORD_INVALID_ARGUMENT shows the item that makes no sense.
-  static Result<Index> parse(std::string_view text);
+  // With or without the brackets. TENSORD_INVALID_ARGUMENT shows where it stops making sense.
+  static Result<Index> parse(const std::string& text);
 
   const tensord_index_item* data() const { return items_.data(); }
   size_t size() const { return items_.size(); }
 
  private:
-  static std::optional<tensord_index_item> parse_item(std::string_view text);
   std::vector<tensord_index_item> items_;
 };
 
@@ -237,54 +235,13 @@ Result<std::string> call(const std::string& verb, const std::string& selector = 
 
 // ---- definitions -------------------------------------------------------------------------------------------
 
-inline std::optional<tensord_index_item> Index::parse_item(std::string_view text) {
-  const auto trim = [](std::string_view part) {
-    const size_t begin = part.find_first_not_of(' ');
-    return begin == part.npos ? std::string_view() : part.substr(begin, part.find_last_not_of(' ') + 1 - begin);
-  };
-  const auto number = [&](std::string_view part, int64_t& out) {
-    const std::string_view digits = trim(part);
-    const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), out);
-    return problem == std::errc() && end == digits.data() + digits.size();
-  };
-  text = trim(text);
-  if (text == "...") return ellipsis.item;
-  if (text == "None") return new_axis.item;
-  tensord_index_item item = all.item;
-  if (text.find(':') == text.npos) {
-    item.kind = TENSORD_INTEGER;
-    return number(text, item.start) ? std::optional(item) : std::nullopt;
-  }
-  int64_t* const parts[] = {&item.start, &item.stop, &item.step};
-  for (uint32_t at = 0;; ++at) {
-    if (at == std::size(parts)) return std::nullopt;
-    const size_t colon = text.find(':');
-    const std::string_view part = text.substr(0, colon);
-    if (!trim(part).empty()) {
-      if (!number(part, *parts[at])) return std::nullopt;
-      item.given |= 1u << at;
-    }
-    if (colon == text.npos) return item;
-    text.remove_prefix(colon + 1);
-  }
-}
-
-inline Result<Index> Index::parse(std::string_view text) {
+inline Result<Index> Index::parse(const std::string& text) {
   Index index;
-  std::string_view rest = text;
-  if (rest.starts_with('[') && rest.ends_with(']')) rest = rest.substr(1, rest.size() - 2);
-  while (rest.find_first_not_of(' ') != rest.npos) {
-    const size_t comma = rest.find(',');
-    const std::string_view part = rest.substr(0, comma);
-    const std::optional<tensord_index_item> item = parse_item(part);
-    if (!item) {
-      return Error{TENSORD_INVALID_ARGUMENT, "index " + std::string(text) + ": '" + std::string(part) +
-                                                 "' is no number, no slice start:stop:step, no ... and no None"};
-    }
-    index.items_.push_back(*item);
-    rest = comma == rest.npos ? std::string_view() : rest.substr(comma + 1);
-  }
-  return index;
+  index.items_.resize(TENSORD_INDEX_ITEMS_MAX);
+  size_t count = 0;
+  const int code = tensord_parse_index(text.c_str(), index.items_.data(), &count);
+  index.items_.resize(count);
+  return result_of(code, std::move(index));
 }
 
 inline std::vector<const char*> pointers_to(const std::vector<std::string>& texts) {

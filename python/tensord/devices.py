@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._library import LEFT_OUT_BY_SHAPE, CopyReport
+from .copies import Part, Region
 from .errors import Error, UnsupportedError
-from .tensors import DTYPES, Entry, torch_module, torch_type
+from .tensors import DTYPES, OPAQUE, Entry, torch_module, torch_type
 
 if TYPE_CHECKING:
-    from .client import Model, Order
+    from .loading import OnDevice, Order, Run
 
 # Of device memory that is taken for a while: enough for the bus, small beside any model.
 _TEMPORARY_BYTES_MAX = 256 << 20
@@ -37,7 +38,8 @@ def _say_once(why: str) -> None:
 
 
 def copy_left_out(
-    model: Model,
+    run: Run,
+    on_device: OnDevice | None,
     orders: Sequence[Order],
     reasons: Sequence[int],
     report: CopyReport,
@@ -46,10 +48,14 @@ def copy_left_out(
     cast: bool,
     threads: int,
 ) -> tuple[int, str]:
-    """Copies what `Model._run` left out.
+    """Copies what `loading.run` left out.
 
     Parameters
     ----------
+    run : callable
+        `loading.run` of the model.
+    on_device : callable, optional
+        Of a model in GPU memory: the tensor there that a target is to become equal to.
     reasons : sequence of int
         For each order: LEFT_OUT_BY_SHAPE, LEFT_OUT_BY_MEMORY, or 0 for what is copied.
     report : CopyReport
@@ -73,7 +79,13 @@ def copy_left_out(
     _say_once(slower_why)
     try:
         staged_bytes = _copy_slower(
-            model, [order for order, _ in left_out], [why for _, why in left_out], stream, cast, threads
+            run,
+            on_device,
+            [order for order, _ in left_out],
+            [why for _, why in left_out],
+            stream,
+            cast,
+            threads,
         )
     except Error as error:
         error.target_dirty = True  # maybe by an earlier one
@@ -82,34 +94,41 @@ def copy_left_out(
 
 
 def _copy_slower(
-    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, cast: bool, threads: int
+    run: Run,
+    on_device: OnDevice | None,
+    orders: Sequence[Order],
+    reasons: Sequence[int],
+    stream: Any,
+    cast: bool,
+    threads: int,
 ) -> int:
     torch = torch_module()
     by_cpu = [order for order, why in zip(orders, reasons) if why != LEFT_OUT_BY_SHAPE]
     by_shape = [order for order, why in zip(orders, reasons) if why == LEFT_OUT_BY_SHAPE]
     with torch.no_grad(), torch.cuda.stream(stream):
         for group in _groups(by_shape):
-            by_cpu += _through_device(model, group, threads)
+            by_cpu += _through_device(run, group, threads)
         for entry, items, target in by_cpu:
-            if model._device is not None:
-                place = model.place_of(entry, items)._replace(shape=target.shape)
-                target.copy_(model._at(entry, place, "pt", False))
+            if on_device is not None:
+                target.copy_(on_device(entry, items, target))
                 continue
             staged = torch.empty(target.shape, dtype=target.dtype)
-            model._run([(entry, items, staged)], cast=cast, threads=threads)
+            run([(entry, items, staged)], cast=cast, threads=threads)
             target.copy_(staged)
         wait_for_streams([target for _, _, target in orders], None)
     return sum(target.numel() * target.element_size() for _, _, target in orders)
 
 
-def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list[Order]:
+def _through_device(run: Run, orders: Sequence[Order], threads: int) -> list[Order]:
     """Copies as they lie in the file; the device converts and scatters. Returns what that cannot do."""
     rest: list[Order] = []
     kept: list[Order] = []
     copies: list[Order] = []
     for order in orders:
         entry, items, target = order
-        dtype = None if entry.is_bytes else torch_type(entry.number)
+        number = items.number if isinstance(items, Region) else entry.number
+        is_bytes = number == OPAQUE or DTYPES[number].is_packed
+        dtype = None if is_bytes else torch_type(number)
         if dtype is None:
             rest.append(order)
         else:
@@ -117,7 +136,7 @@ def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list
             kept.append(order)
             copies.append((entry, items, temporary))
     wait_for_streams((temporary for _, _, temporary in copies), None)
-    _, reasons = model._run(copies, cast=False, threads=threads)
+    _, reasons = run(copies, cast=False, threads=threads)
     for order, (_, _, temporary), why in zip(kept, copies, reasons):
         if why:
             rest.append(order)
@@ -131,7 +150,7 @@ def _groups(orders: Sequence[Order]) -> Iterator[list[Order]]:
     group: list[Order] = []
     size_bytes = 0
     for order in orders:
-        one = source_bytes(order[0], order[2])
+        one = source_bytes(*order)
         if group and size_bytes + one > _TEMPORARY_BYTES_MAX:
             yield group
             group, size_bytes = [], 0
@@ -141,7 +160,8 @@ def _groups(orders: Sequence[Order]) -> Iterator[list[Order]]:
         yield group
 
 
-def source_bytes(entry: Entry, target: Any) -> int:
+def source_bytes(entry: Entry, part: Part, target: Any) -> int:
     """What a target's elements take in the file."""
     count: int = target.numel()
-    return count * DTYPES[entry.number].bits // 8
+    number = part.number if isinstance(part, Region) else entry.number
+    return count * DTYPES[number].bits // 8

@@ -8,20 +8,12 @@
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
-#include <array>
-#include <utility>
-
 namespace tensord::base {
 
 namespace {
-constexpr std::array<std::pair<std::string_view, spdlog::level::level_enum>, 6> kLevels = {{
-    {"trace", spdlog::level::trace},
-    {"debug", spdlog::level::debug},
-    {"info", spdlog::level::info},
-    {"warning", spdlog::level::warn},
-    {"error", spdlog::level::err},
-    {"off", spdlog::level::off},
-}};
+// By LogLevel.
+constexpr spdlog::level::level_enum kLevels[] = {spdlog::level::trace, spdlog::level::debug, spdlog::level::info,
+                                                 spdlog::level::warn,  spdlog::level::err,   spdlog::level::off};
 constexpr size_t kLogFileBytesMax = 10 << 20;
 constexpr size_t kLogFileCount = 3;
 
@@ -36,13 +28,6 @@ std::shared_ptr<spdlog::logger>& logger() {
 }
 }  // namespace
 
-Result<LogLevel> parse_log_level(std::string_view name) {
-  for (size_t at = 0; at < kLevels.size(); ++at) {
-    if (kLevels[at].first == name) return static_cast<LogLevel>(at);
-  }
-  return fail(Code::invalid_argument, "log level '", name, "': one of trace, debug, info, warning, error, off");
-}
-
 Status start_log(LogLevel level, const std::string& path) try {
   std::shared_ptr<spdlog::sinks::sink> sink;
   if (path.empty()) {
@@ -52,7 +37,7 @@ Status start_log(LogLevel level, const std::string& path) try {
   }
   auto started = std::make_shared<spdlog::logger>("tensord", std::move(sink));
   started->set_pattern("%Y-%m-%dT%H:%M:%S.%e %^%l%$ %v");
-  started->set_level(kLevels[static_cast<size_t>(level)].second);
+  started->set_level(kLevels[static_cast<size_t>(level)]);
   started->flush_on(spdlog::level::info);
   logger() = std::move(started);
   return {};
@@ -60,10 +45,8 @@ Status start_log(LogLevel level, const std::string& path) try {
   return fail(Code::unavailable, "open log file ", path, ": ", problem.what());
 }
 
-bool log_enabled(LogLevel level) { return logger()->should_log(kLevels[static_cast<size_t>(level)].second); }
+bool log_enabled(LogLevel level) { return logger()->should_log(kLevels[static_cast<size_t>(level)]); }
 
-void log_line(LogLevel level, std::string_view line) {
-  logger()->log(kLevels[static_cast<size_t>(level)].second, "{}", line);
-}
+void log_line(LogLevel level, std::string_view line) { logger()->log(kLevels[static_cast<size_t>(level)], "{}", line); }
 
 }  // namespace tensord::base

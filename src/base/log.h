@@ -11,9 +11,6 @@ namespace tensord::base {
 
 enum class LogLevel { trace, debug, info, warning, error, off };
 
-// "info" -> LogLevel::info; Code::invalid_argument lists the names.
-Result<LogLevel> parse_log_level(std::string_view name);
-
 // Where lines go: standard error, or a file when `path` is not empty (rotated at 10 MiB, 3 kept). Call once, first
 // thing in main; before that, lines of level warning and above go to standard error.
 Status start_log(LogLevel level, const std::string& path);

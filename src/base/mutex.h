@@ -20,10 +20,6 @@ namespace tensord::base {
 
 class CAPABILITY("mutex") Mutex {
  public:
-  void lock() ACQUIRE() { mutex_.lock(); }
-  void unlock() RELEASE() { mutex_.unlock(); }
-
- private:
   friend class MutexLock;
   std::mutex mutex_;
 };

@@ -117,12 +117,23 @@ client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, siz
   return out;
 }
 
+tensord_index_item from_item(const tensor::IndexItem& item) {
+  const uint32_t given =
+      (item.start ? TENSORD_HAS_START : 0) | (item.stop ? TENSORD_HAS_STOP : 0) | (item.step ? TENSORD_HAS_STEP : 0);
+  const bool number = item.kind == tensor::IndexItem::Kind::integer;
+  return {static_cast<uint32_t>(item.kind), given, number ? item.integer : item.start.value_or(0),
+          item.stop.value_or(0), item.step.value_or(0)};
+}
+
 client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   if (copy.name == nullptr) return refuse("a copy without a name");
   if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) || copy.target_rank > TENSORD_RANK_MAX) {
     return refuse(copy.name, ": a target of unknown dtype or rank");
   }
   if (copy.target_rank > 0 && copy.target_shape == nullptr) return refuse(copy.name, ": target_shape is NULL");
+  const bool has_region = copy.source_strides != nullptr;
+  if (has_region && copy.source_dtype >= static_cast<uint32_t>(tensor::kDtypeCount))
+    return refuse(copy.name, ": a region of unknown dtype");
   client::CopyOrder order{.name = copy.name, .on_device = copy.on_device != 0};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
   order.target = static_cast<std::byte*>(copy.target);
@@ -133,6 +144,10 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   order.to.strides = tensor::row_major_strides(order.to.shape, order.to.element_bytes);
   if (copy.target_strides != nullptr)
     order.to.strides.assign(copy.target_strides, copy.target_strides + copy.target_rank);
+  if (has_region) {
+    order.region = {static_cast<tensor::Dtype>(copy.source_dtype), copy.source_offset,
+                    std::vector(copy.source_strides, copy.source_strides + copy.target_rank)};
+  }
   return order;
 }
 
@@ -275,6 +290,18 @@ int tensord_get_progress(const tensord_model* model, tensord_progress* progress)
 
 int tensord_info(const tensord_model* model, char** json) {
   return guarded({{"model", model}, {"json", json}}, [&] { return give_text(model->model->info_json(), json); });
+}
+
+int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count) {
+  return guarded({{"text", text}, {"items", items}, {"count", count}}, [&]() -> Status {
+    *count = 0;
+    TRY_ASSIGN(const tensor::ViewItem read,
+               tensor::parse_view_item(text[0] == '[' ? text : tensord::base::text("[", text, "]")));
+    if (!read.name.empty()) return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
+    *count = read.items.size();
+    std::transform(read.items.begin(), read.items.end(), items, from_item);
+    return {};
+  });
 }
 
 int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items, size_t item_count,

@@ -133,7 +133,7 @@ Result<Connection*> DeviceConnections::get(int device) {
 }
 
 bool can_copy_to_device(const Copy2D& record) {
-  if (record.kind != Copy2D::Kind::copy || record.casts() || record.row_bytes < gpu::kRowBytesMin) return false;
+  if (record.casts() || record.row_bytes < gpu::kRowBytesMin) return false;
   if (record.outer_iterations() > kOuterIterationsMax) return false;
   if (record.row_count == 1) return true;
   const auto is_fit = [&](int64_t pitch) {

@@ -34,8 +34,9 @@ Status set_text(Config& config, const std::string& value) {
   return {};
 }
 
-Status set_bytes(uint64_t& target, const std::string& value) {
-  TRY_ASSIGN(target, base::parse_bytes(value));
+template <uint64_t Config::*kField>
+Status set_bytes(Config& config, const std::string& value) {
+  TRY_ASSIGN(config.*kField, base::parse_bytes(value));
   return {};
 }
 
@@ -69,57 +70,40 @@ constexpr int64_t kDrainSecondsMax = 3600;
 constexpr int64_t kGpuIdleSecondsMax = 86'400;
 
 constexpr Setting kSettings[] = {
-    {"runtime_dir", "FOLDER", "where the socket lies (default: $XDG_RUNTIME_DIR/tensord, else /tmp/tensord-UID)",
-     set_text<&Config::runtime_dir>},
-    {"state_dir", "FOLDER", "where the catalog lies (default: $XDG_STATE_HOME/tensord, else ~/.local/state/tensord)",
-     set_text<&Config::state_dir>},
-    {"host_memory", "SIZE",
-     "most memory for weights, such as 64GiB (default: half of the cgroup's or machine's, also as it "
-     "changes)",
+    {"runtime_dir", set_text<&Config::runtime_dir>},
+    {"state_dir", set_text<&Config::state_dir>},
+    {"host_memory",
      [](Config& config, const std::string& value) {
        config.host_memory_is_default = false;
-       return set_bytes(config.host_memory, value);
+       return set_bytes<&Config::host_memory>(config, value);
      }},
-    {"memory_wait_seconds", "COUNT", "how long an open waits for memory that others hold (default: 30)",
-     set_number<&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax>},
-    {"prefault", "SIZE", "memory to touch in the background at start, so that loads find it warm (default: 0)",
-     [](Config& config, const std::string& value) { return set_bytes(config.prefault, value); }},
-    {"read_threads", "COUNT", "threads that read and check files (default: one per core, at most 16)",
-     set_number<&Config::read_threads, 1, kReadThreadsMax>},
-    {"disk_reads", "WAY",
-     "best, io_uring, pread (both with O_DIRECT), or buffered: how what is not cached is read (default: "
-     "best)",
+    {"memory_wait_seconds", set_number<&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax>},
+    {"prefault", set_bytes<&Config::prefault>},
+    {"read_threads", set_number<&Config::read_threads, 1, kReadThreadsMax>},
+    {"disk_reads",
      [](Config& config, const std::string& value) {
        return set_choice(config.disk_reads, value, {"best", "io_uring", "pread", "buffered"});
      }},
-    {"cache", "CHOICE", "keep or drop: what reads leave in the page cache (default: keep)",
+    {"cache",
      [](Config& config, const std::string& value) {
        return set_choice(config.cache, value, {"keep", "drop"});
      }},
-    {"huge_pages", "CHOICE", "auto or never: pages of 2 MiB for weights (default: auto)",
+    {"huge_pages",
      [](Config& config, const std::string& value) {
        return set_choice(config.huge_pages, value, {"auto", "never"});
      }},
-    {"gpu", "CHOICE", "auto or off: whether clients' GPU memory is written to (default: auto)",
+    {"gpu",
      [](Config& config, const std::string& value) {
        return set_choice(config.gpu, value, {"auto", "off"});
      }},
-    {"gpu_memory", "SIZE",
-     "most memory of each GPU for weights that stay there (default: 0, as much as the GPU has; what nobody holds goes "
-     "when it is full)",
-     [](Config& config, const std::string& value) { return set_bytes(config.gpu_memory, value); }},
-    {"gpu_idle_seconds", "COUNT",
-     "after so long without a copy a GPU is given back, with 0.5 GiB of its memory (default: 60)",
-     set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},
-    {"log_level", "LEVEL", "trace, debug (also records every read and copy), info, warning, error, off (default: info)",
-     [](Config& config, const std::string& value) -> Status {
-       TRY_ASSIGN(config.log_level, base::parse_log_level(value));
-       return {};
+    {"gpu_memory", set_bytes<&Config::gpu_memory>},
+    {"gpu_idle_seconds", set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},
+    {"log_level",
+     [](Config& config, const std::string& value) {
+       return set_choice(config.log_level, value, {"trace", "debug", "info", "warning", "error", "off"});
      }},
-    {"log_file", "FILE", "where log lines go, rotated at 10 MiB (default: standard error)",
-     set_text<&Config::log_file>},
-    {"drain_seconds", "COUNT", "how long SIGTERM lets running loads finish (default: 10)",
-     set_number<&Config::drain_seconds, 0, kDrainSecondsMax>},
+    {"log_file", set_text<&Config::log_file>},
+    {"drain_seconds", set_number<&Config::drain_seconds, 0, kDrainSecondsMax>},
 };
 
 const Setting* find_setting(std::string_view name) {
@@ -250,24 +234,9 @@ Result<Config> make_config(const CommandLine& command_line) {
 }
 
 std::string serve_help() {
-  std::string help =
-      "tensord serve: run the daemon of this user in the foreground\n\n"
-      "usage: tensord serve [flags]\n\n"
-      "  --config FILE          settings in TOML (default: $TENSORD_CONFIG, else "
-      "~/.config/tensord/tensord.toml)\n"
-      "  --detach               go to the background once started\n";
-  for (const Setting& setting : kSettings) {
-    std::string flag = "  " + flag_of(setting) + " " + setting.value;
-    flag.resize(std::max<size_t>(flag.size() + 1, 25), ' ');
-    help += flag + setting.meaning + "\n";
-  }
-  help +=
-      "\nEvery flag is also a name in the file (host_memory = \"64GiB\") and in the environment "
-      "(TENSORD_HOST_MEMORY=64GiB).\n"
-      "SIGTERM and SIGINT end it: running loads may finish first; a second one ends it at once.\n\n"
-      "example: tensord serve --host-memory 64GiB --prefault 32GiB\n"
-      "exit status: 0 stopped, 1 could not start or run, 2 wrong flags or settings\n";
-  return help;
+  std::string help = "usage: tensord serve [--config FILE] [--detach] [FLAG VALUE ...]\nflags:";
+  for (const Setting& setting : kSettings) help += " " + flag_of(setting);
+  return help + "\n`tensord help serve` of the Python package and docs/OPERATING.md tell what they mean\n";
 }
 
 }  // namespace tensord::daemon

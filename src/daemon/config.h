@@ -42,11 +42,10 @@ struct Config {
   int64_t gpu_idle_seconds = 60;
 };
 
-// One setting: --host-memory, host_memory in the file, $TENSORD_HOST_MEMORY.
+// One setting: --host-memory, host_memory in the file, $TENSORD_HOST_MEMORY. What each means, python/tensord/cli/serve.py
+// and docs/OPERATING.md say.
 struct Setting {
-  const char* name;     // as in the file; flags and environment derive from it
-  const char* value;    // what kind of value, for help
-  const char* meaning;  // with the default
+  const char* name;  // as in the file; flags and environment derive from it
   base::Status (*set)(Config& config, const std::string& value);
 };
 std::span<const Setting> settings();
@@ -64,6 +63,7 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments);
 // a value that makes no sense: Code::not_found or Code::invalid_argument, naming where it stands.
 Result<Config> make_config(const CommandLine& command_line);
 
+// For who has the compiled program alone: the flags there are.
 std::string serve_help();
 
 }  // namespace tensord::daemon

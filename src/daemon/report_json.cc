@@ -43,6 +43,7 @@ json replica_value(const engine::Replica& replica) {
   }
   json value = {{"replica", replica.number},
                 {"path", replica.path()},
+                {"paths", replica.paths},
                 {"artifact", replica.artifact ? json(replica.artifact->to_text()) : json()},
                 {"state", state_name(replica.state)},
                 {"error", error_json(replica.error)},
@@ -110,7 +111,7 @@ json trace_value(const engine::LoadReport& report) {
                      {"block", span.block}});
   }
   for (const engine::Use& use : report.uses) {
-    for (const engine::UseSpan& span : use.spans) {
+    for (const memory::CopySpan& span : use.spans) {
       if (trace.size() == kTraceCountMax) break;
       trace.push_back(
           {{"name", "copy"},
@@ -197,7 +198,6 @@ std::string verify_json(const engine::VerifyReport& report) {
 }
 
 std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
-  static constexpr const char* kStates[] = {"waiting", "filling", "ready", "failed"};
   json value = {{"load", report.load},
                 {"replica", report.replica},
                 {"path", report.path},
@@ -205,7 +205,7 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"tensor_count", report.tensor_count},
                 {"whole_tensor_count", report.whole_tensor_count},
                 {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
-                {"state", kStates[static_cast<size_t>(report.state)]},
+                {"state", state_name(report.state)},
                 {"error", error_json(report.error)},
                 {"begin_ns", report.begin_ns},
                 {"fill_ns", report.fill_ns},
@@ -220,9 +220,9 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"read_threads", report.thread_count},
                 {"cpu_ns", report.cpu_ns},
                 {"disk_bytes", report.disk_bytes},
-                {"cached_bytes", report.cached_bytes},
-                {"direct_bytes", report.direct_bytes},
-                {"buffered_bytes", report.buffered_bytes},
+                {"cached_bytes", report.source.cached_bytes},
+                {"direct_bytes", report.source.direct_bytes},
+                {"buffered_bytes", report.source.buffered_bytes},
                 {"read_path", report.read_path},
                 {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},

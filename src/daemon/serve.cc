@@ -129,23 +129,24 @@ base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
   return reads;
 }
 
-// What was faster when the doctor measured this machine; else by the instructions that its CPU has.
-storage::CachedPath faster_path(const std::string& state_dir) {
+// What was fastest when the doctor measured this machine; else by the instructions that its CPU has.
+storage::CachedPath fastest_path(const std::string& state_dir) {
+  using enum storage::CachedPath;
   const auto rates = doctor::load_rates(state_dir, doctor::this_machine());
   if (!rates || rates->of("cache_pread") == 0) return storage::FileSourceOptions().cached_path;
-  const bool streams = base::can_stream() && rates->of("cache_stream") > rates->of("cache_pread");
-  return streams ? storage::CachedPath::stream : storage::CachedPath::plain;
+  if (!base::can_stream()) return plain;
+  const auto rate = [&](const char* name) { return rates->of(name); };
+  if (rate("cache_mapped") > std::max(rate("cache_stream"), rate("cache_pread"))) return mapped;
+  return rate("cache_stream") > rate("cache_pread") ? stream : plain;
 }
 
 std::optional<memory::Segment> touched_segment(uint64_t size, memory::HugePages huge) {
   auto segment = memory::make_segment(size, ::getuid());
   if (!segment) return std::nullopt;
-  memory::SegmentRun run;
-  run.segments.push_back(std::move(*segment));
-  memory::FreshPages(run, size, huge).prepare(0, size);
-  if (::madvise(run.data(), size, MADV_POPULATE_WRITE) != 0) return std::nullopt;
-  run.segments.front().set_touched(size);
-  return std::move(run.segments.front());
+  memory::FreshPages({&*segment, 1}, size, huge).prepare(0, size);
+  if (::madvise(segment->data(), size, MADV_POPULATE_WRITE) != 0) return std::nullopt;
+  segment->set_touched(size);
+  return std::move(*segment);
 }
 
 // Touches memory for loads to come, segment by segment: the loop claims room, `thread` touches it. `sizes` are still to
@@ -182,6 +183,21 @@ engine::Owner owner_over(rpc::Loop& loop) {
 base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
   TRY_ASSIGN(rpc::EncodedIndex encoded, rpc::encode_index(index));
   return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
+}
+
+engine::EngineOptions engine_options(const Config& config, const DirectReads& direct, const DescriptorShares& shares) {
+  return {.host_memory_bytes = config.host_memory,
+          .device_memory_bytes = config.gpu_memory,
+          .keep_spans = base::log_enabled(LogLevel::debug),
+          .encode_index = encode_index,
+          .reads = {.direct = direct.reader.get(),
+                    .direct_note = direct.note,
+                    .cached_path = fastest_path(config.state_dir),
+                    .cache_left = config.cache},
+          .huge_pages = config.huge_pages,
+          .memory_wait_ms = config.memory_wait_seconds * 1000,
+          .descriptor_count_max = shares.replicas,
+          .lease_count_max = shares.leases};
 }
 
 constexpr int64_t kHungReadMs = 3000;
@@ -239,19 +255,7 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<storage::ReadPool> catalog_thread, storage::start_read_pool(1));
   TRY_ASSIGN(const DirectReads direct, start_direct_reads(config.disk_reads));
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
-  engine::Engine engine({.host_memory_bytes = config.host_memory,
-                         .device_memory_bytes = config.gpu_memory,
-                         .keep_spans = keep_spans,
-                         .encode_index = encode_index,
-                         .reads = {.direct = direct.reader.get(),
-                                   .direct_note = direct.note,
-                                   .cached_path = faster_path(config.state_dir),
-                                   .cache_left = config.cache},
-                         .huge_pages = config.huge_pages,
-                         .memory_wait_ms = config.memory_wait_seconds * 1000,
-                         .descriptor_count_max = shares.replicas,
-                         .lease_count_max = shares.leases},
-                        *catalog, *catalog_thread, *pool, owner_over(*loop));
+  engine::Engine engine(engine_options(config, direct, shares), *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
   DaemonFacts facts{.version = kVersion,
                     .protocol = rpc::kProtocolVersion,

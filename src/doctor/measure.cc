@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <future>
+#include <optional>
 #include <thread>
 
 #include "base/bytes.h"
@@ -58,13 +59,6 @@ double rate_of(int thread_count, uint64_t size_bytes, uint64_t piece_bytes, cons
   return static_cast<double>(done) * 1e9 / static_cast<double>(base::monotonic_ns() - begin_ns + 1);
 }
 
-Result<memory::SegmentRun> make_memory(uint64_t size_bytes) {
-  memory::SegmentRun run;
-  TRY_ASSIGN(memory::Segment segment, memory::make_segment(size_bytes, ::getuid()));
-  run.segments.push_back(std::move(segment));
-  return run;
-}
-
 // All sizes are powers of two. What cannot be had has the rate 0.
 struct Bench {
   // As clients copy.
@@ -72,8 +66,8 @@ struct Bench {
     tensor::Copy2D rows{.row_bytes = row_bytes, .row_count = size_bytes / source_pitch};
     rows.source_pitch = static_cast<int64_t>(source_pitch);
     rows.target_pitch = static_cast<int64_t>(row_bytes);
-    const memory::CopySource from[] = {{source.data(), size_bytes}};
-    const memory::CopyTarget to[] = {{target.data(), size_bytes}};
+    const memory::CopySource from[] = {{source->data(), size_bytes}};
+    const memory::CopyTarget to[] = {{target->data(), size_bytes}};
     const int64_t begin_ns = base::monotonic_ns();
     const auto copied = memory::execute({{rows}}, from, to, {.thread_count = copy_threads});
     const auto took_ns = static_cast<double>(base::monotonic_ns() - begin_ns + 1);
@@ -81,9 +75,9 @@ struct Bench {
   }
 
   double touch(HugePages huge) {
-    const auto fresh = make_memory(size_bytes);
+    const auto fresh = memory::make_segment(size_bytes, ::getuid());
     if (!fresh) return 0;
-    memory::FreshPages pages(*fresh, size_bytes, huge);
+    memory::FreshPages pages({&*fresh, 1}, size_bytes, huge);
     const auto touch_piece = [&](uint64_t at, uint64_t size) {
       pages.prepare(at, size);
       for (uint64_t page = at; page < at + size; page += 4096) fresh->data()[page] = std::byte{1};
@@ -104,7 +98,7 @@ struct Bench {
       const auto hasher = std::make_shared<tensor::Hasher>();
       hasher->begin();
       reader->read({.offset = at,
-                    .target = {target.data() + at, size},
+                    .target = {target->data() + at, size},
                     .done = [done](const base::Status&, storage::ReadTiming) { done->set_value(); },
                     .piece = [hasher](uint64_t, std::span<const std::byte> part) { hasher->add(part); }});
       done->get_future().wait();
@@ -116,7 +110,7 @@ struct Bench {
 
   double read_cached(CachedPath path) {
     read({}, &SourceCounters::cached_bytes);  // now it is cached
-    if (path == CachedPath::stream && !base::can_stream()) return 0;
+    if (path != CachedPath::plain && !base::can_stream()) return 0;
     return read({.cached_path = path}, &SourceCounters::cached_bytes);
   }
 
@@ -125,22 +119,9 @@ struct Bench {
     return read({.direct = reader}, counted);
   }
 
-  double read_mapped() {
-    read({}, &SourceCounters::cached_bytes);
-    void* const map = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, file.get(), 0);
-    if (map == MAP_FAILED || !base::can_stream()) return 0;
-    const auto copy_piece = [&](uint64_t at, uint64_t size) {
-      base::stream_rows({static_cast<std::byte*>(map) + at, target.data() + at, size, 1, 0, 0});
-      base::end_streaming();
-    };
-    const double rate = rate_of(thread_count, size_bytes, kMiB, copy_piece);
-    ::munmap(map, size_bytes);
-    return rate;
-  }
-
   uint64_t size_bytes = 0;
   int thread_count = 1;
-  memory::SegmentRun source, target;
+  std::optional<memory::Segment> source, target;  // there once it is prepared
   base::Fd file;
   base::FileIdentity identity;
   std::unique_ptr<storage::ReadPool> pool;
@@ -160,7 +141,7 @@ constexpr Measurement kMeasurements[] = {
     {"fresh_huge", [](Bench& bench) { return bench.touch(HugePages::wanted); }},
     {"cache_pread", [](Bench& bench) { return bench.read_cached(CachedPath::plain); }},
     {"cache_stream", [](Bench& bench) { return bench.read_cached(CachedPath::stream); }},
-    {"cache_mapped", [](Bench& bench) { return bench.read_mapped(); }},
+    {"cache_mapped", [](Bench& bench) { return bench.read_cached(CachedPath::mapped); }},
     {"disk_direct", [](Bench& bench) { return bench.read_disk(bench.direct.get(), &SourceCounters::direct_bytes); }},
     {"disk_buffered", [](Bench& bench) { return bench.read_disk(nullptr, &SourceCounters::buffered_bytes); }},
 };
@@ -173,7 +154,7 @@ base::Status open_file(const std::string& path, Bench& bench) {
   if (!scratch && errno == ENOTDIR) bench.file.reset(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!bench.file.valid()) return tl::unexpected(base::errno_error("measure the disk of " + path, errno));
   for (uint64_t at = 0; scratch && at < bench.size_bytes; at += kReadBytes) {
-    const std::byte* from = bench.source.data() + at;
+    const std::byte* from = bench.source->data() + at;
     if (::pwrite(bench.file.get(), from, kReadBytes, static_cast<off_t>(at)) != ssize_t{kReadBytes})
       return tl::unexpected(base::errno_error("write a scratch file in " + path, errno));
   }
@@ -189,9 +170,9 @@ base::Status prepare(const std::string& path, uint64_t size_bytes, Bench& bench)
   if (bench.size_bytes < kReadBytes)
     return base::fail(base::Code::exhausted, "64 MiB of memory are too little to measure");
   bench.thread_count = memory::usable_core_count();
-  for (memory::SegmentRun* run : {&bench.source, &bench.target}) {
-    TRY_ASSIGN(*run, make_memory(bench.size_bytes));
-    memory::FreshPages(*run, bench.size_bytes, HugePages::wanted).prepare(0, bench.size_bytes);
+  for (auto* segment : {&bench.source, &bench.target}) {
+    TRY_ASSIGN(*segment, memory::make_segment(bench.size_bytes, ::getuid()));
+    memory::FreshPages({&**segment, 1}, bench.size_bytes, HugePages::wanted).prepare(0, bench.size_bytes);
   }
   TRY_ASSIGN(bench.pool, storage::start_read_pool(std::min(bench.thread_count, kReadsAtOnce)));
   auto ring = storage::start_uring_reader();
@@ -201,9 +182,9 @@ base::Status prepare(const std::string& path, uint64_t size_bytes, Bench& bench)
   uint64_t state = 0x9e3779b97f4a7c15;
   for (uint64_t at = 0; at < bench.size_bytes; at += sizeof state) {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;  // xorshift64: no disk can squeeze it
-    std::memcpy(bench.source.data() + at, &state, sizeof state);
+    std::memcpy(bench.source->data() + at, &state, sizeof state);
   }
-  std::memset(bench.target.data(), 1, bench.size_bytes);
+  std::memset(bench.target->data(), 1, bench.size_bytes);
   return open_file(path, bench);
 }
 

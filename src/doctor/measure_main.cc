@@ -15,10 +15,8 @@ using nlohmann::json;
 namespace {
 
 // As the daemon's segments are given their pages.
-std::string problem_of_huge_pages(memory::Segment segment) {
-  memory::SegmentRun run;
-  run.segments.push_back(std::move(segment));
-  memory::FreshPages pages(run, memory::kHugePageBytes, memory::HugePages::wanted);
+std::string problem_of_huge_pages(const memory::Segment& segment) {
+  memory::FreshPages pages({&segment, 1}, memory::kHugePageBytes, memory::HugePages::wanted);
   pages.prepare(0, memory::kHugePageBytes);
   return pages.problem();
 }
@@ -30,7 +28,7 @@ json problems() {
   const std::string no_memory = segment ? "" : segment.error().message;
   return {{"io_uring", ring ? "" : ring.error().message},
           {"memfd", no_memory},
-          {"huge_pages", segment ? problem_of_huge_pages(std::move(*segment)) : no_memory}};
+          {"huge_pages", segment ? problem_of_huge_pages(*segment) : no_memory}};
 }
 
 base::Result<json> measured(const std::string& path) {

@@ -80,7 +80,7 @@ Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole, c
 
 }  // namespace
 
-LeafRange leaves_of_file(const Content& content, uint32_t file) {
+tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file) {
   const auto& leaves = content.layout.leaves;
   const auto begins_before = [&](const tensor::Leaf& leaf, uint32_t number) {
     return content.index.tensors[leaf.tensor].file < number;

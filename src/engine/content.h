@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "base/fd.h"
 #include "base/result.h"
+#include "storage/source.h"
 #include "tensor/blocks.h"
 #include "tensor/digest.h"
 #include "tensor/index.h"
@@ -23,11 +23,7 @@ inline constexpr size_t kFileCountMax = 1024;
 // A larger file is not remembered: its record would be more than 64 MiB, and a sparse file can claim any size.
 inline constexpr uint64_t kRecordedBytesMax = uint64_t{1} << 42;
 
-struct OpenFile {
-  base::Fd fd;  // open for reading
-  std::string path;
-  base::FileIdentity identity;
-};
+using OpenFile = storage::SourceFile;
 
 // All leaves of one file, whichever of its tensors are wanted: what records of the file are kept by.
 struct FileLeaves {
@@ -61,10 +57,6 @@ struct ContentOrder {
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order);
 
 // The leaves of file `file` in ImageLayout::leaves: [first, last).
-struct LeafRange {
-  uint32_t first = 0;
-  uint32_t last = 0;
-};
-LeafRange leaves_of_file(const Content& content, uint32_t file);
+tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file);
 
 }  // namespace tensord::engine

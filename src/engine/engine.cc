@@ -264,22 +264,15 @@ Status Engine::begin_load(Replica& replica, Digests known) {
 
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
-  report.state = LoadState::filling;
+  report.state = ReplicaState::filling;
   report.thread_count = static_cast<uint32_t>(pool_.thread_count());
   report.disk_bytes = disk_bytes_read();  // at the beginning; the difference is taken at the end
   report.cpu_ns = cpu_time_ns();
-  size_t known_count = 0;
-  for (const auto& leaves : known) {
-    known_count += leaves.size() - static_cast<size_t>(std::count_if(leaves.begin(), leaves.end(), is_zero));
-  }
-  report.checked_against_record = replica.checked = known_count == content.layout.leaves.size();
+  report.checked_against_record = replica.checked = std::none_of(known.begin(), known.end(), is_zero);
 
-  std::vector<storage::SourceFile> files;
-  for (OpenFile& file : replica.files) files.push_back({std::move(file.fd), file.path, file.identity});
-  replica.files.clear();
-  replica.pages.emplace(replica.memory, content.layout.size_bytes, options_.huge_pages);
+  replica.pages.emplace(replica.memory.segments, content.layout.size_bytes, options_.huge_pages);
   LoadOrder order{.content = replica.content,
-                  .source = storage::make_file_source(std::move(files), pool_, options_.reads),
+                  .source = storage::make_file_source(std::exchange(replica.files, {}), pool_, options_.reads),
                   .image = replica.memory.data(),
                   .fill = &*replica.fill,
                   .pages = &*replica.pages,
@@ -320,8 +313,8 @@ Result<std::vector<tensor::Digest>> Engine::recorded_leaves(const base::FileIden
 }
 
 Engine::Digests Engine::known_digests(const Content& content) {
-  Digests known(content.identities.size());
-  for (uint32_t file = 0; file < known.size(); ++file) {
+  Digests known(content.layout.leaves.size());
+  for (uint32_t file = 0; file < content.identities.size(); ++file) {
     const auto [first, last] = leaves_of_file(content, file);
     const FileLeaves& all = content.file_leaves[file];
     if (first == last || all.count == 0) continue;
@@ -331,7 +324,7 @@ Engine::Digests Engine::known_digests(const Content& content) {
       break;
     }
     for (uint32_t at = first; at < last && !recorded->empty(); ++at)
-      known[file].push_back((*recorded)[content.number_of(content.layout.leaves[at])]);
+      known[at] = (*recorded)[content.number_of(content.layout.leaves[at])];
   }
   return known;
 }
@@ -346,7 +339,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
       if (notes_.insert(note).second) log(LogLevel::info, "load ", report->load, ": ", note);
     }
     report->spans = std::move(result.spans);
-    report->state = result.status ? LoadState::ready : LoadState::failed;
+    report->state = result.status ? ReplicaState::ready : ReplicaState::failed;
     if (result.status) report->artifact = result.artifact_id;
     if (!result.status) report->error = result.status.error();
     log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",

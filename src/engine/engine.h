@@ -163,7 +163,7 @@ class Engine {
   void cancel_all();
 
  private:
-  using Digests = std::vector<std::vector<tensor::Digest>>;  // of leaves, by file; as LoadOrder::expected
+  using Digests = std::vector<tensor::Digest>;  // of leaves, as LoadOrder::expected
 
   // What reading the headers came to, passed from thread to thread.
   struct Indexed {

@@ -125,7 +125,7 @@ Status Engine::fill_on_device(Replica& replica, Allocations made) {
   const Replica& source = *replicas_.at(replica.source);
   LoadReport report = waiting_report(replica);
   report.load = replica.load_number = next_load_++;
-  report.state = LoadState::filling;
+  report.state = ReplicaState::filling;
   report.fill_ns = base::monotonic_ns();
   report.thread_count = 1;
   report.read_path = source.key.device.empty() ? "host memory, by copy engines" : source.key.device + ", by peer copy";
@@ -163,7 +163,7 @@ void Engine::end_on_device(Replica& replica) {
     replica.fill->end_ready(*replica.artifact);
   }
   if (LoadReport* report = report_of(replica.number)) {
-    report->state = replica.error ? LoadState::failed : LoadState::ready;
+    report->state = replica.error ? ReplicaState::failed : ReplicaState::ready;
     report->error = replica.error;
     report->artifact = replica.artifact;
     report->wall_ns = replica.last_used_ns - report->begin_ns;

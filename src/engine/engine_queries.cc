@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
-#include <cstdio>
 #include <ctime>
+#include <fstream>
 #include <utility>
 
 #include "base/check.h"
@@ -70,14 +70,11 @@ LoadReport* Engine::report_of(uint64_t number) {
 
 void Engine::note_progress(const Replica& replica, LoadReport& report) {
   const storage::Source& source = replica.load->source();
-  const storage::SourceCounters counters = source.counters();
   report.wall_ns = base::monotonic_ns() - report.begin_ns;
   report.counters = replica.load->counters();
   report.disk_bytes = disk_bytes_read() - report.disk_bytes;
   report.cpu_ns = cpu_time_ns() - report.cpu_ns;
-  report.cached_bytes = counters.cached_bytes;
-  report.direct_bytes = counters.direct_bytes;
-  report.buffered_bytes = counters.buffered_bytes;
+  report.source = source.counters();
   report.read_path = source.read_path();
   const std::vector<std::string> notes = source.notes();  // before those of clients
   report.notes.insert(report.notes.begin(), notes.begin(), notes.end());
@@ -89,7 +86,7 @@ void Engine::note_progress(const Replica& replica, LoadReport& report) {
 // Of a replica that has not come to a load: how long it has waited for its headers and for memory.
 LoadReport Engine::waiting_report(const Replica& replica) {
   const int64_t now_ns = base::monotonic_ns();
-  LoadReport report{.replica = replica.number, .path = replica.path(), .state = LoadState::waiting};
+  LoadReport report{.replica = replica.number, .path = replica.path(), .state = ReplicaState::waiting};
   report.only = replica.key.only;
   report.begin_ns = replica.asked_ns;
   report.wall_ns = report.index_ns = now_ns - replica.asked_ns;
@@ -112,7 +109,7 @@ void Engine::keep_failed(const Replica& replica, const base::Error& error) {
   if (std::all_of(replica.waiters.begin(), replica.waiters.end(), index_only)) return;
   LoadReport report = waiting_report(replica);
   report.load = next_load_++;
-  report.state = LoadState::failed;
+  report.state = ReplicaState::failed;
   report.error = error;
   keep_report(std::move(report));
 }
@@ -166,15 +163,13 @@ void Engine::note_use(uint64_t number, Use use) {
 }
 
 uint64_t disk_bytes_read() {
-  std::FILE* file = std::fopen("/proc/self/io", "re");
-  if (file == nullptr) return 0;
-  char line[128];
-  unsigned long long bytes = 0;
-  while (std::fgets(line, sizeof line, file) != nullptr) {
-    if (std::sscanf(line, "read_bytes: %llu", &bytes) == 1) break;
+  std::ifstream file("/proc/self/io");
+  std::string name;
+  uint64_t bytes = 0;
+  while (file >> name >> bytes) {
+    if (name == "read_bytes:") return bytes;
   }
-  std::fclose(file);
-  return bytes;
+  return 0;
 }
 
 int64_t cpu_time_ns() {

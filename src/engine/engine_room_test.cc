@@ -36,13 +36,13 @@ TEST_F(LineTest, how_long_it_waited_is_in_the_report) {
   run_until_waiting(1);
   ::usleep(2000);
   const LoadReport before = engine_.explain("2").value();
-  EXPECT_EQ(before.state, LoadState::waiting);
+  EXPECT_EQ(before.state, ReplicaState::waiting);
   EXPECT_GE(before.memory_ns, 2'000'000);
   let_go(held);
   answer(waiting).value();
   run_until_idle();
   const LoadReport after = engine_.explain("2").value();
-  EXPECT_EQ(after.state, LoadState::ready);
+  EXPECT_EQ(after.state, ReplicaState::ready);
   EXPECT_GE(after.memory_ns, before.memory_ns);
   EXPECT_GE(after.wall_ns, after.memory_ns);
 }

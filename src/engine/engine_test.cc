@@ -10,7 +10,7 @@ TEST_F(EngineTest, a_load_ends_ready_with_an_artifact_id_and_a_report) {
   EXPECT_EQ(replica.state, ReplicaState::ready);
   EXPECT_TRUE(replica.artifact.has_value());
   const LoadReport report = engine_.explain(std::to_string(grant.replica)).value();
-  EXPECT_EQ(report.state, LoadState::ready);
+  EXPECT_EQ(report.state, ReplicaState::ready);
   EXPECT_EQ(report.counters.bytes, engine_.replica(grant.replica).content->identities[0].size_bytes);
   EXPECT_FALSE(report.checked_against_record);
 }

@@ -26,8 +26,8 @@ class Load::Run {
  public:
   Run(Load& load, uint32_t first, uint32_t last)
       : load_(load),
-        blocks_(std::span(load.content_->layout.blocks).subspan(first, last - first)),
-        leaves_(load.content_->layout.leaves),
+        blocks_(std::span(load.order_.content->layout.blocks).subspan(first, last - first)),
+        leaves_(load.order_.content->layout.leaves),
         first_(first),
         leaf_(blocks_.front().leaf_begin) {}
 
@@ -43,14 +43,14 @@ class Load::Run {
     mark_until(begin() + at);
     // Reading the clock takes as long as hashing 1 KiB: of small pieces every 16th is timed, but all where spans are kept.
     constexpr uint64_t kLargePiece = 64 << 10, kSampleEvery = 16;
-    const bool all = load_.keep_spans_ || bytes.size() >= kLargePiece;
+    const bool all = load_.order_.keep_spans || bytes.size() >= kLargePiece;
     const bool timed = all || piece_count_++ % kSampleEvery == 0;
     const int64_t begin_ns = timed ? base::monotonic_ns() : 0;
     hash(begin() + at, bytes);
     if (!timed) return;
     const int64_t took_ns = base::monotonic_ns() - begin_ns;
     load_.check_ns_ += took_ns * static_cast<int64_t>(all ? 1 : kSampleEvery);
-    if (load_.keep_spans_) note_check(begin_ns, took_ns, bytes.size());
+    if (load_.order_.keep_spans) note_check(begin_ns, took_ns, bytes.size());
   }
 
   void mark_rest() {
@@ -87,7 +87,7 @@ class Load::Run {
         hasher_.add(part);
       }
       if (part.size() == left) {
-        const Status same = load_.check_leaf(leaf_, front().file, whole ? tensor::hash(part) : hasher_.end());
+        const Status same = load_.check_leaf(leaf_, whole ? tensor::hash(part) : hasher_.end());
         if (!same && status_) status_ = same;
         ++leaf_;
       }
@@ -109,7 +109,7 @@ class Load::Run {
     while (status_ && marked_ < blocks_.size() && is_there()) {
       const uint64_t block_bytes = blocks_[marked_].size_bytes;
       load_.bytes_ += block_bytes;
-      load_.fill_->mark_block(first_ + marked_++, block_bytes);
+      load_.order_.fill->mark_block(first_ + marked_++, block_bytes);
     }
   }
 
@@ -126,21 +126,14 @@ class Load::Run {
 };
 
 Load::Load(LoadOrder order, std::function<void(LoadResult)> done)
-    : content_(std::move(order.content)),
-      image_(order.image),
-      fill_(order.fill),
-      pages_(order.pages),
-      expected_(std::move(order.expected)),
-      thread_count_(order.thread_count),
-      keep_spans_(order.keep_spans),
+    : order_(std::move(order)),
       done_(std::move(done)),
-      run_bytes_(choose_run_bytes(*content_, order.thread_count)),
-      in_flight_bytes_max_(order.in_flight_bytes),
-      leaves_(content_->layout.leaves.size()),
-      issued_(content_->layout.blocks.size()),
-      source_(std::move(order.source)) {
-  CHECK(expected_.size() == content_->index.files.size());
-  CHECK(thread_count_ > 0);
+      run_bytes_(choose_run_bytes(*order_.content, order_.thread_count)),
+      leaves_(order_.content->layout.leaves.size()),
+      issued_(order_.content->layout.blocks.size()),
+      source_(std::move(order_.source)) {
+  CHECK(order_.expected.empty() || order_.expected.size() == leaves_.size());
+  CHECK(order_.thread_count > 0);
 }
 
 void Load::start() {
@@ -163,7 +156,7 @@ void Load::cancel(base::Error reason) {
 LoadCounters Load::counters() const {
   const int64_t begin_ns = begin_ns_, end_ns = end_ns_;
   const int64_t until_ns = end_ns != 0 ? end_ns : base::monotonic_ns();
-  const int64_t fill_ns = begin_ns == 0 ? 0 : (until_ns - begin_ns) * thread_count_;
+  const int64_t fill_ns = begin_ns == 0 ? 0 : (until_ns - begin_ns) * order_.thread_count;
   const int64_t touch_ns = touch_ns_, check_ns = check_ns_;
   return {bytes_, std::max<int64_t>(fill_ns - touch_ns - check_ns, 0), check_ns, touch_ns};
 }
@@ -191,7 +184,7 @@ std::optional<uint32_t> Load::next_block() {
 }
 
 uint32_t Load::run_end(uint32_t first) {
-  const auto& blocks = content_->layout.blocks;
+  const auto& blocks = order_.content->layout.blocks;
   uint64_t bytes = blocks[first].size_bytes;
   uint32_t last = first + 1;
   for (; last < blocks.size() && !issued_[last]; ++last) {
@@ -211,7 +204,7 @@ bool Load::issue_run() {
     if (finished_) return false;
     const auto first = error_ ? std::nullopt : next_block();
     if (first) {
-      if (in_flight_bytes_ >= in_flight_bytes_max_ && in_flight_ >= 2 * thread_count_) return false;
+      if (in_flight_bytes_ >= order_.in_flight_bytes_max && in_flight_ >= 2 * order_.thread_count) return false;
       run = std::make_shared<Run>(*this, *first, run_end(*first));
       std::fill(issued_.begin() + run->first(), issued_.begin() + run->last(), true);
       ++in_flight_;
@@ -227,14 +220,14 @@ bool Load::issue_run() {
   }
   source_->read({.file = run->front().file,
                  .offset = run->front().file_offset,
-                 .target = {image_ + run->begin(), run->size_bytes()},
+                 .target = {order_.image + run->begin(), run->size_bytes()},
                  .done = [this, run](const Status& status,
                                      const storage::ReadTiming& timing) { finish_run(*run, status, timing); },
                  .begin =
                      [this, run] {
-                       if (pages_ == nullptr) return;
+                       if (order_.pages == nullptr) return;
                        const int64_t begin_ns = base::monotonic_ns();
-                       pages_->prepare(run->begin(), run->size_bytes());
+                       order_.pages->prepare(run->begin(), run->size_bytes());
                        touch_ns_ += base::monotonic_ns() - begin_ns;
                      },
                  .piece = [run](uint64_t at, std::span<const std::byte> bytes) { run->add(at, bytes); }});
@@ -245,7 +238,7 @@ void Load::finish_run(Run& run, const Status& read, const storage::ReadTiming& t
   if (read) run.mark_rest();
   const Status& status = read ? run.status() : read;
   if (status) {
-    if (keep_spans_) {
+    if (order_.keep_spans) {
       keep_span({LoadSpan::Kind::read, static_cast<uint32_t>(::gettid()), run.first(), run.size_bytes(),
                  timing.begin_ns, timing.end_ns});
     }
@@ -263,16 +256,16 @@ void Load::finish_run(Run& run, const Status& read, const storage::ReadTiming& t
   pump();
 }
 
-Status Load::check_leaf(uint32_t at, uint32_t file, const tensor::Digest& digest) {
+Status Load::check_leaf(uint32_t at, const tensor::Digest& digest) {
   leaves_[at] = digest;
-  const auto& expected = expected_[file];
-  if (expected.empty()) return {};
-  const tensor::Digest& known = expected[at - leaves_of_file(*content_, file).first];
+  if (order_.expected.empty()) return {};
+  const tensor::Digest& known = order_.expected[at];
   if (known == digest || known == tensor::Digest()) return {};
-  const tensor::Leaf& leaf = content_->layout.leaves[at];
-  const tensor::Tensor& tensor = content_->index.tensors[leaf.tensor];
-  return base::fail(Code::corrupt, content_->index.files[file].path, ": tensor ", base::quoted(tensor.name), ", leaf ",
-                    leaf.leaf, " (", leaf.size_bytes, " bytes at ", leaf.file_offset,
+  const tensor::Leaf& leaf = order_.content->layout.leaves[at];
+  const tensor::Tensor& tensor = order_.content->index.tensors[leaf.tensor];
+  return base::fail(Code::corrupt, order_.content->index.files[tensor.file].path, ": tensor ",
+                    base::quoted(tensor.name), ", leaf ", leaf.leaf, " (", leaf.size_bytes, " bytes at ",
+                    leaf.file_offset,
                     "): the bytes differ from those first read from this file, though its size and "
                     "mtime are the same; restore it, or `touch` it if the change was meant");
 }
@@ -295,17 +288,17 @@ void Load::finish() {
     result.spans = std::move(spans_);
   }
   end_ns_ = base::monotonic_ns();
-  for (uint32_t file = 0; result.status && file < content_->index.files.size(); ++file) {
+  for (uint32_t file = 0; result.status && file < order_.content->index.files.size(); ++file) {
     result.status = source_->check_unchanged(file);
   }
   if (result.status) {
-    std::vector<std::vector<tensor::Digest>> by_tensor(content_->index.tensors.size());
+    std::vector<std::vector<tensor::Digest>> by_tensor(order_.content->index.tensors.size());
     for (size_t at = 0; at < leaves_.size(); ++at) {
-      by_tensor[content_->layout.leaves[at].tensor].push_back(leaves_[at]);
+      by_tensor[order_.content->layout.leaves[at].tensor].push_back(leaves_[at]);
     }
     std::vector<tensor::Digest> digests;
     for (const auto& leaves : by_tensor) digests.push_back(tensor::tensor_digest(leaves));
-    result.artifact_id = tensor::artifact_id(content_->index, digests);
+    result.artifact_id = tensor::artifact_id(order_.content->index, digests);
     result.leaves = leaves_;
   }
   result.counters = counters();

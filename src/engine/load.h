@@ -35,11 +35,10 @@ struct LoadOrder {
   std::byte* image = nullptr;           // layout.size_bytes; must outlive the load
   memory::FillMap* fill = nullptr;      // must outlive the load
   memory::FreshPages* pages = nullptr;  // of the image; must outlive the load; nullptr: it has its pages
-  // What the leaves hashed to before, one entry per file; empty where nothing of the file is known, zeros where a leaf
-  // is not.
-  std::vector<std::vector<tensor::Digest>> expected;
+  // What each leaf hashed to before: zeros, or nothing at all, where that is not known.
+  std::vector<tensor::Digest> expected;
   uint32_t thread_count = 2;  // of the source
-  uint64_t in_flight_bytes = kInFlightBytes;
+  uint64_t in_flight_bytes_max = kInFlightBytes;
   bool keep_spans = false;
 };
 
@@ -76,21 +75,14 @@ class Load {
   std::optional<uint32_t> next_block() REQUIRES(mutex_);
   uint32_t run_end(uint32_t first) REQUIRES(mutex_);
   void finish_run(Run& run, const Status& read, const storage::ReadTiming& timing);
-  Status check_leaf(uint32_t at, uint32_t file, const tensor::Digest& digest);
+  Status check_leaf(uint32_t at, const tensor::Digest& digest);
   void fail(base::Error error);
   void finish();
   void keep_span(LoadSpan span);
 
-  const std::shared_ptr<const Content> content_;
-  std::byte* const image_;
-  memory::FillMap* const fill_;
-  memory::FreshPages* const pages_;
-  const std::vector<std::vector<tensor::Digest>> expected_;
-  const uint32_t thread_count_;
-  const bool keep_spans_;
+  LoadOrder order_;  // constant after construction; its source is source_
   const std::function<void(LoadResult)> done_;
   const uint64_t run_bytes_;
-  const uint64_t in_flight_bytes_max_;
 
   std::vector<tensor::Digest> leaves_;  // each written by the one thread that read its block
   std::atomic<uint32_t> pump_calls_{0};

@@ -60,7 +60,7 @@ struct Outcome {
 struct Wishes {
   std::vector<storage::Fault> faults;
   bool changed = false;
-  std::vector<std::vector<tensor::Digest>> expected{{}, {}};
+  std::vector<tensor::Digest> expected;
 };
 
 Outcome run_load(const Checkpoint& checkpoint, Wishes wishes = {}) {
@@ -81,15 +81,6 @@ Outcome run_load(const Checkpoint& checkpoint, Wishes wishes = {}) {
   return run;
 }
 
-std::vector<std::vector<tensor::Digest>> recorded(const Checkpoint& checkpoint, const LoadResult& result) {
-  std::vector<std::vector<tensor::Digest>> by_file;
-  for (uint32_t file = 0; file < checkpoint.files.size(); ++file) {
-    const auto [first, last] = leaves_of_file(*checkpoint.content, file);
-    by_file.push_back({result.leaves.begin() + first, result.leaves.begin() + last});
-  }
-  return by_file;
-}
-
 }  // namespace
 
 TEST(Load, fills_the_image_with_every_byte_of_every_file) {
@@ -108,7 +99,7 @@ TEST(Load, fills_the_image_with_every_byte_of_every_file) {
 TEST(Load, equal_bytes_pass_the_check_against_the_record) {
   const Checkpoint checkpoint = make_checkpoint();
   const Outcome first = run_load(checkpoint);
-  const Outcome second = run_load(checkpoint, {.expected = recorded(checkpoint, first.result)});
+  const Outcome second = run_load(checkpoint, {.expected = first.result.leaves});
   ASSERT_TRUE(second.result.status);
   EXPECT_EQ(second.result.artifact_id, first.result.artifact_id);
 }
@@ -117,7 +108,7 @@ TEST(Load, one_flipped_bit_is_named_with_file_tensor_and_leaf_and_never_marked) 
   Checkpoint checkpoint = make_checkpoint();
   const Outcome first = run_load(checkpoint);
   checkpoint.files[0].back() ^= std::byte{1};  // the last byte of b
-  const Outcome second = run_load(checkpoint, {.expected = recorded(checkpoint, first.result)});
+  const Outcome second = run_load(checkpoint, {.expected = first.result.leaves});
   ASSERT_FALSE(second.result.status);
   EXPECT_EQ(second.result.status.error().code, Code::corrupt);
   EXPECT_TRUE(second.result.status.error().message.starts_with("file0: tensor 'b', leaf 0 (5 bytes at "))
@@ -152,8 +143,7 @@ TEST(Load, a_cancelled_one_ends_with_the_reason_it_was_given) {
   Load load({.content = checkpoint.content,
              .source = storage::make_memory_source({.files = checkpoint.files, .hold = true}),
              .image = image.data(),
-             .fill = &fill,
-             .expected = {{}, {}}},
+             .fill = &fill},
             [&](LoadResult result) { promise.set_value(std::move(result)); });
   load.start();
   load.cancel({Code::cancelled, "no longer wanted"});
@@ -175,9 +165,8 @@ TEST(Load, blocks_that_are_waited_for_are_read_before_others) {
              .source = std::move(held),
              .image = image.data(),
              .fill = &fill,
-             .expected = {{}, {}},
              .thread_count = 1,
-             .in_flight_bytes = 1},
+             .in_flight_bytes_max = 1},
             [&](LoadResult result) { promise.set_value(std::move(result)); });
   load.start();
   ASSERT_EQ(source.held_count(), 2u) << "two reads a thread";

@@ -56,8 +56,6 @@ struct ReplicaKey {
 // Names of one replica that selectors know: links and lists of files can name it in many ways.
 inline constexpr size_t kPathCountMax = 16;
 
-enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
-
 // Memory of a device: descriptors of allocations that follow each other, and their sizes. It lasts as long as anybody has
 // them.
 using Allocations = std::vector<std::pair<base::Fd, uint64_t>>;

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "base/result.h"
+#include "memory/copy.h"
+#include "storage/source.h"
 #include "tensor/digest.h"
 
 namespace tensord::engine {
@@ -34,14 +36,6 @@ struct LoadCounters {
   int64_t touch_ns = 0;  // summed over threads: giving fresh memory its pages
 };
 
-struct UseSpan {
-  int64_t begin_ns = 0;
-  int64_t end_ns = 0;
-  uint32_t thread = 0;
-  uint32_t record = 0;
-  uint64_t size_bytes = 0;
-};
-
 // One load_into of one client.
 struct Use {
   pid_t process_id = 0;
@@ -57,10 +51,10 @@ struct Use {
   std::string slower_why;     // why copies to GPU memory took another way
   uint64_t record_count = 0;
   uint32_t thread_count = 0;
-  std::vector<UseSpan> spans;
+  std::vector<memory::CopySpan> spans;
 };
 
-enum class LoadState : uint8_t { waiting, filling, ready, failed };  // waiting: for headers or memory
+enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 
 struct LoadReport {
   uint64_t load = 0;  // 0: it only waits so far
@@ -68,8 +62,8 @@ struct LoadReport {
   std::string path;
   std::vector<std::string> only;  // what was asked for; empty: all tensors
   uint64_t tensor_count = 0;
-  uint64_t whole_tensor_count = 0;  // of the files
-  LoadState state = LoadState::filling;
+  uint64_t whole_tensor_count = 0;             // of the files
+  ReplicaState state = ReplicaState::filling;  // waiting: also for headers
   std::optional<tensor::Digest> artifact;
   std::optional<base::Error> error;
   int64_t begin_ns = 0;
@@ -79,11 +73,9 @@ struct LoadReport {
   int64_t index_ns = 0;
   int64_t memory_ns = 0;  // waiting in line, and until what had to go for it has left memory
   LoadCounters counters;
-  int64_t cpu_ns = 0;              // that the whole daemon ran meanwhile
-  uint64_t disk_bytes = 0;         // what devices delivered meanwhile, to the whole daemon
-  uint64_t cached_bytes = 0;       // taken from the page cache
-  uint64_t direct_bytes = 0;       // read past the page cache (O_DIRECT)
-  uint64_t buffered_bytes = 0;     // read through the page cache, where the file refuses O_DIRECT
+  int64_t cpu_ns = 0;       // that the whole daemon ran meanwhile
+  uint64_t disk_bytes = 0;  // what devices delivered meanwhile, to the whole daemon
+  storage::SourceCounters source;
   std::string read_path;           // how what was not cached was read: "io_uring, O_DIRECT"
   std::vector<std::string> notes;  // each choice and fallback of this load, with its reason
   uint32_t thread_count = 0;

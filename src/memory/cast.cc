@@ -132,75 +132,116 @@ bool has_avx2() {
   return has;
 }
 
-// Each converts whole groups of 8 and returns how many elements that were.
-
-TENSORD_AVX2 uint64_t f16_to_f32_by_8(const std::byte* source, std::byte* target, uint64_t count) {
-  uint64_t at = 0;
-  for (; at + 8 <= count; at += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at * 2));
-    _mm256_storeu_ps(reinterpret_cast<float*>(target + at * 4), _mm256_cvtph_ps(halves));
-  }
-  return at;
+TENSORD_AVX2 inline __m256i quiet_nans(__m256i bits) {
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256i is_nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kInfinity));
+  return _mm256_or_si256(bits, _mm256_and_si256(is_nan, _mm256_set1_epi32(kQuiet)));
 }
 
-TENSORD_AVX2 uint64_t f32_to_f16_by_8(const std::byte* source, std::byte* target, uint64_t count) {
-  uint64_t at = 0;
-  for (; at + 8 <= count; at += 8) {
-    const __m256 floats = _mm256_loadu_ps(reinterpret_cast<const float*>(source + at * 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + at * 2),
-                     _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  return at;
+// Eight elements as F32, and back. Streamed: past the caches, to a multiple of what is stored.
+template <bool kStreamed>
+TENSORD_AVX2 inline void store_128(std::byte* to, __m128i value) {
+  auto* const place = reinterpret_cast<__m128i*>(to);
+  kStreamed ? _mm_stream_si128(place, value) : _mm_storeu_si128(place, value);
 }
 
-TENSORD_AVX2 uint64_t bf16_to_f32_by_8(const std::byte* source, std::byte* target, uint64_t count) {
-  const __m256i infinity = _mm256_set1_epi32(kInfinity);
-  const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
-  const __m256i quiet = _mm256_set1_epi32(kQuiet);
-  uint64_t at = 0;
-  for (; at + 8 <= count; at += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at * 2));
-    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-    const __m256i is_nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, magnitude_mask), infinity);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + at * 4),
-                        _mm256_or_si256(bits, _mm256_and_si256(is_nan, quiet)));
+struct F16By8 {
+  static constexpr uint64_t kBytes = 2;
+  TENSORD_AVX2 static __m256 load(const std::byte* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  return at;
-}
+  template <bool kStreamed>
+  TENSORD_AVX2 static void store(std::byte* to, __m256 floats) {
+    store_128<kStreamed>(to, _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
 
-TENSORD_AVX2 uint64_t f32_to_bf16_by_8(const std::byte* source, std::byte* target, uint64_t count) {
-  const __m256i infinity = _mm256_set1_epi32(kInfinity);
-  const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
-  const __m256i quiet = _mm256_set1_epi32(kQuiet);
-  const __m256i almost_half = _mm256_set1_epi32(0x7fff);
-  const __m256i one = _mm256_set1_epi32(1);
-  uint64_t at = 0;
-  for (; at + 8 <= count; at += 8) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at * 4));
-    const __m256i is_nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, magnitude_mask), infinity);
-    const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(almost_half, is_odd));
-    const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, quiet), is_nan);
+struct Bf16By8 {
+  static constexpr uint64_t kBytes = 2;
+  TENSORD_AVX2 static __m256 load(const std::byte* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(quiet_nans(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+  }
+  template <bool kStreamed>
+  TENSORD_AVX2 static void store(std::byte* to, __m256 floats) {
+    const __m256i bits = _mm256_castps_si256(floats);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(floats, floats, _CMP_UNORD_Q));
+    const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), is_odd));
+    const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(kQuiet)), is_nan);
     const __m256i halves = _mm256_srli_epi32(kept, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + at * 2), _mm256_castsi256_si128(packed));
+    store_128<kStreamed>(to, _mm256_castsi256_si128(packed));
+  }
+};
+
+struct F32By8 {
+  static constexpr uint64_t kBytes = 4;
+  TENSORD_AVX2 static __m256 load(const std::byte* from) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+  }
+  template <bool kStreamed>
+  TENSORD_AVX2 static void store(std::byte* to, __m256 floats) {
+    auto* const place = reinterpret_cast<float*>(to);
+    kStreamed ? _mm256_stream_ps(place, floats) : _mm256_storeu_ps(place, floats);
+  }
+};
+
+template <typename From, typename To, bool kStreamed>
+TENSORD_AVX2 uint64_t cast_groups(const std::byte* source, std::byte* target, uint64_t count) {
+  uint64_t at = 0;
+  for (; at + 8 <= count; at += 8) {
+    To::template store<kStreamed>(target + at * To::kBytes, From::load(source + at * From::kBytes));
   }
   return at;
+}
+
+// Whole groups of 8; returns how many elements that were, 0 where there is no such way.
+template <typename From, typename To>
+uint64_t cast_by_8(const std::byte* source, std::byte* target, uint64_t count, CastPath path) {
+  const bool streamed = path == CastPath::streamed && reinterpret_cast<uintptr_t>(target) % (8 * To::kBytes) == 0;
+  return streamed ? cast_groups<From, To, true>(source, target, count)
+                  : cast_groups<From, To, false>(source, target, count);
+}
+
+template <typename From>
+uint64_t cast_by_8(const std::byte* source, Dtype target_dtype, std::byte* target, uint64_t count, CastPath path) {
+  switch (target_dtype) {
+    case Dtype::f16:
+      return cast_by_8<From, F16By8>(source, target, count, path);
+    case Dtype::bf16:
+      return cast_by_8<From, Bf16By8>(source, target, count, path);
+    case Dtype::f32:
+      return cast_by_8<From, F32By8>(source, target, count, path);
+    default:
+      return 0;
+  }
+}
+
+uint64_t cast_by_8(Dtype source_dtype, const std::byte* source, Dtype target_dtype, std::byte* target, uint64_t count,
+                   CastPath path) {
+  if (path == CastPath::portable || !has_avx2()) return 0;
+  switch (source_dtype) {
+    case Dtype::f16:
+      return cast_by_8<F16By8>(source, target_dtype, target, count, path);
+    case Dtype::bf16:
+      return cast_by_8<Bf16By8>(source, target_dtype, target, count, path);
+    case Dtype::f32:
+      return cast_by_8<F32By8>(source, target_dtype, target, count, path);
+    default:
+      return 0;
+  }
 }
 
 // --- many elements, through F32 --------------------------------------------------------------------------------------
 
 // Any type but F64 into F32: exact.
-void widen(Dtype dtype, const std::byte* source, std::byte* target, uint64_t count, CastPath path) {
-  const bool is_fast = path == CastPath::fastest && has_avx2();
-  uint64_t at = 0;
+void widen(Dtype dtype, const std::byte* source, std::byte* target, uint64_t count) {
   switch (dtype) {
     case Dtype::f16:
-      if (is_fast) at = f16_to_f32_by_8(source, target, count);
-      return each(f16_to_f32, source, target, count, at);
+      return each(f16_to_f32, source, target, count);
     case Dtype::bf16:
-      if (is_fast) at = bf16_to_f32_by_8(source, target, count);
-      return each(bf16_to_f32, source, target, count, at);
+      return each(bf16_to_f32, source, target, count);
     case Dtype::f8_e4m3:
       return each(e4m3_to_f32, source, target, count);
     case Dtype::f8_e5m2:
@@ -212,16 +253,12 @@ void widen(Dtype dtype, const std::byte* source, std::byte* target, uint64_t cou
 }
 
 // F32 into any type: rounded once.
-void narrow(const std::byte* source, Dtype dtype, std::byte* target, uint64_t count, CastPath path) {
-  const bool is_fast = path == CastPath::fastest && has_avx2();
-  uint64_t at = 0;
+void narrow(const std::byte* source, Dtype dtype, std::byte* target, uint64_t count) {
   switch (dtype) {
     case Dtype::f16:
-      if (is_fast) at = f32_to_f16_by_8(source, target, count);
-      return each(f32_to_f16, source, target, count, at);
+      return each(f32_to_f16, source, target, count);
     case Dtype::bf16:
-      if (is_fast) at = f32_to_bf16_by_8(source, target, count);
-      return each(f32_to_bf16, source, target, count, at);
+      return each(f32_to_bf16, source, target, count);
     case Dtype::f64:
       return each(f32_to_f64, source, target, count);
     default:
@@ -239,26 +276,27 @@ void cast_elements(Dtype source_dtype, const std::byte* source, Dtype target_dty
   const uint32_t target_step = *tensor::dtype_bytes(target_dtype);
   if (source_dtype == target_dtype) {
     std::memcpy(target, source, count * source_step);
-  } else if (source_dtype == Dtype::f32) {
-    narrow(source, target_dtype, target, count, path);
-  } else if (source_dtype == Dtype::f64 && target_dtype == Dtype::f32) {
-    each(f64_to_f32, source, target, count);
-  } else if (source_dtype != Dtype::f64 && target_dtype == Dtype::f32) {
-    widen(source_dtype, source, target, count, path);
-  } else {
-    // Two steps through a block of F32 that stays in the first-level cache.
-    constexpr uint64_t kBlock = 1024;
-    std::array<std::byte, kBlock * 4> floats;
-    for (uint64_t begin = 0; begin < count; begin += kBlock) {
-      const uint64_t block = std::min(kBlock, count - begin);
-      const std::byte* from = source + begin * source_step;
-      if (source_dtype == Dtype::f64) {
-        each(f64_to_odd_f32, from, floats.data(), block);
-      } else {
-        widen(source_dtype, from, floats.data(), block, path);
-      }
-      narrow(floats.data(), target_dtype, target + begin * target_step, block, path);
+    return;
+  }
+  const uint64_t done = cast_by_8(source_dtype, source, target_dtype, target, count, path);
+  source += done * source_step;
+  target += done * target_step;
+  count -= done;
+  if (source_dtype == Dtype::f32) return narrow(source, target_dtype, target, count);
+  if (source_dtype == Dtype::f64 && target_dtype == Dtype::f32) return each(f64_to_f32, source, target, count);
+  if (source_dtype != Dtype::f64 && target_dtype == Dtype::f32) return widen(source_dtype, source, target, count);
+  // Two steps through a block of F32 that stays in the first-level cache.
+  constexpr uint64_t kBlock = 1024;
+  std::array<std::byte, kBlock * 4> floats;
+  for (uint64_t begin = 0; begin < count; begin += kBlock) {
+    const uint64_t block = std::min(kBlock, count - begin);
+    const std::byte* from = source + begin * source_step;
+    if (source_dtype == Dtype::f64) {
+      each(f64_to_odd_f32, from, floats.data(), block);
+    } else {
+      widen(source_dtype, from, floats.data(), block);
     }
+    cast_elements(Dtype::f32, floats.data(), target_dtype, target + begin * target_step, block, path);
   }
 }
 

@@ -8,8 +8,9 @@
 
 namespace tensord::memory {
 
-// Which instructions may be used; the results are the same.
-enum class CastPath : uint8_t { fastest, portable };
+// Which instructions may be used; the results are the same. Streamed: the fastest, past the caches where the target lies
+// for it; base::end_streaming() must follow.
+enum class CastPath : uint8_t { fastest, streamed, portable };
 
 // Converts `count` elements. Round to nearest even, subnormals included; overflow becomes infinity; NaN stays NaN and
 // turns quiet. Only pairs of tensor::can_cast (CHECK). Any alignment; source and target must not overlap.

@@ -62,7 +62,7 @@ bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b &&
 template <typename Pattern>
 void expect_exact(const Format& format) {
   const auto patterns = all_patterns<Pattern>(format);
-  for (const CastPath path : {CastPath::fastest, CastPath::portable}) {
+  for (const CastPath path : {CastPath::fastest, CastPath::streamed, CastPath::portable}) {
     const auto floats = cast<float>(format.dtype, patterns, Dtype::f32, path);
     const auto doubles = cast<double>(format.dtype, patterns, Dtype::f64, path);
     for (size_t at = 0; at < patterns.size(); ++at) {
@@ -114,7 +114,7 @@ void expect_nearest(const Format& format, Dtype from) {
   });
   std::vector<Source> inputs;
   for (const Rounding& rounding : table) inputs.push_back(static_cast<Source>(rounding.input));
-  for (const CastPath path : {CastPath::fastest, CastPath::portable}) {
+  for (const CastPath path : {CastPath::fastest, CastPath::streamed, CastPath::portable}) {
     const auto outputs = cast<uint16_t>(from, inputs, format.dtype, path);
     for (size_t at = 0; at < table.size(); ++at) {
       ASSERT_EQ(outputs[at], table[at].expected) << std::hexfloat << table[at].input;
@@ -172,7 +172,7 @@ TEST(Cast, nan_stays_nan_whatever_its_payload) {
     nans.push_back(0xff800000u | payload);
   }
   nans.resize(16, 0x7fc00000u);  // two whole groups of eight
-  for (const CastPath path : {CastPath::fastest, CastPath::portable}) {
+  for (const CastPath path : {CastPath::fastest, CastPath::streamed, CastPath::portable}) {
     for (const Format& format : {kF16, kBf16}) {
       for (const uint16_t pattern : cast<uint16_t>(Dtype::f32, nans, format.dtype, path)) {
         EXPECT_TRUE(std::isnan(format.value(pattern))) << pattern;

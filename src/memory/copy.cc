@@ -72,16 +72,10 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
     const Place place = place_of(record, index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
-    if (record.kind == Copy2D::Kind::copy) {
-      plane.source =
-          source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
-    }
+    plane.source =
+        source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
     plane.target = target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
-    if (record.kind == Copy2D::Kind::fill) {
-      fill_lines(plane);
-    } else {
-      copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
-    }
+    copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
   }
 }
 
@@ -164,9 +158,8 @@ class Execution {
 
   Status run_one(const Task& task, uint32_t thread, CopyReport& mine) {
     const Copy2D& record = plan_.records[task.record];
-    const bool reads = record.kind == Copy2D::Kind::copy;
     TRY(check_cancel(options_.cancel));
-    if (reads && options_.ready) {
+    if (options_.ready) {
       const int64_t begin_ns = base::monotonic_ns();
       const tensor::Extent extent = source_extent(record, task);
       const Status status = options_.ready(record.source, extent.begin, extent.end - extent.begin);
@@ -176,7 +169,7 @@ class Execution {
     }
     if (!began_.load(std::memory_order_relaxed)) began_ = true;
     const int64_t begin_ns = options_.keep_spans ? base::monotonic_ns() : 0;
-    run_task(record, task, reads ? sources_[record.source] : CopySource{}, targets_[record.target], stores_);
+    run_task(record, task, sources_[record.source], targets_[record.target], stores_);
     ++mine.task_count;
     if (options_.keep_spans) {
       mine.spans.push_back(
@@ -223,9 +216,7 @@ Result<CopyReport> execute(const CopyPlan& plan, std::span<const CopySource> sou
                            std::span<const CopyTarget> targets, const CopyOptions& options) {
   CHECK(options.task_bytes_max > 0);
   for (const Copy2D& record : plan.records) {
-    if (record.is_empty()) continue;
-    CHECK(record.kind == Copy2D::Kind::fill || record.source < sources.size());
-    CHECK(record.target < targets.size());
+    CHECK(record.is_empty() || (record.source < sources.size() && record.target < targets.size()));
   }
   return Execution(plan, sources, targets, options).run();
 }

@@ -1,5 +1,7 @@
 #include "memory/copy_rows.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -96,8 +98,48 @@ void each_tile(const Plane& plane, const Visit& visit) {
   }
 }
 
+// A square of as many elements as a register holds: what lies below each other in `source` comes side by side.
+template <typename Element>
+void turn_square(const std::byte* source, int64_t source_pitch, std::byte* target, uint64_t target_pitch) {
+  constexpr size_t kSide = sizeof(__m128i) / sizeof(Element);
+  __m128i rows[kSide], mixed[kSide];
+  for (size_t row = 0; row < kSide; ++row, source += source_pitch) {
+    rows[row] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  }
+  for (size_t done = 1; done < kSide; done *= 2) {  // each step interleaves the upper half with the lower
+    for (size_t row = 0; row < kSide / 2; ++row) {
+      const __m128i upper = rows[row], lower = rows[row + kSide / 2];
+      mixed[2 * row] = sizeof(Element) == 2 ? _mm_unpacklo_epi16(upper, lower) : _mm_unpacklo_epi32(upper, lower);
+      mixed[2 * row + 1] = sizeof(Element) == 2 ? _mm_unpackhi_epi16(upper, lower) : _mm_unpackhi_epi32(upper, lower);
+    }
+    std::copy_n(mixed, kSide, rows);
+  }
+  for (size_t row = 0; row < kSide; ++row, target += target_pitch) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), rows[row]);
+  }
+}
+
+// gather_tile by registers; false, and nothing is done, where the tile is no such squares.
+template <typename Element>
+bool turn_tile(const Plane& tile, std::byte* stage) {
+  constexpr uint64_t kSide = sizeof(__m128i) / sizeof(Element);
+  const auto adjacent = static_cast<int64_t>(sizeof(Element));
+  if (tile.row_bytes != sizeof(Element) || tile.source_line_pitch != adjacent) return false;
+  if (tile.row_count % kSide != 0 || tile.line_count % kSide != 0) return false;
+  const uint64_t line_bytes = tile.row_count * sizeof(Element);
+  for (uint64_t row = 0; row < tile.row_count; row += kSide) {
+    const std::byte* const source = tile.source + static_cast<int64_t>(row) * tile.source_row_pitch;
+    for (uint64_t line = 0; line < tile.line_count; line += kSide) {
+      turn_square<Element>(source + line * sizeof(Element), tile.source_row_pitch,
+                           stage + line * line_bytes + row * sizeof(Element), line_bytes);
+    }
+  }
+  return true;
+}
+
 // Reads a tile along its lines, where its source lies side by side, into `stage` in the order lines of rows.
 void gather_tile(const Plane& tile, std::byte* stage) {
+  if (turn_tile<uint16_t>(tile, stage) || turn_tile<uint32_t>(tile, stage)) return;
   const auto row_bytes = static_cast<int64_t>(tile.row_bytes);
   for (uint64_t row = 0; row < tile.row_count; ++row) {
     copy_rows({tile.source + static_cast<int64_t>(row) * tile.source_row_pitch, stage + row * tile.row_bytes,
@@ -107,6 +149,11 @@ void gather_tile(const Plane& tile, std::byte* stage) {
 }
 
 void scatter_tile(const Plane& tile, const std::byte* stage) {
+  if (tile.target_row_pitch == static_cast<int64_t>(tile.target_row_bytes)) {
+    const uint64_t line_bytes = tile.row_count * tile.target_row_bytes;
+    return copy_rows(
+        {stage, tile.target, line_bytes, tile.line_count, static_cast<int64_t>(line_bytes), tile.target_line_pitch});
+  }
   for (uint64_t line = 0; line < tile.line_count; ++line) {
     copy_rows({stage + line * tile.row_count * tile.target_row_bytes,
                tile.target + static_cast<int64_t>(line) * tile.target_line_pitch, tile.target_row_bytes, tile.row_count,
@@ -114,19 +161,21 @@ void scatter_tile(const Plane& tile, const std::byte* stage) {
   }
 }
 
-void cast_packed(const Plane& plane, const std::byte* source, std::byte* target, uint64_t size_bytes) {
+void cast_packed(const Plane& plane, const std::byte* source, std::byte* target, uint64_t size_bytes,
+                 CastPath path = CastPath::fastest) {
   cast_elements(plane.source_dtype, source, plane.target_dtype, target,
-                size_bytes / *tensor::dtype_bytes(plane.source_dtype));
+                size_bytes / *tensor::dtype_bytes(plane.source_dtype), path);
 }
 
 void cast_rows(const Plane& plane, const Rows& rows) {
   if (rows.row_bytes * 2 > kStageBytes) {
+    const CastPath path = rows.stores == Stores::streamed ? CastPath::streamed : CastPath::fastest;
     for (uint64_t at = 0; at < rows.row_count; ++at) {
       const auto step = static_cast<int64_t>(at);
-      cast_packed(plane, rows.source + step * rows.source_pitch, rows.target + step * rows.target_pitch,
-                  rows.row_bytes);
+      cast_packed(plane, rows.source + step * rows.source_pitch, rows.target + step * rows.target_pitch, rows.row_bytes,
+                  path);
     }
-    return;
+    return base::end_streaming();
   }
   alignas(64) std::array<std::byte, kStageBytes> gathered;
   alignas(64) std::array<std::byte, kStageBytes * kCastWidening> converted;
@@ -169,14 +218,6 @@ void copy_plane(const Plane& plane, PlaneOrder order) {
     if (!plane.casts()) return scatter_tile(tile, gathered.data());
     cast_packed(tile, gathered.data(), converted.data(), tile.line_count * tile.row_count * tile.row_bytes);
     scatter_tile(tile, converted.data());
-  });
-}
-
-void fill_lines(const Plane& plane) {
-  each_line(plane, [](const Rows& rows) {
-    for (uint64_t at = 0; at < rows.row_count; ++at) {
-      std::memset(rows.target + static_cast<int64_t>(at) * rows.target_pitch, 0, rows.row_bytes);
-    }
   });
 }
 

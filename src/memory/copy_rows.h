@@ -36,6 +36,4 @@ struct Plane {
 enum class PlaneOrder : uint8_t { lines, tiles };
 void copy_plane(const Plane& plane, PlaneOrder order);
 
-void fill_lines(const Plane& plane);
-
 }  // namespace tensord::memory

@@ -33,40 +33,11 @@ struct FillHeader {
 };
 static_assert(sizeof(FillHeader) <= 4096 && std::atomic<uint64_t>::is_always_lock_free);
 
-// The daemon's side. Thread safe: any thread may mark blocks; one thread ends it.
-class FillMap {
- public:
-  static Result<FillMap> create(uint64_t block_count, uint64_t total_bytes);
-  FillMap(FillMap&&) = default;
-  FillMap& operator=(FillMap&&) = default;
-
-  int fd() const { return fd_.get(); }
-  uint64_t size_bytes() const { return mapped_.size_bytes(); }
-
-  // The block's bytes are written and checked: readers may look at them from now on.
-  void mark_block(uint64_t block, uint64_t size_bytes);
-  void end_ready(const tensor::Digest& artifact_id);
-  void end_failed(const base::Error& error);  // the first end counts
-
-  FillState state() const { return static_cast<FillState>(header().state.load(std::memory_order_acquire)); }
-  uint64_t ready_bytes() const { return header().ready_bytes.load(std::memory_order_relaxed); }
-
- private:
-  FillMap() = default;
-  FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
-  void wake();
-
-  base::Fd fd_;
-  Mapped mapped_;
-};
-
-// The client's side. Thread safe.
+// What clients see of it. Thread safe.
 class FillView {
  public:
   // Maps the descriptor; checks its seals, size and header. Code::corrupt when it is no fill map.
   static Result<FillView> open(const base::Fd& fd);
-  FillView(FillView&&) = default;
-  FillView& operator=(FillView&&) = default;
 
   FillState state() const { return static_cast<FillState>(header().state.load(std::memory_order_acquire)); }
   uint64_t ready_bytes() const { return header().ready_bytes.load(std::memory_order_relaxed); }
@@ -85,12 +56,35 @@ class FillView {
   // Waits until the whole replica is ready: also the files were found unchanged, and the artifact id is known.
   Status wait_ready(int64_t timeout_ms, const std::function<Status()>& go_on) const;
 
- private:
+ protected:
   FillView() = default;
+  FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
+
+  Mapped mapped_;
+
+ private:
   Status wait_until(const std::function<bool()>& reached, int64_t timeout_ms,
                     const std::function<Status()>& go_on) const;
-  FillHeader& header() const { return *reinterpret_cast<FillHeader*>(mapped_.data()); }
-  Mapped mapped_;
+};
+
+// The daemon's side. Thread safe: any thread may mark blocks; one thread ends it.
+class FillMap : public FillView {
+ public:
+  static Result<FillMap> create(uint64_t block_count, uint64_t total_bytes);
+
+  int fd() const { return fd_.get(); }
+  uint64_t size_bytes() const { return mapped_.size_bytes(); }
+
+  // The block's bytes are written and checked: readers may look at them from now on.
+  void mark_block(uint64_t block, uint64_t size_bytes);
+  void end_ready(const tensor::Digest& artifact_id);
+  void end_failed(const base::Error& error);  // the first end counts
+
+ private:
+  FillMap() = default;
+  void wake();
+
+  base::Fd fd_;
 };
 
 }  // namespace tensord::memory

@@ -11,10 +11,12 @@
 
 namespace tensord::memory {
 
-FreshPages::FreshPages(const SegmentRun& run, uint64_t image_bytes, HugePages huge)
-    : data_(run.data()), done_(image_bytes / kHugePageBytes), gave_up_(huge == HugePages::unwanted) {
+FreshPages::FreshPages(std::span<const Segment> run, uint64_t image_bytes, HugePages huge)
+    : data_(run.empty() ? nullptr : run.front().data()),
+      done_(image_bytes / kHugePageBytes),
+      gave_up_(huge == HugePages::unwanted) {
   uint64_t offset = 0;
-  for (const Segment& segment : run.segments) {
+  for (const Segment& segment : run) {
     const uint64_t fresh = offset + segment.touched_bytes();
     const uint64_t end = offset + segment.size_bytes();
     for (uint64_t at = offset / kHugePageBytes; at < done_.size() && at * kHugePageBytes < end; ++at) {

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,7 @@ enum class HugePages : uint8_t { wanted, unwanted };
 class FreshPages {
  public:
   // `image_bytes` of the run are going to be written; a stretch that reaches beyond them gets no page it does not need.
-  FreshPages(const SegmentRun& run, uint64_t image_bytes, HugePages huge);
+  FreshPages(std::span<const Segment> run, uint64_t image_bytes, HugePages huge);
 
   // Before bytes are written to [offset, offset + size_bytes) of the image.
   void prepare(uint64_t offset, uint64_t size_bytes);

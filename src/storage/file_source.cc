@@ -16,6 +16,7 @@
 #include "base/clock.h"
 #include "base/mutex.h"
 #include "base/text.h"
+#include "storage/file_map.h"
 #include "storage/residency.h"
 
 namespace tensord::storage {
@@ -117,7 +118,8 @@ class FileSource final : public Source {
     explicit File(SourceFile file) : source(std::move(file)) {}
     const SourceFile source;
     std::once_flag opened;
-    base::Fd direct;  // constant once opened
+    base::Fd direct;  // these two are constant once opened
+    FileMap map;
     std::atomic<bool> takes_direct{false};
   };
   // A read under way. Its parts come one after another, each on some thread.
@@ -154,6 +156,9 @@ class FileSource final : public Source {
   }
 
   void prepare(File& file) {
+    if (options_.cached_path == CachedPath::mapped) {
+      file.map = FileMap(file.source.fd.get(), file.source.identity.size_bytes);
+    }
     if (options_.direct == nullptr || file.source.identity.size_bytes < kDirectBytesMin) return;
     auto direct = open_direct(file.source);
     if (!direct) return note(direct.error().message + "; it is read through the page cache");
@@ -198,8 +203,12 @@ class FileSource final : public Source {
     const uint64_t begin_offset = job.offset();
     while (job.filled < end) {
       if (cancelled_) return cancelled(job);
-      TRY(options_.cached_path == CachedPath::stream ? stream_piece(job, end - job.filled)
-                                                     : fill_piece(job, end - job.filled));
+      const size_t size_bytes = end - job.filled;
+      // What is not cached is read ahead better by pread than by faults.
+      const bool mapped = part.way == Part::Way::cached && files_[job.request.file]->map.valid();
+      TRY(mapped                                      ? map_piece(job, size_bytes)
+          : options_.cached_path == CachedPath::plain ? fill_piece(job, size_bytes)
+                                                      : stream_piece(job, size_bytes));
     }
     (part.way == Part::Way::cached ? cached_bytes_ : buffered_bytes_) += part.size_bytes;
     if (options_.cache_left == CacheLeft::drop) {
@@ -240,14 +249,27 @@ class FileSource final : public Source {
   Status stream_piece(Job& job, size_t size_bytes) {
     thread_local std::vector<std::byte> hot(kPieceBytes);
     TRY_ASSIGN(const size_t got, pread_some(job, hot.data(), std::min(size_bytes, kPieceBytes)));
-    for (size_t at = 0; at < got; at += kHotBytes) {
-      const std::span<const std::byte> bytes(hot.data() + at, std::min(kHotBytes, got - at));
-      if (job.request.piece) job.request.piece(job.filled + at, bytes);
-      base::stream_rows({bytes.data(), job.target() + at, bytes.size(), 1, 0, 0});
+    stream_on(job, std::span(hot).first(got));
+    return {};
+  }
+
+  Status map_piece(Job& job, size_t size_bytes) {
+    File& file = *files_[job.request.file];
+    const size_t wanted = std::min(size_bytes, kMappedBytes - job.offset() % kMappedBytes);
+    const std::string where = place(job);
+    if (file.map.read_range(job.offset(), wanted, [&](auto bytes) { stream_on(job, bytes); })) return {};
+    TRY(check_unchanged(job.request.file));
+    return fail(Code::unavailable, where, ": the system could not bring its pages; is the disk failing?");
+  }
+
+  static void stream_on(Job& job, std::span<const std::byte> bytes) {
+    for (size_t at = 0; at < bytes.size(); at += kHotBytes) {
+      const auto hot = bytes.subspan(at, std::min(kHotBytes, bytes.size() - at));
+      if (job.request.piece) job.request.piece(job.filled + at, hot);
+      base::stream_rows({hot.data(), job.target() + at, hot.size(), 1, 0, 0});
     }
     base::end_streaming();
-    job.filled += got;
-    return {};
+    job.filled += bytes.size();
   }
 
   void read_direct(const std::shared_ptr<Job>& job, size_t size_bytes) {

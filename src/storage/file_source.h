@@ -4,6 +4,7 @@
 //   ways      pread    head | O_DIRECT ... | tail  pread       head, tail: < 4 KiB, by pread
 //
 //   pread     file ──► 256 KiB of the thread ──piece()──► streaming stores ──► target
+//   mapping   file's pages ──────────────────piece()──► streaming stores ──► target
 //   O_DIRECT  file ──────────────────────────► target ──piece()
 #pragma once
 
@@ -14,7 +15,6 @@
 #include <string>
 #include <vector>
 
-#include "base/fd.h"
 #include "base/stream_copy.h"
 #include "storage/direct_reader.h"
 #include "storage/read_pool.h"
@@ -22,17 +22,13 @@
 
 namespace tensord::storage {
 
-struct SourceFile {
-  base::Fd fd;                  // open for reading; a regular file
-  std::string path;             // for messages
-  base::FileIdentity identity;  // reads end at its size, also when the file grew since
-};
-
 // What the kernel takes in one read: INT_MAX rounded down to a page (man 2 read, NOTES).
 inline constexpr size_t kReadBytesMax = 0x7ffff000;
 // The buffer between pread and streaming stores stays in the second-level cache. On Zen 3, two threads, with hashing:
 // 16 KiB 0.80 of a bare pread, 64 KiB 0.90, 256 KiB 0.98; pread into the target, then hashing, 0.83.
 inline constexpr size_t kPieceBytes = 256 << 10;
+// Pages of a mapping that a thread takes and gives back at a time.
+inline constexpr size_t kMappedBytes = 4 << 20;
 // Hashing and storing take turns in pieces of the first-level cache.
 inline constexpr size_t kHotBytes = 4 << 10;
 // Whether bytes are cached is asked for stretches of this size.
@@ -45,8 +41,9 @@ using PreadFunction = std::function<ssize_t(int fd, void* target, size_t size_by
 
 // What stays in the page cache of bytes that were read: what the kernel keeps, or nothing.
 enum class CacheLeft : uint8_t { keep, drop };
-// How bytes come out of the page cache: through a buffer and streaming stores, or straight into the target.
-enum class CachedPath : uint8_t { stream, plain };
+// How bytes come out of the page cache: through a buffer and streaming stores, by pread straight into the target, or from
+// a mapping by streaming stores. `stream` and `mapped` only where base::can_stream().
+enum class CachedPath : uint8_t { stream, plain, mapped };
 
 struct FileSourceOptions {
   DirectReader* direct = nullptr;  // must outlive the source; nullptr: everything goes through the page cache

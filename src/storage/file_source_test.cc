@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <latch>
 #include <random>
 #include <thread>
@@ -29,6 +32,18 @@ SourceFile open_file(const std::string& path, int flags = O_RDONLY) {
   base::Fd fd(::open(path.c_str(), flags | O_CLOEXEC));
   const auto identity = base::identify_file(fd.get(), path).value();
   return {std::move(fd), path, identity};
+}
+
+// Resident bytes of mappings of files of this name, as /proc/self/smaps counts them.
+uint64_t mapped_file_bytes(const std::string& name) {
+  std::ifstream smaps("/proc/self/smaps");
+  uint64_t kib = 0, total_kib = 0;
+  bool ours = false;
+  for (std::string line; std::getline(smaps, line);) {
+    if (line.find('-') < line.find(' ')) ours = line.ends_with("/" + name);  // the head of a mapping
+    if (ours && std::sscanf(line.c_str(), "Rss: %" SCNu64, &kib) == 1) total_kib += kib;
+  }
+  return total_kib << 10;
 }
 
 class FileSource : public testing::Test {
@@ -73,6 +88,57 @@ TEST_F(FileSource, interrupted_and_short_reads_are_carried_on) {
   EXPECT_TRUE(read_now(*source, 0, 0, read));
   EXPECT_EQ(read, bytes);
   EXPECT_EQ(source->counters().read_count, 1u);
+}
+
+TEST_F(FileSource, a_mapped_file_that_is_cut_while_its_pages_are_read_is_an_error_and_no_signal) {
+  if (!base::can_stream()) GTEST_SKIP() << "this CPU has neither AVX512F nor AVX2";
+  const Bytes bytes = sample_bytes(1 << 20);
+  path_ = folder_.write("model", bytes);
+  auto source = make(open_file(path_), ::pread, CachedPath::mapped);
+  Bytes read(bytes.size());
+  Status status;
+  std::latch done(1);
+  source->read({.target = read,
+                .done =
+                    [&](Status ended, ReadTiming) {
+                      status = std::move(ended);
+                      done.count_down();
+                    },
+                .piece =
+                    [&](uint64_t at, std::span<const std::byte>) {
+                      if (at == 256 << 10) {
+                        EXPECT_EQ(::truncate(path_.c_str(), 4096), 0);
+                      }
+                    }});
+  done.wait();
+  ASSERT_FALSE(status);
+  EXPECT_EQ(status.error().code, Code::changed) << status.error().message;
+  EXPECT_TRUE(std::equal(read.begin(), read.begin() + (256 << 10), bytes.begin()));
+  // Another file on the same thread is none the wiser.
+  const std::string other = folder_.write("other", bytes);
+  EXPECT_TRUE(read_now(*make(open_file(other), ::pread, CachedPath::mapped), 0, 0, read));
+  EXPECT_EQ(read, bytes);
+}
+
+TEST_F(FileSource, pages_of_a_mapped_file_are_given_back) {
+  if (!base::can_stream()) GTEST_SKIP() << "this CPU has neither AVX512F nor AVX2";
+  const Bytes bytes = sample_bytes(64 << 20);
+  auto source = make(open_file(folder_.write("model", bytes)), ::pread, CachedPath::mapped);
+  Bytes read(bytes.size());
+  ASSERT_TRUE(read_now(*source, 0, 0, read));
+  EXPECT_EQ(read, bytes);
+  EXPECT_EQ(mapped_file_bytes("model"), 0u);
+  source.reset();
+}
+
+using FileSourceDeathTest = FileSource;
+TEST_F(FileSourceDeathTest, a_bus_error_elsewhere_ends_the_process_as_ever) {
+  const SourceFile file = open_file(folder_.write("model", Bytes(4096)));
+  Bytes read(4096);
+  ASSERT_TRUE(read_now(*make(open_file(file.path), ::pread, CachedPath::mapped), 0, 0, read));
+  const auto* page = static_cast<const volatile char*>(::mmap(nullptr, 4096, PROT_READ, MAP_SHARED, file.fd.get(), 0));
+  ASSERT_EQ(::truncate(file.path.c_str(), 0), 0);
+  EXPECT_DEATH(static_cast<void>(*page), "");
 }
 
 TEST_F(FileSource, the_end_before_the_range_is_full_is_an_error) {

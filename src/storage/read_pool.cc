@@ -21,21 +21,6 @@ ReadPool::~ReadPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-Status ReadPool::start(int thread_count) {
-  for (int i = 0; i < thread_count; ++i) {
-    try {
-      threads_.emplace_back([this] {
-        pthread_setname_np(pthread_self(), "tensord-read");
-        while (Work work = next()) work();
-      });
-    } catch (const std::system_error& error) {
-      return fail(base::Code::exhausted, "start read thread ", i + 1, " of ", thread_count, ": ", error.what(),
-                  "; configure fewer or raise the limit on processes");
-    }
-  }
-  return {};
-}
-
 void ReadPool::post(const void* owner, Work work) {
   MutexLock lock(mutex_);
   CHECK(!stopping_);
@@ -66,7 +51,17 @@ ReadPool::Work ReadPool::next() {
 Result<std::unique_ptr<ReadPool>> start_read_pool(int thread_count) {
   CHECK(thread_count > 0);
   auto pool = std::make_unique<ReadPool>();
-  TRY(pool->start(thread_count));
+  for (int i = 0; i < thread_count; ++i) {
+    try {
+      pool->threads_.emplace_back([raw = pool.get()] {
+        pthread_setname_np(pthread_self(), "tensord-read");
+        while (ReadPool::Work work = raw->next()) work();
+      });
+    } catch (const std::system_error& error) {
+      return fail(base::Code::exhausted, "start read thread ", i + 1, " of ", thread_count, ": ", error.what(),
+                  "; configure fewer or raise the limit on processes");
+    }
+  }
   return pool;
 }
 

@@ -14,15 +14,13 @@
 namespace tensord::storage {
 
 using base::Result;
-using base::Status;
 
 // Shared by any number of sources. Thread safe.
 class ReadPool {
  public:
   using Work = std::function<void()>;
 
-  ~ReadPool();                     // every owner must be gone
-  Status start(int thread_count);  // once, before all else; see start_read_pool()
+  ~ReadPool();  // every owner must be gone
   int thread_count() const { return static_cast<int>(threads_.size()); }
   // Runs `work` on one of the threads. Never blocks: those who ask for reads bound what they have in flight.
   void post(const void* owner, Work work);
@@ -30,6 +28,7 @@ class ReadPool {
   std::vector<Work> withdraw(const void* owner);
 
  private:
+  friend Result<std::unique_ptr<ReadPool>> start_read_pool(int thread_count);
   struct Item {
     const void* owner;
     Work work;
@@ -37,7 +36,7 @@ class ReadPool {
 
   Work next();  // empty when the thread is to end
 
-  std::vector<std::thread> threads_;  // constant after start()
+  std::vector<std::thread> threads_;  // constant after start_read_pool()
   base::Mutex mutex_;
   std::condition_variable wake_;
   std::deque<Item> items_ GUARDED_BY(mutex_);

@@ -8,12 +8,19 @@
 #include <string>
 #include <vector>
 
+#include "base/fd.h"
 #include "base/result.h"
 
 namespace tensord::storage {
 
 using base::Result;
 using base::Status;
+
+struct SourceFile {
+  base::Fd fd;                  // open for reading; a regular file
+  std::string path;             // for messages
+  base::FileIdentity identity;  // reads end at its size, also when the file grew since
+};
 
 // When the bytes moved, without the time a read waited for its turn; both 0 when it never began.
 struct ReadTiming {

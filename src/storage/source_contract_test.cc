@@ -32,6 +32,7 @@ class FileOrMemory : public testing::TestWithParam<const char*> {
     FileSourceOptions options;
     const std::string kind = GetParam();
     if (kind == "file_plain") options.cached_path = CachedPath::plain;
+    if (kind == "file_mapped") options.cached_path = CachedPath::mapped;
     if (kind == "file_io_uring" || kind == "file_direct_pread") {
       if (!direct_) direct_ = kind == "file_io_uring" ? start_uring_reader().value() : start_pread_reader().value();
       options.direct = direct_.get();
@@ -56,7 +57,8 @@ std::vector<Bytes> sample_files(const std::vector<size_t>& sizes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Source, FileOrMemory,
-                         testing::Values("file", "file_plain", "file_io_uring", "file_direct_pread", "memory"),
+                         testing::Values("file", "file_plain", "file_mapped", "file_io_uring", "file_direct_pread",
+                                         "memory"),
                          [](const auto& name) { return std::string(name.param); });
 
 TEST_P(FileOrMemory, partitions_are_read_in_steps) {

@@ -25,6 +25,23 @@ bool continues(const Repeat& inner, const Repeat& outer) {
          !__builtin_mul_overflow(inner.count, outer.count, &count);
 }
 
+// The bytes that `row_bytes` at `offset` touch under loops with these pitches.
+std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
+                            int64_t Repeat::*pitch) {
+  constexpr Wide kEnd = Wide(1) << 64;
+  Wide begin = offset;
+  Wide end = begin + row_bytes;
+  for (const Repeat& loop : loops) {
+    if (loop.count == 0) return Extent{offset, offset};
+    // Below 2^127: a count has 64 bits, a pitch 63 and a sign.
+    const Wide distance = Wide(loop.count - 1) * (loop.*pitch);
+    (distance < 0 ? begin : end) += distance;
+    if (begin < 0 || end >= kEnd) return std::nullopt;
+  }
+  if (end >= kEnd) return std::nullopt;
+  return Extent{static_cast<uint64_t>(begin), static_cast<uint64_t>(end)};
+}
+
 }  // namespace
 
 Nest::Nest(const Copy2D& record) : head(record) {
@@ -50,7 +67,7 @@ Repeat Nest::take(size_t at) {
 }
 
 void Nest::advance(const Repeat& loop, uint64_t index) {
-  if (head.kind == Copy2D::Kind::copy) head.source_offset += index * static_cast<uint64_t>(loop.source_pitch);
+  head.source_offset += index * static_cast<uint64_t>(loop.source_pitch);
   head.target_offset += index * static_cast<uint64_t>(loop.target_pitch);
 }
 
@@ -58,7 +75,6 @@ void Nest::simplify() {
   constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
   const auto end = loops.begin() + loop_count;
   for (auto loop = loops.begin(); loop != end; ++loop) {
-    if (head.kind == Copy2D::Kind::fill) loop->source_pitch = loop->target_pitch;
     if (loop->target_pitch >= 0 || loop->target_pitch == kLowest || loop->source_pitch == kLowest) continue;
     advance(*loop, loop->count - 1);
     loop->source_pitch = -loop->source_pitch;
@@ -89,25 +105,15 @@ void Nest::simplify() {
 
 Copy2D Nest::record() const {
   Copy2D record = head;
-  if (record.kind == Copy2D::Kind::fill) {
-    record.source = 0;
-    record.source_offset = 0;
-  }
-  const auto repeat = [&](size_t at) {
-    Repeat loop = loops[at];
-    if (record.kind == Copy2D::Kind::fill) loop.source_pitch = 0;
-    return loop;
-  };
   if (loop_count > 0) {
-    const Repeat rows = repeat(0);
-    record.row_count = rows.count;
-    record.source_pitch = rows.source_pitch;
-    record.target_pitch = rows.target_pitch;
+    record.row_count = loops[0].count;
+    record.source_pitch = loops[0].source_pitch;
+    record.target_pitch = loops[0].target_pitch;
     record.outer_count = static_cast<uint8_t>(loop_count - 1);
-    for (size_t at = 1; at < loop_count; ++at) record.outer[at - 1] = repeat(at);
+    for (size_t at = 1; at < loop_count; ++at) record.outer[at - 1] = loops[at];
   }
   // A transpose: the loop that reads side by side goes next to the rows, where tiles are cut from the two.
-  if (record.kind == Copy2D::Kind::copy && record.row_bytes <= kTileRowBytes && record.outer_count > 1) {
+  if (record.row_bytes <= kTileRowBytes && record.outer_count > 1) {
     const auto begin = record.outer.begin();
     const auto closest = std::min_element(begin, begin + record.outer_count, [](const Repeat& a, const Repeat& b) {
       // 0 wraps around to the largest number: a broadcast is no neighbour.
@@ -155,22 +161,6 @@ void Nest::append_all_to(std::vector<Copy2D>& records) const {
   }
 }
 
-std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops,
-                            int64_t Repeat::*pitch) {
-  constexpr Wide kEnd = Wide(1) << 64;
-  Wide begin = offset;
-  Wide end = begin + row_bytes;
-  for (const Repeat& loop : loops) {
-    if (loop.count == 0) return Extent{offset, offset};
-    // Below 2^127: a count has 64 bits, a pitch 63 and a sign.
-    const Wide distance = Wide(loop.count - 1) * (loop.*pitch);
-    (distance < 0 ? begin : end) += distance;
-    if (begin < 0 || end >= kEnd) return std::nullopt;
-  }
-  if (end >= kEnd) return std::nullopt;
-  return Extent{static_cast<uint64_t>(begin), static_cast<uint64_t>(end)};
-}
-
 std::optional<Extent> source_reach(const Nest& nest) {
   return reach(nest.head.source_offset, nest.head.row_bytes, {nest.loops.data(), nest.loop_count},
                &Repeat::source_pitch);
@@ -182,9 +172,7 @@ std::optional<Extent> target_reach(const Nest& nest) {
 }
 
 void sort_records(std::vector<Copy2D>& records) {
-  const auto key = [](const Copy2D& a) {
-    return std::tuple(a.kind, a.source, a.source_offset, a.target, a.target_offset);
-  };
+  const auto key = [](const Copy2D& a) { return std::tuple(a.source, a.source_offset, a.target, a.target_offset); };
   const auto before = [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); };
   if (!std::is_sorted(records.begin(), records.end(), before)) std::stable_sort(records.begin(), records.end(), before);
 }

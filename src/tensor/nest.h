@@ -38,13 +38,11 @@ struct Nest {
   void append_all_to(std::vector<Copy2D>& records) const;
 };
 
-// The bytes that `row_bytes` at `offset` touch under loops with these pitches; nullopt when that leaves the 64-bit
-// address space.
-std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const Repeat> loops, int64_t Repeat::*pitch);
+// The bytes that a nest reads, or writes; nullopt when that leaves the 64-bit address space.
 std::optional<Extent> source_reach(const Nest& nest);
 std::optional<Extent> target_reach(const Nest& nest);
 
-// Canonical order: copies before fills; then by source, source_offset, target, target_offset.
+// Canonical order: by source, source_offset, target, target_offset.
 void sort_records(std::vector<Copy2D>& records);
 
 }  // namespace tensord::tensor

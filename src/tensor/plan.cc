@@ -22,13 +22,11 @@ uint64_t Copy2D::target_row_bytes() const {
   return row_bytes / dtype_bytes(source_dtype).value_or(1) * dtype_bytes(target_dtype).value_or(1);
 }
 
-uint64_t Copy2D::source_bytes() const { return row_bytes * row_count * outer_iterations(); }
-
 uint64_t Copy2D::target_bytes() const { return target_row_bytes() * row_count * outer_iterations(); }
 
 bool Copy2D::is_transposed() const {
   const auto distance = [](int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : uint64_t(pitch); };
-  return kind == Kind::copy && row_bytes <= kTileRowBytes && outer_count > 0 && outer[0].source_pitch != 0 &&
+  return row_bytes <= kTileRowBytes && outer_count > 0 && outer[0].source_pitch != 0 &&
          distance(outer[0].source_pitch) < distance(source_pitch);
 }
 
@@ -98,7 +96,6 @@ std::optional<Task> TaskCutter::next() {
 }
 
 Extent source_extent(const Copy2D& record, const Task& task) {
-  if (record.kind == Copy2D::Kind::fill) return {};
   // The corners of the box: exact where outer iterations do not carry into outer[1], else what all of outer[0] reads.
   Nest nest(record);
   nest.loop_count = 0;

@@ -42,8 +42,6 @@ inline constexpr size_t kRecordsMax = size_t{1} << 20;
 inline constexpr uint64_t kTileRowBytes = 64;
 
 struct Copy2D {
-  enum class Kind : uint8_t { copy = 0, fill = 1 };  // fill: zeros, source fields unused
-  Kind kind = Kind::copy;
   uint8_t outer_count = 0;
   Dtype source_dtype = Dtype::u8;  // differ only where a cast is wanted; then row_bytes counts source bytes
   Dtype target_dtype = Dtype::u8;
@@ -61,15 +59,13 @@ struct Copy2D {
   bool is_empty() const;              // moves nothing, wherever it points
   uint64_t outer_iterations() const;  // product of the outer counts
   uint64_t target_row_bytes() const;
-  uint64_t source_bytes()
-      const;  // bytes moved: row_bytes x row_count x all outer counts. Cannot overflow once checked.
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
   auto operator<=>(const Copy2D&) const = default;
 };
 
 struct CopyPlan {
-  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset; fills last
+  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset
 
   uint64_t target_bytes() const;  // sum over the records
   bool operator==(const CopyPlan&) const = default;
@@ -108,18 +104,17 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted);
 
 // --- checking ----------------------------------------------------------------------------------------------------
 
-enum class Coverage : uint8_t { any, complete };
 // What to say of a record beside its number, with a space behind it; asked for records that overlap.
 using RecordName = std::function<std::string(size_t record)>;
 inline std::string no_name(size_t) { return {}; }
 
 // Source and target sizes by number. Refused with Code::invalid_argument, naming record and offsets: a number that is
-// out of range, reads or writes out of bounds, two records (or two rows of one) that write one byte, and, for
-// Coverage::complete, target bytes that nobody writes. Interval arithmetic; only records whose extents meet are looked
-// at more closely (equal pitches by residue, else row by row up to 16 Mi rows, beyond which Code::unsupported). Records
-// that move 0 bytes are ignored wherever they point. Broadcast and overlapping reads are fine.
+// out of range, reads or writes out of bounds, and two records (or two rows of one) that write one byte. Interval
+// arithmetic; only records whose extents meet are looked at more closely (equal pitches by residue, else row by row up
+// to 16 Mi rows, beyond which Code::unsupported). Records that move 0 bytes are ignored wherever they point. Broadcast
+// and overlapping reads are fine.
 Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  Coverage coverage, const RecordName& name = no_name);
+                  const RecordName& name = no_name);
 
 // A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
 // outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,
@@ -157,22 +152,5 @@ class TaskCutter {
 
 // The interval of its source that a task reads.
 Extent source_extent(const Copy2D& record, const Task& task);
-
-// --- layout ------------------------------------------------------------------------------------------------------
-
-// A packed buffer that holds several regions one after another, each row-major and aligned.
-struct PackedItem {
-  uint64_t offset = 0;
-  uint64_t size_bytes = 0;
-};
-struct PackedLayout {
-  std::vector<PackedItem> items;  // as many as the regions, in their order
-  uint64_t size_bytes = 0;        // a multiple of `alignment`
-};
-inline constexpr uint64_t kPackedAlignment = 8;
-Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment = kPackedAlignment);
-
-// The fill records that zero what `layout` leaves between and behind its items.
-CopyPlan pack_padding(const PackedLayout& layout, uint32_t target);
 
 }  // namespace tensord::tensor

@@ -94,41 +94,4 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted) {
   return plan;
 }
 
-// --- layout --------------------------------------------------------------------------------------------------------
-
-Result<PackedLayout> pack(std::span<const Strided> regions, uint64_t alignment) {
-  if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
-    return fail(Code::invalid_argument, "pack regions: alignment ", alignment, " is not a power of two");
-  }
-  PackedLayout layout;
-  layout.items.reserve(regions.size());
-  for (const Strided& region : regions) {
-    const auto size_bytes = base::checked_multiply(region.element_count(), region.element_bytes);
-    const auto end = size_bytes ? base::checked_add(layout.size_bytes, *size_bytes) : std::nullopt;
-    if (!end || *end > std::numeric_limits<uint64_t>::max() - alignment) {
-      return fail(Code::invalid_argument, "pack regions: region ", layout.items.size(), " of shape ",
-                  shape_text(region.shape), " does not fit an address space");
-    }
-    layout.items.push_back({layout.size_bytes, *size_bytes});
-    layout.size_bytes = base::align_up(*end, alignment);
-  }
-  return layout;
-}
-
-CopyPlan pack_padding(const PackedLayout& layout, uint32_t target) {
-  CopyPlan plan;
-  for (size_t at = 0; at < layout.items.size(); ++at) {
-    const uint64_t begin = layout.items[at].offset + layout.items[at].size_bytes;
-    const uint64_t end = at + 1 < layout.items.size() ? layout.items[at + 1].offset : layout.size_bytes;
-    if (begin == end) continue;
-    Copy2D padding;
-    padding.kind = Copy2D::Kind::fill;
-    padding.target = target;
-    padding.target_offset = begin;
-    padding.row_bytes = end - begin;
-    plan.records.push_back(padding);
-  }
-  return plan;
-}
-
 }  // namespace tensord::tensor

@@ -13,7 +13,6 @@ namespace tensord::tensor {
 // One line a record:
 //   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B            (sources and targets other than 0 as `s1:1006`, `t2:0`)
 //   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B   x 4 pitch 96 -> 48
-//   fill -> 24   1 row x 8 B
 //   0 -> 0   1 row x 64 B   F32 as BF16
 std::string to_text(const CopyPlan& plan);
 
@@ -24,13 +23,8 @@ class RecordText {
 
   Copy2D read() {
     Copy2D record;
-    if (word_ == "fill") {
-      record.kind = Copy2D::Kind::fill;
-      next();
-    } else {
-      read_place(record.source, record.source_offset);
-      read_pitch(record.source_pitch);
-    }
+    read_place(record.source, record.source_offset);
+    read_pitch(record.source_pitch);
     expect("->");
     read_place(record.target, record.target_offset);
     read_pitch(record.target_pitch);
@@ -43,7 +37,7 @@ class RecordText {
       Repeat loop;
       loop.count = number<uint64_t>();
       expect("pitch");
-      if (record.kind == Copy2D::Kind::copy) loop.source_pitch = number<int64_t>();
+      loop.source_pitch = number<int64_t>();
       expect("->");
       loop.target_pitch = number<int64_t>();
       record.outer.at(record.outer_count++) = loop;

@@ -14,18 +14,15 @@ std::string place(char memory, uint32_t number, uint64_t offset) {
 std::string counted(uint64_t count, std::string_view noun) { return text(count, " ", noun, count == 1 ? "" : "s"); }
 
 std::string record_text(const Copy2D& record) {
-  const bool is_fill = record.kind == Copy2D::Kind::fill;
   const bool has_rows = record.row_count != 1;
-  std::string out = is_fill ? "fill" : place('s', record.source, record.source_offset);
-  if (has_rows && !is_fill) out += text(" pitch ", record.source_pitch);
+  std::string out = place('s', record.source, record.source_offset);
+  if (has_rows) out += text(" pitch ", record.source_pitch);
   out += text(" -> ", place('t', record.target, record.target_offset));
   if (has_rows) out += text(" pitch ", record.target_pitch);
   out += text("   ", counted(record.row_count, "row"), " x ", record.row_bytes, " B");
   for (size_t at = 0; at < record.outer_count; ++at) {
     const Repeat& loop = record.outer[at];
-    out += text("   x ", loop.count, " pitch ");
-    if (!is_fill) out += text(loop.source_pitch, " ");
-    out += text("-> ", loop.target_pitch);
+    out += text("   x ", loop.count, " pitch ", loop.source_pitch, " -> ", loop.target_pitch);
   }
   if (record.casts()) out += text("   ", dtype_name(record.source_dtype), " as ", dtype_name(record.target_dtype));
   return out + "\n";

@@ -13,28 +13,24 @@ using base::fail;
 
 namespace {
 
-using Kind = Copy2D::Kind;
-
 // --- canonical -----------------------------------------------------------------------------------------------------
 
 bool is_single_row(const Copy2D& record) { return record.row_count == 1 && record.outer_count == 0 && !record.casts(); }
 
-uint64_t distance(const Copy2D& record) {
-  return record.kind == Kind::fill ? 0 : record.target_offset - record.source_offset;
-}
+uint64_t distance(const Copy2D& record) { return record.target_offset - record.source_offset; }
 
 // Joins neighbours in the list that overlap or touch and have equal distance. Sorted by distance, then offset.
 void join_rows(std::vector<Copy2D>& rows) {
   const auto key = [](const Copy2D& a) {
-    return std::tuple(a.kind, a.source, a.target, distance(a), a.target_offset, a.row_bytes);
+    return std::tuple(a.source, a.target, distance(a), a.target_offset, a.row_bytes);
   };
   std::sort(rows.begin(), rows.end(), [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); });
   size_t kept = 0;
   for (size_t at = 1; at < rows.size(); ++at) {
     Copy2D& row = rows[kept];
     const Copy2D& next = rows[at];
-    const bool is_sibling = std::tuple(row.kind, row.source, row.target, distance(row)) ==
-                            std::tuple(next.kind, next.source, next.target, distance(next));
+    const bool is_sibling =
+        std::tuple(row.source, row.target, distance(row)) == std::tuple(next.source, next.target, distance(next));
     const auto row_end = base::checked_add(row.target_offset, row.row_bytes);
     const auto next_end = base::checked_add(next.target_offset, next.row_bytes);
     if (is_sibling && row_end && next_end && next.target_offset <= *row_end) {
@@ -69,6 +65,21 @@ CopyPlan canonical(CopyPlan plan) {
   sort_records(out.records);
   out.records.erase(std::unique(out.records.begin(), out.records.end()), out.records.end());
   return out;
+}
+
+// --- completeness ---------------------------------------------------------------------------------------------------
+
+Status check_complete(const CopyPlan& plan, std::span<const uint64_t> target_sizes) {
+  std::vector<uint64_t> written(target_sizes.size());
+  for (const Copy2D& record : plan.records) {
+    if (!record.is_empty()) written[record.target] += record.target_bytes();
+  }
+  for (uint32_t target = 0; target < target_sizes.size(); ++target) {
+    if (written[target] == target_sizes[target]) continue;
+    return fail(Code::invalid_argument, "target ", target, " has ", target_sizes[target], " bytes, of which ",
+                written[target], " are written");
+  }
+  return {};
 }
 
 // --- window --------------------------------------------------------------------------------------------------------
@@ -117,7 +128,7 @@ class Cut {
     Copy2D& head = row.head;
     const uint64_t begin = std::max(head.target_offset, inside_.begin);
     const uint64_t end = std::min(head.target_offset + head.row_bytes, inside_.end);
-    if (head.kind == Kind::copy) head.source_offset += begin - head.target_offset;
+    head.source_offset += begin - head.target_offset;
     head.target_offset = begin;
     head.row_bytes = end - begin;
     return emit(row);

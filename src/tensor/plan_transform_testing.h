@@ -1,4 +1,5 @@
-// What tests make out of plans: one form for equal plans, and what a plan writes of a window of its target.
+// What tests make out of plans: one form for equal plans, whether they write everything, and what a plan writes of a
+// window of its target.
 #pragma once
 
 #include "tensor/plan.h"
@@ -8,6 +9,10 @@ namespace tensord::tensor {
 // Drops records that do exactly what another one does or nothing, merges loops, joins contiguous records with equal
 // source-to-target distance that overlap or touch, and sorts. Takes plans that were not checked.
 CopyPlan canonical(CopyPlan plan);
+
+// Code::invalid_argument when a plan that check_plan accepts leaves bytes of its targets unwritten: it writes no byte
+// twice, so that the amounts tell.
+Status check_complete(const CopyPlan& plan, std::span<const uint64_t> target_sizes);
 
 // What writes bytes [offset, offset + size_bytes) of target memory `target` (clipped to what the plan writes), as a
 // plan into one target memory 0 in which `offset` is 0. Rows are cut where the window cuts them. Only checked plans

@@ -4,22 +4,113 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "base/bytes.h"
 #include "base/text.h"
-#include "tensor/json.h"
 
 namespace tensord::tensor {
 
 using base::checked_multiply;
 using base::Code;
 using base::fail;
-using base::quoted;
 using base::text;
-using Kind = JsonValue::Kind;
 
 namespace {
+
+// ---- JSON as a stream of events: no document tree is built ----------------------------------------------------------
+
+// Objects and arrays deeper than this are refused.
+constexpr uint32_t kJsonDepthMax = 32;
+
+// A value as it begins: scalars whole, objects and arrays before what they hold.
+struct JsonValue {
+  enum class Kind : uint8_t { object, array, string, natural, null, other };
+  Kind kind = Kind::other;
+  std::string_view what;  // "an object", "a string", "a number", .. "a negative number", "a fraction", "true", "false"
+  std::string text = {};  // of a string
+  uint64_t number = 0;    // of a natural number: 0 .. 2^64 - 1, written without sign, point or exponent
+};
+
+using Kind = JsonValue::Kind;
+
+// What a reader of some format overrides. An event that fails ends the walk with its error. `path`: the keys around the
+// value, of which any may be there twice; "" for an array.
+class JsonEvents {
+ public:
+  virtual ~JsonEvents() = default;
+  virtual Status value(std::span<const std::string> path, JsonValue&& value) = 0;
+  virtual Status end(std::span<const std::string> path) = 0;  // of an object or array
+};
+
+// The library's interface on one side, JsonEvents on the other. Every function says whether to go on.
+class Adapter {
+ public:
+  Adapter(const std::string& where, JsonEvents& events) : where_(where), events_(events) {}
+
+  bool null() { return give({Kind::null, "null"}); }
+  bool boolean(bool value) { return give({Kind::other, value ? "true" : "false"}); }
+  bool number_integer(int64_t) { return give({Kind::other, "a negative number"}); }
+  bool number_unsigned(uint64_t value) { return give({Kind::natural, "a number", {}, value}); }
+  bool number_float(double, const std::string& digits) {
+    const bool whole = digits.find_first_of(".eE") == std::string::npos;
+    return give({Kind::other, whole ? "a number beyond 64 bits" : "a fraction"});
+  }
+  bool string(std::string& value) { return give({Kind::string, "a string", std::move(value)}); }
+  bool binary(nlohmann::json::binary_t&) { return false; }  // CBOR and its like only
+  bool start_object(size_t) { return enter({Kind::object, "an object"}); }
+  bool key(std::string& name) { return path_.back() = std::move(name), true; }
+  bool end_object() { return path_.pop_back(), keep(events_.end(path_)); }
+  bool start_array(size_t) { return enter({Kind::array, "an array"}); }
+  bool end_array() { return end_object(); }
+  bool parse_error(size_t byte, const std::string&, const nlohmann::json::exception& error) {
+    // The library's own text quotes the input without bounds, so only its kind is used.
+    const bool encoding = std::string_view(error.what()).find("ill-formed UTF-8") != std::string_view::npos;
+    return keep(fail(Code::corrupt, where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte));
+  }
+
+  Status status() && { return std::move(status_); }
+
+ private:
+  bool keep(Status status) {
+    if (status) return true;
+    status_ = std::move(status);
+    return false;
+  }
+  bool give(JsonValue&& value) { return keep(events_.value(path_, std::move(value))); }
+  bool enter(JsonValue&& value) {
+    if (path_.size() == kJsonDepthMax) {
+      return keep(fail(Code::corrupt, where_, " nests deeper than ", kJsonDepthMax, " levels"));
+    }
+    if (!give(std::move(value))) return false;
+    path_.emplace_back();
+    return true;
+  }
+
+  const std::string& where_;
+  JsonEvents& events_;
+  std::vector<std::string> path_;
+  Status status_;
+};
+
+// One JSON value (RFC 8259), white space around it allowed. Code::corrupt, beginning with `where`: not JSON or not UTF-8
+// (with the byte where it stops being so), nested deeper than kJsonDepthMax.
+Status walk_json(std::string_view json, const std::string& where, JsonEvents& events) {
+  // The library takes a NUL for the end of its input.
+  if (const size_t nul = json.find('\0'); nul != std::string_view::npos) {
+    return fail(Code::corrupt, where, " is not valid JSON at byte ", nul + 1);
+  }
+  Adapter adapter(where, events);
+  try {
+    nlohmann::json::sax_parse(json.begin(), json.end(), &adapter);
+  } catch (const std::exception& error) {
+    return fail(Code::exhausted, where, " could not be read: ", error.what());
+  }
+  return std::move(adapter).status();
+}
+
+// ---- the header -----------------------------------------------------------------------------------------------------
 
 constexpr std::string_view kMetadataKey = "__metadata__";
 
@@ -62,7 +153,7 @@ class HeaderReader final : public JsonEvents {
 
   Status refuse(const auto&... what) const { return fail(Code::corrupt, path_, ": header has ", what...); }
   Status refuse_tensor(const auto&... what) const {
-    return fail(Code::corrupt, path_, ": tensor ", quoted(tensor_.name), ": ", what...);
+    return fail(Code::corrupt, path_, ": tensor ", base::quoted(tensor_.name), ": ", what...);
   }
 
   Status begin_metadata(const JsonValue& value) {
@@ -75,11 +166,11 @@ class HeaderReader final : public JsonEvents {
 
   Status add_metadata(const std::string& key, JsonValue& value) {
     if (value.kind != Kind::string) {
-      return refuse("a __metadata__ whose ", quoted(key), " is ", value.what, ", not a string");
+      return refuse("a __metadata__ whose ", base::quoted(key), " is ", value.what, ", not a string");
     }
     if (part_.metadata.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " metadata entries");
     if (part_.metadata.emplace(key, std::move(value.text)).second) return {};
-    return refuse("a duplicate metadata key ", quoted(key));
+    return refuse("a duplicate metadata key ", base::quoted(key));
   }
 
   Status begin_tensor(const std::string& name, const JsonValue& value) {
@@ -93,9 +184,9 @@ class HeaderReader final : public JsonEvents {
 
   Status set_field(std::string_view name, JsonValue& value) {
     const auto field = std::find_if(kFields.begin(), kFields.end(), [&](const Field& one) { return one.name == name; });
-    if (field == kFields.end()) return refuse_tensor("unknown field ", quoted(name));
+    if (field == kFields.end()) return refuse_tensor("unknown field ", base::quoted(name));
     bool& seen = seen_[static_cast<size_t>(field - kFields.begin())];
-    if (std::exchange(seen, true)) return refuse_tensor("duplicate field ", quoted(name));
+    if (std::exchange(seen, true)) return refuse_tensor("duplicate field ", base::quoted(name));
     if (value.kind != field->kind) return refuse_tensor(name, " is ", value.what, ", not ", field->type);
     if (value.kind == Kind::string) {
       tensor_.dtype = parse_dtype(value.text);
@@ -166,12 +257,12 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
   for (const uint32_t at : in_file_order(tensors)) {
     const Tensor* tensor = &tensors[at];
     if (tensor->offset < cursor) {
-      return fail(Code::corrupt, path, ": tensors ", quoted(last->name), " and ", quoted(tensor->name),
+      return fail(Code::corrupt, path, ": tensors ", base::quoted(last->name), " and ", base::quoted(tensor->name),
                   " overlap at byte ", tensor->offset, " of the file");
     }
     if (tensor->offset > cursor) {
       return fail(Code::corrupt, path, ": the ", tensor->offset - cursor, " bytes at ", cursor, " before tensor ",
-                  quoted(tensor->name), " belong to no tensor");
+                  base::quoted(tensor->name), " belong to no tensor");
     }
     cursor = tensor->offset + tensor->size_bytes;
     last = tensor;
@@ -213,15 +304,15 @@ class ShardIndexReader final : public JsonEvents {
 
   Status add(const std::string& tensor, JsonValue& value) {
     if (value.kind != Kind::string) {
-      return refuse("tensor ", quoted(tensor), " in ", value.what, ", not in a file name");
+      return refuse("tensor ", base::quoted(tensor), " in ", value.what, ", not in a file name");
     }
     if (!stays_inside(value.text)) {
-      return refuse("tensor ", quoted(tensor), " in file ", quoted(value.text),
+      return refuse("tensor ", base::quoted(tensor), " in file ", base::quoted(value.text),
                     "; files must be named relative to the index and lie in its folder");
     }
     if (shards_.weight_map.size() == kEntryCountMax) return refuse("over ", kEntryCountMax, " tensors");
     if (shards_.weight_map.try_emplace(tensor, std::move(value.text)).second) return {};
-    return refuse("tensor ", quoted(tensor), " twice in its weight_map");
+    return refuse("tensor ", base::quoted(tensor), " twice in its weight_map");
   }
 
   static bool stays_inside(std::string_view file) {
@@ -279,7 +370,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
   const auto twin = std::adjacent_find(tensors.begin(), tensors.end(),
                                        [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
   if (twin != tensors.end()) {
-    return fail(Code::corrupt, path, ": tensor ", quoted(twin->name), " is there twice");
+    return fail(Code::corrupt, path, ": tensor ", base::quoted(twin->name), " is there twice");
   }
   TRY(check_tiling(tensors, data_begin, file_size_bytes, path));
   return part;
@@ -299,13 +390,13 @@ Status check_shard_index(const ShardIndex& shards, const Index& index, Holds hol
     const Tensor* tensor = index.find(name);
     if (tensor == nullptr && holds == Holds::some) continue;
     if (tensor == nullptr) {
-      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file),
+      return fail(Code::corrupt, "the shard index puts tensor ", base::quoted(name), " in ", base::quoted(file),
                   ", but no file has it");
     }
     const std::string_view path = index.files[tensor->file].path;
     if (path != file && !path.ends_with("/" + file)) {
-      return fail(Code::corrupt, "the shard index puts tensor ", quoted(name), " in ", quoted(file), ", but it is in ",
-                  path);
+      return fail(Code::corrupt, "the shard index puts tensor ", base::quoted(name), " in ", base::quoted(file),
+                  ", but it is in ", path);
     }
   }
   return {};

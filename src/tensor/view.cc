@@ -197,6 +197,31 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
               " have ", bits, " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
+Reach reach_of(const Strided& region) {
+  constexpr Wide kFarMax = Wide{1} << 64;  // 64 dimensions of it do not overflow
+  Reach reach{region.offset, Wide{region.offset} + region.element_bytes};
+  for (size_t dimension = 0; dimension < region.shape.size(); ++dimension) {
+    const Wide distance = static_cast<Wide>(region.shape[dimension] - 1) * region.strides[dimension];
+    (distance < 0 ? reach.lowest : reach.highest) += std::clamp(distance, -kFarMax, kFarMax);
+  }
+  return reach;
+}
+
+Result<Strided> reinterpret(const Tensor& tensor, Dtype dtype, Strided region, uint64_t offset) {
+  const std::optional<uint32_t> element_bytes = dtype_bytes(dtype);
+  if (!element_bytes || region.strides.size() != region.shape.size())
+    return fail(Code::invalid_argument, "region of ", quoted(tensor.name),
+                ": elements of partial bytes, or too few strides");
+  region.element_bytes = *element_bytes;
+  if (region.element_count() == 0) return region;
+  if (const Reach reach = reach_of(region); reach.lowest < 0 || reach.highest > tensor.size_bytes) {
+    return fail(Code::invalid_argument, "region of ", quoted(tensor.name), ": it leaves the tensor, which has ",
+                tensor.size_bytes, " bytes");
+  }
+  region.offset += offset;
+  return region;
+}
+
 // --- text --------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -264,10 +289,6 @@ class IndexText {
   const size_t end_;
 };
 
-void append_number(std::string& out, std::optional<int64_t> number) {
-  if (number) base::append_text(out, *number);
-}
-
 }  // namespace
 
 Result<ViewItem> parse_view_item(std::string_view text) {
@@ -281,34 +302,6 @@ Result<ViewItem> parse_view_item(std::string_view text) {
     return ViewItem{std::string(text.substr(0, at)), std::move(items)};
   }
   return ViewItem{std::string(text), {}};  // no '[' belongs to the last ']': all of it is a name
-}
-
-std::string to_text(const ViewItem& item) {
-  // A name that ends like an index gets an empty index, so that it is read back as a name.
-  if (item.items.empty()) return item.name.ends_with(']') ? item.name + "[]" : item.name;
-  std::string out = item.name + "[";
-  for (const IndexItem& index : item.items) {
-    if (&index != item.items.data()) out += ", ";
-    switch (index.kind) {
-      case IndexItem::Kind::ellipsis:
-        out += "...";
-        break;
-      case IndexItem::Kind::new_axis:
-        out += "None";
-        break;
-      case IndexItem::Kind::integer:
-        append_number(out, index.integer);
-        break;
-      case IndexItem::Kind::slice:
-        append_number(out, index.start);
-        out += ":";
-        append_number(out, index.stop);
-        if (index.step) out += ":";
-        append_number(out, index.step);
-        break;
-    }
-  }
-  return out + "]";
 }
 
 }  // namespace tensord::tensor

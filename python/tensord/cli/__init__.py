@@ -69,10 +69,10 @@ def _run(typed: Sequence[str], verb: words.Verb | None, is_json: bool) -> int:
     if not typed:
         complain(words.help_on_all(VERBS))
         return USAGE
-    if typed[0] == "serve":
+    if typed[0] == "serve" and not {"-h", "--help"} & set(typed):
         daemon.become(*typed)
     if typed[0] == "--complete":
-        return _print(completions(VERBS, typed[1:], daemon.serve_help))
+        return _print(completions(VERBS, typed[1:]))
     before = typed[: typed.index(verb.name)] if verb else typed
     if "--version" in before:
         return _print(version_text())

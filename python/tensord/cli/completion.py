@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from . import serve
 from .words import HELP, VERSION, Verb, Word
 
 _BASH = r"""_tensord() {
@@ -47,31 +48,28 @@ complete -c tensord -f -a '(__tensord_complete)'
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 FILES = "<files>"
-_OF_FILES = frozenset(("PATH", "REPLICA", "LOAD", "FOLDER", "FILE"))
+_OF_FILES = frozenset(("PATH", "REPLICA", "LOAD", "FOLDER", "FILE", "MODEL"))
 
 _Candidate = tuple[str, str]  # a word and its summary
 
 
-def completions(verbs: Sequence[Verb], words: Sequence[str], serve_help: Callable[[], str]) -> str:
+def completions(verbs: Sequence[Verb], words: Sequence[str]) -> str:
     """What may stand for the last of `words`, the words after ``tensord``.
 
     Returns
     -------
     str
-        A line for each, its summary behind a tab; or one line ``<files>``: any file. The flags of `serve` are
-        those in its help, which `serve_help` gives.
+        A line for each, its summary behind a tab; or one line ``<files>``: any file.
     """
     last = words[-1] if words else ""
     lines = []
-    for candidate, summary in _candidates(verbs, words, last, serve_help):
+    for candidate, summary in _candidates(verbs, words, last):
         if candidate.startswith(last) or candidate == FILES:
             lines.append(f"{candidate}\t{summary}\n" if summary else f"{candidate}\n")
     return "".join(lines)
 
 
-def _candidates(
-    verbs: Sequence[Verb], words: Sequence[str], last: str, serve_help: Callable[[], str]
-) -> Iterator[_Candidate]:
+def _candidates(verbs: Sequence[Verb], words: Sequence[str], last: str) -> Iterator[_Candidate]:
     name = next((word for word in words[:-1] if not word.startswith("-")), None)
     if name is None:
         yield from ((verb.name, verb.summary) for verb in verbs)
@@ -85,21 +83,18 @@ def _candidates(
     if asking is not None:
         yield from _values(asking)
     elif last.startswith("-"):
-        yield from _flags_in(serve_help()) if name == "serve" else _flags(verb)
-    elif verb.operand is not None:
-        yield from _values(verb.operand)
+        yield from _flags(verb)
+    else:
+        typed = sum(not word.startswith("-") for word in words[:-1]) - 1  # values of flags count too
+        for operand in verb.operands[min(typed, max(len(verb.operands) - 1, 0)) :][:1]:
+            yield from _values(operand)
 
 
 def _flags(verb: Verb) -> Iterator[_Candidate]:
-    return ((flag.name, flag.summary) for flag in (HELP, *verb.flags))
-
-
-def _flags_in(text: str) -> Iterator[_Candidate]:
-    """Of the lines ``  --flag VALUE   summary`` of a help."""
-    for line in text.splitlines():
-        if line.startswith("  -") and "--" in line:
-            flag, _, rest = line[line.index("--") :].partition(" ")
-            yield flag, f" {rest}".partition("  ")[2].strip()
+    if verb.name == "serve":  # the compiled program reads them
+        yield from ((flag, meaning) for flag, _, meaning in serve.FLAGS)
+        return
+    yield from ((flag.name, flag.summary) for flag in (HELP, *verb.flags))
 
 
 def _values(word: Word) -> Iterator[_Candidate]:

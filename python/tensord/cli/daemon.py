@@ -173,13 +173,6 @@ def become(*words: str) -> NoReturn:
         raise os_error(f"run {path}", error) from None
 
 
-def serve_help() -> str:
-    import subprocess
-
-    done = subprocess.run([program(), "serve", "--help"], capture_output=True, text=True, check=False)
-    return done.stdout
-
-
 def measured(path: str) -> Any:
     """What `tensord measure` says of this machine; takes 5 to 20 s. `path` may be empty: the state folder."""
     import subprocess

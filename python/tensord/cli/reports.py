@@ -114,6 +114,8 @@ def list_of(listed: Report) -> str:
             _holders_of(replica),
             text(replica, "path") + (f" on {replica['device']}" if replica.get("device") else ""),
         )
+        for path in replica.get("paths", [])[1:]:  # the same files, opened by other names
+            table.add("", "", "", "", "", "", str(path))
         error = replica["error"]
         if error is not None:
             errors += f"replica {number(replica, 'replica')} failed: {text(error, 'message')}\n"
