@@ -458,7 +458,7 @@ FAULTS = [
     "cuPointerGetAttributes",
     "cuMemHostRegister_v2",
     "cuIpcOpenMemHandle_v2",
-    "cuMemcpyAsync",
+    "cuMemcpyHtoDAsync_v2",
     "cuMemcpy2DAsync_v2",
     "cuMemcpyBatchAsync_v2",
 ]

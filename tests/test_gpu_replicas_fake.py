@@ -455,6 +455,7 @@ FAULTS = [
     "cuEventRecord",
     "cuEventSynchronize",
     "cuMemHostRegister_v2",
+    "cuMemcpyHtoDAsync_v2",
     "cuMemcpyAsync",
     "cuMemcpyBatchAsync_v2",
     "cuMemCreate",

@@ -22,6 +22,7 @@
 #include "catalog/catalog.h"
 #include "daemon/config.h"
 #include "daemon/device_copies.h"
+#include "daemon/keeper_link.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -269,6 +270,8 @@ Status run(const Config& config) {
                     .keep_spans = keep_spans};
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
   engine.use_devices(devices);
+  KeeperLink keeper(engine, *loop, config.runtime_dir);
+  keeper.start();
   Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
   const auto closed = [&](rpc::ConnectionId id) {
     loop->post([&, id] {

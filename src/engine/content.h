@@ -56,6 +56,11 @@ struct ContentOrder {
 // any size.
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order);
 
+// The same of an index of all tensors of the files that is known from before. Code::corrupt where what is wanted of it does not
+// fit `memory_bytes`.
+Result<std::shared_ptr<const Content>> content_of(tensor::Index whole, std::vector<base::FileIdentity> identities,
+                                                  const std::vector<std::string>& only, uint64_t memory_bytes);
+
 // The leaves of file `file` in ImageLayout::leaves: [first, last).
 tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file);
 

@@ -7,6 +7,7 @@
 // Everything here runs on one thread, the owner's; work for other threads comes back through Owner::post.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <deque>
 #include <functional>
@@ -20,6 +21,7 @@
 #include "catalog/catalog.h"
 #include "engine/devices.h"
 #include "engine/eviction.h"
+#include "engine/keeper.h"
 #include "engine/replica.h"
 #include "engine/report.h"
 #include "memory/fresh_pages.h"
@@ -102,6 +104,15 @@ class Engine {
   ~Engine();
   // Set once, before the first replica on a device is opened; must outlive the engine's use.
   void use_devices(Devices& devices) { devices_ = &devices; }
+  // The same of a keeper; it is told of what changes from now on.
+  void use_keeper(Keeper& keeper) { keeper_ = &keeper; }
+  // All that a keeper is to store.
+  void tell_keeper_all();
+  // A ready replica of a daemon before this one, without `fill`, `memory` and `leases`. Errors leave nothing behind.
+  Status adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment> segments);
+  Status adopt_lease(uint64_t replica, uint64_t lease, Lease held);
+  // Replicas to come have this number or a higher one: lower ones mean something to clients of a daemon before this one.
+  void number_from(uint64_t first) { next_replica_ = std::max(next_replica_, first); }
 
   // Grants the replica of these files, loading them first where needed. Two requests for the same unchanged files share
   // one replica and one read; what holds more tensors than are wanted serves too. `done` is called on the owner's thread,
@@ -192,6 +203,8 @@ class Engine {
   void end_on_device(Replica& replica);
   base::Error refusal_on_device(const Replica& replica) const;
 
+  void tell_keeper(const Replica& replica, uint64_t lease);  // engine_keeping.cc
+
   // engine_room.cc
   enum class Room { now, freeing, held };  // freeing: the engine's own doing, and soon over
   void room_changed();
@@ -239,6 +252,7 @@ class Engine {
   storage::ReadPool& pool_;
   const Owner owner_;
   Devices* devices_ = nullptr;
+  Keeper* keeper_ = nullptr;
   memory::SegmentPool pool_memory_;
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;

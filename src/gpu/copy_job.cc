@@ -60,13 +60,13 @@ std::optional<Piece> PieceCutter::next() {
   const uint64_t space = std::min(part_bytes_ - piece.segment_offset % part_bytes_,
                                   job_.source[segment_].size_bytes - piece.segment_offset);
   const uint64_t row_left = copy.row_bytes - byte_;
-  if (byte_ > 0 || row_left > std::min(space, kPieceBytes)) {
-    piece.row_bytes = std::min({row_left, space, kPieceBytes});
+  if (byte_ > 0 || row_left > std::min(space, piece_bytes_)) {
+    piece.row_bytes = std::min({row_left, space, piece_bytes_});
     byte_ += piece.row_bytes;
     if (byte_ == copy.row_bytes) ++row_, byte_ = 0;
   } else {
     piece.row_bytes = copy.row_bytes;
-    piece.row_count = std::min(copy.row_count - row_, kPieceBytes / copy.row_bytes);
+    piece.row_count = std::min(copy.row_count - row_, piece_bytes_ / copy.row_bytes);
     if (copy.row_count > 1)
       piece.row_count = std::min(piece.row_count, 1 + (space - copy.row_bytes) / copy.source_pitch);
     row_ += piece.row_count;

@@ -235,7 +235,8 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
   uint64_t bytes = 0, image_end = 0;
   size_t count = 0;
   Status issued;
-  for (; running->next && bytes < kChunkBytes && count < kBatchCountMax; ++count) {
+  const uint64_t chunk_bytes = running->device_source ? kPeerPieceBytes : kChunkBytes;
+  for (; running->next && bytes < chunk_bytes && count < kBatchCountMax; ++count) {
     const auto ready = is_ready(*running, *running->next);
     if (!ready) issued = base::pass_on(ready);
     if (!ready || !*ready) break;
@@ -279,7 +280,7 @@ Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle 
     return {};
   }
   ++running.report.call_count;
-  if (piece.row_count == 1) return driver_.check(driver_.copy(address, data, piece.row_bytes, stream), "copy to a GPU");
+  if (piece.row_count == 1) return copy(running, address, data, piece.row_bytes, stream);
   const Side from = running.device_source
                         ? Side{.type = 2, .device = data, .pitch = piece.source_pitch}
                         : Side{.type = 1, .host = reinterpret_cast<const void*>(data), .pitch = piece.source_pitch};
@@ -288,6 +289,11 @@ Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle 
                   .row_bytes = piece.row_bytes,
                   .row_count = piece.row_count};
   return driver_.check(driver_.copy_rows(&rows, stream), "copy rows to a GPU");
+}
+
+Status Device::copy(const Running& running, Address target, Address source, uint64_t size_bytes, Handle stream) {
+  const auto call = running.device_source ? driver_.copy_between : driver_.copy;
+  return driver_.check(call(target, source, size_bytes, stream), "copy to a GPU");
 }
 
 Status Device::flush(Running& running, Batch& batch, Handle stream) {
@@ -302,7 +308,7 @@ Status Device::flush(Running& running, Batch& batch, Handle stream) {
   }
   running.report.call_count += count;
   for (size_t at = 0; at < count; ++at) {
-    TRY(driver_.check(driver_.copy(batch.targets[at], batch.sources[at], batch.sizes[at], stream), "copy to a GPU"));
+    TRY(copy(running, batch.targets[at], batch.sources[at], batch.sizes[at], stream));
   }
   return {};
 }

@@ -58,6 +58,7 @@ class Device {
   Result<bool> issue_chunk(const std::shared_ptr<Running>& running);
   Result<bool> is_ready(Running& running, const Piece& piece);
   Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
+  Status copy(const Running& running, Address target, Address source, uint64_t size_bytes, Handle stream);
   Status flush(Running& running, Batch& batch, Handle stream);
   Result<Address> target(Running& running, uint32_t number);
   Result<Address> source(Running& running, const Piece& piece);

@@ -432,7 +432,7 @@ constexpr FaultCase kFaultCases[] = {
     {"cuEventDestroy_v2", false},
     {"cuEventRecord", true},
     {"cuEventSynchronize", true},
-    {"cuMemcpyAsync", true},
+    {"cuMemcpyHtoDAsync_v2", true},
     {"cuMemcpy2DAsync_v2", true},
     {"cuMemcpyBatchAsync_v2", true},
     {"cuIpcGetMemHandle", false},

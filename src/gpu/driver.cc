@@ -58,7 +58,8 @@ const char* look_up(void* library, Driver& driver) {
   symbols.find(driver.end_event, "cuEventDestroy_v2");
   symbols.find(driver.record, "cuEventRecord");
   symbols.find(driver.wait, "cuEventSynchronize");
-  symbols.find(driver.copy, "cuMemcpyAsync");
+  symbols.find(driver.copy, "cuMemcpyHtoDAsync_v2");
+  symbols.find(driver.copy_between, "cuMemcpyAsync");
   symbols.find(driver.copy_rows, "cuMemcpy2DAsync_v2");
   symbols.find_optional(driver.copy_batch, "cuMemcpyBatchAsync_v2");
   symbols.find(driver.ipc_export, "cuIpcGetMemHandle");

@@ -101,7 +101,9 @@ struct Driver {
   Answer (*end_event)(Handle);
   Answer (*record)(Handle event, Handle stream);
   Answer (*wait)(Handle event);
+  // Out of registered host memory, and between devices.
   Answer (*copy)(Address target, Address source, size_t, Handle stream);
+  Answer (*copy_between)(Address target, Address source, size_t, Handle stream);
   Answer (*copy_rows)(const Rows*, Handle stream);
   // nullptr before CUDA 13
   Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*, size_t* kind_begins,

@@ -86,6 +86,11 @@ void FillMap::end_failed(const base::Error& error) {
   wake();
 }
 
+void FillMap::void_it() {
+  header().state.store(static_cast<uint32_t>(FillState::failed), std::memory_order_release);
+  wake();
+}
+
 void FillMap::wake() {
   header().sequence.fetch_add(1, std::memory_order_release);
   futex_wake_all(header().sequence);

@@ -79,6 +79,8 @@ class FillMap : public FillView {
   void mark_block(uint64_t block, uint64_t size_bytes);
   void end_ready(const tensor::Digest& artifact_id);
   void end_failed(const base::Error& error);  // the first end counts
+  // Its memory will hold something else: whoever was left with this map alone is not to trust what it said.
+  void void_it();
 
  private:
   FillMap() = default;

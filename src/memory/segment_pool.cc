@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,6 +20,11 @@ using base::Code;
 using base::fail;
 
 namespace {
+// FUTURE_WRITE leaves the mapping that is there writable and refuses every later one, and write().
+constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+// Who has the segments that cannot be written to: no replica is of this uid (chown(2)).
+constexpr uid_t kNobody = static_cast<uid_t>(-1);
+
 // Address ranges begin at multiples of about their size, so that huge pages fit and page tables move by whole directories;
 // thousands of small ones lie close together and share page tables.
 uint64_t alignment_of(uint64_t size_bytes) {
@@ -64,12 +70,21 @@ Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
     return base::fail_errno(error, "map a memory segment");
   }
   Segment segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), owner);
-  // FUTURE_WRITE leaves the mapping above writable and refuses every later one, and write().
-  constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
   if (::fcntl(segment.fd(), F_ADD_SEALS, kSeals) != 0) {
     return base::fail_errno(errno, "seal a memory segment");
   }
   return segment;
+}
+
+Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
+  struct stat status;
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 || size_bytes == 0 ||
+      static_cast<uint64_t>(status.st_size) != size_bytes)
+    return fail(Code::corrupt, "a kept segment is no sealed memory file of ", size_bytes, " bytes");
+  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (data == MAP_FAILED) return base::fail_errno(errno, "map a kept segment");
+  return Segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), kNobody);
 }
 
 namespace {
@@ -125,6 +140,13 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   return run;
 }
 
+Result<SegmentRun> SegmentPool::adopt(std::vector<Segment> segments) {
+  SegmentRun run{std::move(segments)};
+  TRY(place(run));
+  in_use_bytes_ += run.size_bytes();
+  return run;
+}
+
 void SegmentPool::free(SegmentRun run) {
   in_use_bytes_ -= run.size_bytes();
   for (Segment& segment : run.segments) keep(std::move(segment));
@@ -148,9 +170,11 @@ void SegmentPool::keep(Segment segment) {
 
 std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
   std::vector<Segment> oldest;
+  std::stable_partition(kept_.begin(), kept_.end(), [](const Segment& one) { return one.owner() == kNobody; });
   size_t kept_count = kept_.size();
   auto first_to_stay = kept_.begin();
-  while (kept_bytes_ > free_bytes() || kept_count > kept_count_max) {
+  while ((first_to_stay != kept_.end() && first_to_stay->owner() == kNobody) || kept_bytes_ > free_bytes() ||
+         kept_count > kept_count_max) {
     CHECK(first_to_stay != kept_.end());
     kept_bytes_ -= first_to_stay->size_bytes();
     --kept_count;

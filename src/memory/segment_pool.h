@@ -71,6 +71,10 @@ struct SegmentRun {
   std::byte* data() const { return segments.empty() ? nullptr : segments.front().data(); }
 };
 
+// A segment of a daemon before this one, which nobody can write to any more. Code::corrupt unless it is sealed as those of
+// make_segment() are, and as large as `size_bytes`.
+Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes);
+
 // A segment with a memfd of its own, not counted anywhere: for the pool and for the thread that pre-faults.
 Result<Segment> make_segment(uint64_t size_bytes, uid_t owner);
 
@@ -84,6 +88,10 @@ class SegmentPool {
   // their first touch; trim() is due before that.
   Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
 
+  // Segments of adopt_segment() at consecutive addresses, counted as in use, be it over the limit. They are never used
+  // again.
+  Result<SegmentRun> adopt(std::vector<Segment> segments);
+
   // The run's segments are free again, and kept with their pages for artifacts of the same owner. Where the limit was
   // lowered trim() may be due.
   void free(SegmentRun run);
@@ -95,7 +103,7 @@ class SegmentPool {
 
   // What is in use stays, be it more than the limit; trim() may be due.
   void set_limit(uint64_t limit_bytes) { limit_bytes_ = limit_bytes; }
-  // Takes the oldest kept segments out until the limit holds and at most so many are kept. To be destroyed on a thread
+  // Takes adopted kept segments out, then the oldest until the limit holds and at most so many are kept. To be destroyed on a thread
   // that may wait: giving back 512 MiB takes the kernel a tenth of a second.
   std::vector<Segment> trim(size_t kept_count_max = SIZE_MAX);
 

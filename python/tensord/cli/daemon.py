@@ -95,17 +95,19 @@ def _nobody(path: str) -> Error:
     return UnavailableError(f"no daemon listens at {path}; start a daemon with `tensord serve`")
 
 
-def _socket_path() -> str:
+def runtime_folder() -> str:
     """As rpc/unix_socket.cc has it."""
     folder = os.environ.get("TENSORD_RUNTIME_DIR")
     home = os.environ.get("XDG_RUNTIME_DIR")
     if folder:
-        folder = folder.rstrip("/") or "/"
-    elif home:
-        folder = f"{home.rstrip('/') or '/'}/tensord"
-    else:
-        folder = f"/tmp/tensord-{os.geteuid()}"
-    path = f"{folder}/socket"
+        return folder.rstrip("/") or "/"
+    if home:
+        return f"{home.rstrip('/') or '/'}/tensord"
+    return f"/tmp/tensord-{os.geteuid()}"
+
+
+def _socket_path() -> str:
+    path = f"{runtime_folder()}/socket"
     size = len(os.fsencode(path))
     if size > _SOCKET_PATH_MAX:
         raise InvalidArgumentError(

@@ -182,6 +182,16 @@ def help_text(verb: Verb) -> str:
     return serve.serve_help() if verb.name == "serve" else help_on(verb)
 
 
+def _keep(_: Given) -> Output:
+    from .. import keeper
+
+    try:
+        keeper.keep(daemon.runtime_folder())
+    except OSError as error:
+        raise os_error(f"keep in {daemon.runtime_folder()}", error) from None
+    return Output(document({"pid": os.getpid()}), "")
+
+
 def _serve(_: Given) -> Output:
     raise InvalidArgumentError("serve must be the first word")  # then the daemon's program reads the others
 
@@ -264,6 +274,12 @@ _TP = Word(
 
 VERBS = (
     Verb("serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", _serve),
+    Verb(
+        "keep",
+        "hold what is in memory while the daemon is stopped, killed or replaced",
+        "tensord keep &  # then `tensord stop; tensord serve` reads nothing again",
+        _keep,
+    ),
     Verb("stop", "stop the daemon and wait until it is gone", "tensord stop", _stop),
     Verb("status", "say which daemon runs, and its limits", "tensord status --json", _status),
     Verb(
