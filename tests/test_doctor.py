@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import tensord
 from conftest import Daemon, counted
-from tensord.cli.doctor import MEASUREMENTS, Check, judge, keep, look_around
+from tensord.cli import gpus
+from tensord.cli.doctor import MEASUREMENTS, Check, gpu_checks, judge, keep, look_around
 
 
 def test_doctor_measures_and_explain_knows_what_is_possible(
@@ -120,3 +121,15 @@ def test_what_cannot_be_measured_is_an_error_document(binary: Path, tmp_path: Pa
     assert done.returncode == 1 and json.loads(done.stdout)["error"]["code"] == "not_found"
     done = subprocess.run([binary, "measure", "a", "b"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
+
+
+def test_gpus_are_one_line_where_no_driver_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "LIBRARY", "libcuda.so.of.nobody")
+    (only,) = gpu_checks()
+    assert only.name == "GPUs" and only.value.startswith("no driver") and only.verdict == "good"
+
+
+def test_a_driver_that_lacks_functions_gets_a_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "LIBRARY", "libc.so.6")  # a library without any of them
+    (only,) = gpu_checks()
+    assert "cuInit" in only.value and only.verdict == "could be better" and only.advice

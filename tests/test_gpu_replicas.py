@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
 from safetensors.torch import save_file  # noqa: E402
+from test_keeper import Keeper, stored_count  # noqa: E402
 
 MIB = 1 << 20
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -301,3 +303,55 @@ def test_a_device_that_is_full(make_daemon: Callable[..., Daemon], tmp_path: Pat
         torch.cuda.empty_cache()
         tensord.open(idle, device="cuda:0").wait()
         assert time.monotonic() - begin < DEADLINE_SECONDS
+
+
+# ---- the keeper ------------------------------------------------------------------------------------------
+
+SUMS = """
+    import sys, time, torch, tensord
+    torch.zeros(1, device="cuda:0")
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    model = tensord.open(sys.argv[1], device="cuda:0")
+    model[next(iter(model))][0].item()
+    print("attached in", time.perf_counter() - begin, flush=True)
+    print("sums", [int(model[name].long().sum()) for name in model], flush=True)
+"""
+
+
+def test_gpu_memory_outlives_its_daemon(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """The daemon is killed and started; a third process attaches, and nothing is read again."""
+    free = min(torch.cuda.mem_get_info(0)[0] - 2048 * MIB, shutil.disk_usage(tmp_path).free // 2) // MIB
+    mib = int(min(8192, free // 32 * 32))
+    path = big_file(tmp_path / "large.safetensors", 5, mib)
+    daemon = make_daemon()
+    keeper = Keeper(daemon)
+    try:
+        until(lambda: stored_count(daemon) > 0, "the daemon has told the keeper all")
+        with tensord.open(path, device="cuda:0") as model:
+            model.wait()
+            sums = [int(model[name].long().sum()) for name in model]
+            daemon.stop(signal.SIGKILL)
+            begin = time.monotonic()
+            daemon.start()
+            started = time.monotonic() - begin
+            words = [sys.executable, "-c", textwrap.dedent(SUMS), str(path)]
+            third = subprocess.run(
+                words, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
+            )
+            assert f"sums {sums}" in third.stdout, third.stdout + third.stderr
+            print(
+                f"{mib} MiB; the daemon listens again after {started:.3f} s; {third.stdout.splitlines()[0]} s"
+            )
+            assert daemon.ask("status")["loaded_bytes"] == 0
+            assert [int(model[name].long().sum()) for name in model] == sums
+            target = torch.empty_like(model["t0"])
+            assert model.load_into({"t0": target}).device_bytes == target.numel() * 2
+            assert torch.equal(target, model["t0"])
+        # Out of host memory that was handed on, too, to a GPU: registered for reading alone.
+        with tensord.open(path) as host:
+            report = host.load_into({"t1": target})
+            assert report.device_bytes == target.numel() * 2, report.slower_why
+            assert torch.equal(target.cpu(), host["t1"])
+    finally:
+        keeper.stop()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import daemon
+from . import daemon, gpus
 from .output import STDERR, Output, complain, document, os_error
 from .table import Table, rate_text, size_text
 
@@ -181,7 +181,11 @@ def examine(path: str) -> Output:
     report = daemon.measured(path)
     report["saved"] = keep(report)
     checks = judge(report["bytes_per_s"]) + look_around(report["problems"], report["memory_limit_bytes"])
-    return told(report, checks)
+    return told(report, checks + gpu_checks())
+
+
+def gpu_checks() -> list[Check]:
+    return [_check(one.name, one.value, not one.advice, one.advice) for one in gpus.findings()]
 
 
 def keep(report: Mapping[str, Any]) -> str:
