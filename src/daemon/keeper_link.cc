@@ -195,11 +195,7 @@ void KeeperLink::start() {
     close();
   }
   engine_.use_keeper(*this);
-  if (taken) {
-    ready_ = true;
-    flush();
-    engine_.tell_keeper_all();
-  }
+  if (taken) tell_all();
   look();
 }
 
@@ -249,10 +245,9 @@ void KeeperLink::look() {
     if (auto socket = rpc::connect_socket(path_, 0)) {
       socket_ = std::move(*socket);
       asked_ns_ = now_ns;
-      if (!attend()) close();
       // Descriptors follow once it has answered: one that sleeps is sent none.
       for (const Verb verb : {Verb::clear, Verb::take}) writer_.push(make_frame({.verb = verb}));
-      flush();
+      attend() ? flush() : close();
     }
   }
   loop_.call_after(kLookMs, [this] { look(); });
@@ -267,10 +262,15 @@ void KeeperLink::receive() {
     if (!*frame) return;
     const auto head = head_of(**frame);
     if (ready_ || !head || head->verb != Verb::end) continue;
-    ready_ = true;
-    log(LogLevel::info, "keeper: it stores what is ready");
-    engine_.tell_keeper_all();
+    tell_all();
   }
+}
+
+void KeeperLink::tell_all() {
+  ready_ = true;
+  log(LogLevel::info, "keeper: it stores what is ready");
+  flush();
+  engine_.tell_keeper_all();
 }
 
 void KeeperLink::send(rpc::Frame frame) {

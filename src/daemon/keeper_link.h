@@ -34,6 +34,7 @@ class KeeperLink final : public engine::Keeper {
   base::Status take_over();
   void look();
   void receive();
+  void tell_all();
   base::Status attend();
   void send(rpc::Frame frame);
   void flush();

@@ -46,6 +46,7 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment>
   report.state = ReplicaState::ready;
   report.artifact = replica.artifact;
   report.read_path = "taken over from a keeper";
+  report.notes.push_back("taken over from a keeper: nothing was read");
   keep_report(std::move(report));
   log(LogLevel::info, "replica ", replica.number, " ", replica.path(), " is taken over from a keeper");
   by_key_[replica.key] = last_opened_ = replica.number;

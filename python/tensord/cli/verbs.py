@@ -187,6 +187,8 @@ def _keep(_: Given) -> Output:
 
     try:
         keeper.keep(daemon.runtime_folder())
+    except Error:
+        raise  # some are OSErrors too
     except OSError as error:
         raise os_error(f"keep in {daemon.runtime_folder()}", error) from None
     return Output(document({"pid": os.getpid()}), "")
