@@ -172,7 +172,7 @@ def test_disk_offload_reads_on_when_the_patch_is_over(qwen3: Path, tmp_path: Pat
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     with tensord.transformers.patch(strict=True) as loads:
         ours = hf.class_of("qwen3").from_pretrained(qwen3, device_map=device_map, offload_folder=tmp_path)
-    assert loads[0].copied == {"on disk, read later and the plain way": 11}
+    assert loads[0].copied == {"offloaded by accelerate": 11}
     plain = hf.class_of("qwen3").from_pretrained(qwen3)
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -584,3 +584,29 @@ def test_an_on_demand_tensor_is_read_by_whatever_is_done_with_it(qwen3: Path) ->
     with pytest.raises(IndexError):
         part[500]
     assert type(part[[1, 2]]) is torch.Tensor  # torch's own kind of index
+
+
+def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
+    tmp_path: Path, make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hf.write_model("qwen3", tmp_path, vocab_size=200_000)  # two matrices of 49 MiB
+    make_daemon("--host-memory", "64MiB")
+    wanted = SAFE_OPEN(folder / "model.safetensors", framework="pt").get_tensor("lm_head.weight")
+    asked = []
+    original = _model_files.Load.copied
+
+    def copied(self: Any, model: Any, entry: Any, items: Any, device: torch.device) -> Any:
+        asked.append((entry.name, str(device)))
+        return original(self, model, entry, items, torch.device("cpu"))
+
+    monkeypatch.setattr(_model_files.Load, "copied", copied)
+    load = _model_files.Load(has_gpu=True)
+    with pytest.warns(tensord.TensordWarning, match="host_memory"):
+        part = load.open(folder / "model.safetensors", "cpu").get_slice("lm_head.weight")
+    for index in (..., slice(1000, 90_000), (slice(None), slice(16, 48))):
+        moved = part[index].to(device="cuda:1", dtype=torch.float16)
+        assert type(moved) is torch.Tensor and torch.equal(moved, wanted[index].half())
+        assert torch.equal(part[index].to("cuda:1"), wanted[index])
+    assert asked == [("lm_head.weight", "cuda:1")] * 6
+    assert load.handed_bytes == 2 * (200_000 * 64 + 89_000 * 64 + 200_000 * 32) * 4
+    assert torch.equal(part[1000:2000] + 0, wanted[1000:2000])

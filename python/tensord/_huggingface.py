@@ -318,7 +318,7 @@ def _summary(result: Any, load: Load, path: str, total_seconds: float) -> Loaded
         if address and at >= 0 and address < ranges[at][1]:
             zero_copy_count += 1
         elif tensor.device.type == "meta":
-            copied["on disk, read later and the plain way"] += 1
+            copied["offloaded by accelerate"] += 1
         elif tensor.device.type != "cpu":
             copied[f"on {tensor.device}"] += 1
         elif entry is None:

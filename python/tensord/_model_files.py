@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ._safe_open import Device, SafeSlice, safe_open
+from ._safe_open import Device, SafeSlice, safe_open, shape_of
 from .client import Model
 from .client import open as open_model
 from .errors import Error, ExhaustedError, InvalidIndexError, UnavailableError, UnsupportedDtypeError
@@ -55,6 +55,7 @@ class Load:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._indices: dict[Path, dict[str, str]] = {}  # by folder: the index.json of each file
+        self._names: dict[int, list[list[str]]] = {}  # by a model's id: names of its tensors, file by file
 
     # ---- opening -----------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ class Load:
     def close(self) -> None:
         """Lets go of the checkpoint; tensors taken from it stay valid."""
         self.models.clear()
+        self._names.clear()
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -79,8 +81,7 @@ class Load:
         if index is not None:
             try:
                 model = self._model(index)
-                number = model.files.index(str(path))
-                return model, [name for name in model if model.entry(name).file == number]
+                return model, self._names_of(model)[model.files.index(str(path))]
             except UnavailableError:
                 raise
             except (Error, ValueError):
@@ -101,6 +102,16 @@ class Load:
             self.models[path] = model
         return model
 
+    def _names_of(self, model: Model) -> list[list[str]]:
+        """The names of a model's tensors, file by file."""
+        names = self._names.get(id(model))
+        if names is None:
+            names = [[] for _ in model.files]
+            for name in model:
+                names[model.entry(name).file].append(name)
+            self._names[id(model)] = names
+        return names
+
     def _index_of(self, path: Path) -> str | None:
         """The index.json that names a file, if there is one."""
         folder = path.parent
@@ -119,9 +130,8 @@ class Load:
 
     def copied(self, model: Model, entry: Entry, items: tuple[Item, ...], device: torch.device) -> Any:
         """A part of a tensor in memory of its own."""
-        shape = model.place_of(entry, items).shape if items else entry.memory_shape
         dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
-        target = torch.empty(shape, dtype=dtype, device=device)
+        target = torch.empty(shape_of(model, entry, items), dtype=dtype, device=device)
         with self.asked():
             report = model._load([(entry, items, target)], cast=False, threads=0)
         with self._lock:
@@ -214,7 +224,7 @@ class OnDemand(torch.Tensor):
 
     @staticmethod
     def __new__(cls, load: Load, model: Model, entry: Entry, index: Any, items: tuple[Item, ...]) -> OnDemand:
-        shape = model.place_of(entry, items).shape
+        shape = shape_of(model, entry, items)
         dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
         made: OnDemand = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=torch.device("cpu")

@@ -52,6 +52,19 @@ def _device_of(device: Device, framework: str) -> str | int:
     return device
 
 
+def shape_of(model: Model, entry: Entry, items: tuple[Item, ...]) -> tuple[int, ...]:
+    """The shape of a part of a tensor; no items: of the whole. Needs no memory of it.
+
+    Raises
+    ------
+    InvalidIndexError
+    """
+    if not items:
+        return entry.memory_shape
+    region = model._resolve(entry, items)
+    return tuple(region.shape[: region.rank])
+
+
 def _holds(names: list[str], name: str) -> bool:
     """Whether a sorted list has it."""
     at = bisect_left(names, name)
@@ -187,9 +200,8 @@ class safe_open:
         torch = torch_module()
         tensors = []
         for entry in entries:
-            shape = model.place_of(entry, items).shape if items else entry.memory_shape
             dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
-            tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+            tensors.append(torch.empty(shape_of(model, entry, items), dtype=dtype, device=self._device))
         orders = [(entry, items, tensor) for entry, tensor in zip(entries, tensors)]
         model._load(orders, cast=False, threads=0)
         return tensors
