@@ -184,7 +184,7 @@ class _Installation:
 
     def extend(self) -> None:
         """Replaces what is not replaced yet; may be called again."""
-        for names, name in _holders_of(self.original):
+        for names, name in _holders_of(self.original, open_file):
             names[name] = open_file
         for library, module, class_name in MODEL_CLASSES:
             holder = getattr(sys.modules.get(module), class_name, None)
@@ -203,7 +203,7 @@ class _Installation:
         for holder, before, ours in self.methods:
             if vars(holder).get("from_pretrained") is ours:
                 holder.from_pretrained = before
-        for names, name in _holders_of(open_file):
+        for names, name in _holders_of(open_file, self.original):
             names[name] = self.original
 
     def missing(self, library: str) -> str | None:
@@ -218,15 +218,26 @@ class _Installation:
         )
 
 
-def _holders_of(wanted: Any) -> Iterator[tuple[dict[str, Any], str]]:
+# Modules that held neither `safe_open`, with the size they had then: looking through all names of thousands
+# of modules takes longer than loading a model without a copy.
+_clean: dict[str, tuple[int, int]] = {}
+
+
+def _holders_of(wanted: Any, other: Any) -> list[tuple[dict[str, Any], str]]:
     """The names of each module that holds an object, and the one by which it does. Ours do not count."""
+    found = []
     for module_name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType) or module_name.partition(".")[0] == "tensord":
             continue
         names = module.__dict__
-        for name, value in list(names.items()):
-            if value is wanted:
-                yield names, name
+        mark = (id(names), len(names))
+        if _clean.get(module_name) == mark and names.get("safe_open") is not wanted:
+            continue
+        held = [(name, value) for name, value in list(names.items()) if value is wanted or value is other]
+        found += [(names, name) for name, value in held if value is wanted]
+        if not held:
+            _clean[module_name] = mark
+    return found
 
 
 # ---- from_pretrained -------------------------------------------------------------------------------------
