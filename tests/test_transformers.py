@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from tensord import _huggingface, _model_files
+from tensord import _huggingface, _model_files, _read_ahead
 
 pytestmark = pytest.mark.usefixtures("daemon")
 
@@ -550,7 +552,7 @@ def test_real_embeddings_make_sense(daemon: Daemon) -> None:
 def on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_huggingface, "Load", lambda: _model_files.Load(has_gpu=True))
+    monkeypatch.setattr(_huggingface, "Load", functools.partial(_model_files.Load, has_gpu=True))
 
 
 @pytest.mark.usefixtures("on_demand")
@@ -613,3 +615,134 @@ def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
     assert asked == [("lm_head.weight", "cuda:1")] * 6
     assert load.handed_bytes == 2 * (200_000 * 64 + 89_000 * 64 + 200_000 * 32) * 4
     assert torch.equal(part[1000:2000] + 0, wanted[1000:2000])
+
+
+# ---- reading ahead ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_read_ahead, "GROUP_BYTES", 80 << 10)
+
+
+def test_names_are_sorted_as_libraries_go_through_them() -> None:
+    names = ["layers.10.w", "layers.9.w", "embed", "layers.9.a2", "layers.9.a10", "b"]
+    assert sorted(names, key=_read_ahead.in_order) == [
+        *("b", "embed", "layers.9.a2", "layers.9.a10", "layers.9.w", "layers.10.w")
+    ]
+
+
+class Requests:
+    """Fills tensors, and remembers what was asked for at once."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.groups: list[list[str]] = []
+        self.failing = failing
+
+    def __call__(self, model: tensord.Model, entries: Any, targets: Any) -> None:
+        self.groups.append([entry.name for entry in entries])
+        if self.failing in self.groups[-1]:
+            raise tensord.UnavailableError("gone")
+        model.load_into({entry.name: target for entry, target in zip(entries, targets)})
+
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_each_tensor_is_read_once_and_in_groups(qwen3: Path) -> None:
+    requests = Requests()
+    with tensord.open(qwen3) as model:
+        ahead = _read_ahead.ReadAhead(model, requests)
+        entries = [model.entry(name) for name in sorted(model, key=_read_ahead.in_order)]
+        wanted = [entry for entry in entries if _read_ahead.is_grouped(entry)]
+        for entry in wanted:
+            assert torch.equal(ahead.take(entry, CPU), model[entry.name])
+        assert ahead.take(wanted[0], CPU) is None
+        ahead.close()
+    assert [name for group in requests.groups for name in group] == [entry.name for entry in wanted]
+    assert len(wanted) == 16 and 4 <= len(requests.groups) <= 6
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_threads_that_ask_at_once_get_their_tensors(qwen3: Path, seed: int) -> None:
+    requests = Requests()
+    with tensord.open(qwen3) as model:
+        ahead = _read_ahead.ReadAhead(model, requests)
+        wanted = [model.entry(name) for name in model if _read_ahead.is_grouped(model.entry(name))]
+        random.Random(seed).shuffle(wanted)
+        with ThreadPoolExecutor(8) as threads:
+            taken = list(threads.map(lambda entry: ahead.take(entry, CPU), wanted))
+        ahead.close()
+        for entry, tensor in zip(wanted, taken, strict=True):
+            assert torch.equal(tensor, model[entry.name])
+    names = [name for group in requests.groups for name in group]
+    assert len(names) == len(set(names)) == len(wanted)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_what_was_read_ahead_for_another_device_is_read_again(qwen3: Path) -> None:
+    requests = Requests()
+    devices = []
+
+    def copy(model: tensord.Model, entries: Any, targets: Any) -> None:
+        devices.append(targets[0].device)
+        if targets[0].device == CPU:
+            requests(model, entries, targets)
+
+    with tensord.open(qwen3) as model:
+        ahead = _read_ahead.ReadAhead(model, copy)
+        entries = [model.entry(name) for name in sorted(model, key=_read_ahead.in_order)]
+        wanted = [entry for entry in entries if _read_ahead.is_grouped(entry)]
+        for entry in wanted[:3]:
+            assert ahead.take(entry, META).is_meta
+        for entry in wanted[3:]:
+            assert torch.equal(ahead.take(entry, CPU), model[entry.name])
+        ahead.close()
+    assert devices.count(META) <= 3
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_failures_of_a_group_reach_who_asks_for_its_tensors(qwen3: Path) -> None:
+    with tensord.open(qwen3) as model:
+        names = [
+            name
+            for name in sorted(model, key=_read_ahead.in_order)
+            if _read_ahead.is_grouped(model.entry(name))
+        ]
+        ahead = _read_ahead.ReadAhead(model, Requests(failing=names[7]))
+        failures = 0
+        for name in names:
+            try:
+                tensor = ahead.take(model.entry(name), CPU)
+                assert torch.equal(tensor, model[name])
+            except tensord.UnavailableError:
+                failures += 1
+        assert 1 <= failures < 8
+        ahead.close()
+        assert ahead.take(model.entry(names[0]), CPU) is None
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_model_is_read_ahead_into_a_gpu(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is the CPU under another name."""
+    plain = hf.class_of("qwen3").from_pretrained(qwen3)
+    parse_to, empty = torch._C._nn._parse_to, torch.empty
+
+    def as_if_on_a_gpu(*arguments: Any, **options: Any) -> Any:
+        _, *others = parse_to(*arguments, **options)
+        return torch.device("cuda:0"), *others
+
+    def on_the_cpu(*arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return empty(*arguments, **options, device="cpu" if str(device) == "cuda:0" else device)
+
+    monkeypatch.setattr(_huggingface, "Load", functools.partial(_model_files.Load, has_gpu=True))
+    monkeypatch.setattr(torch._C._nn, "_parse_to", as_if_on_a_gpu)
+    monkeypatch.setattr(torch, "empty", on_the_cpu)
+    with tensord.transformers.patch(strict=True) as loads:
+        ours = hf.class_of("qwen3").from_pretrained(qwen3)
+    monkeypatch.undo()
+    hf.assert_same(ours, plain)
+    assert loads[0].bytes == sum(one.nbytes for one in ours.parameters())
+    small = sum(1 for one in ours.parameters() if one.nbytes < 4096)
+    assert loads[0].zero_copy_count == small and loads[0].copied == {"copied by the library": 25 - small}

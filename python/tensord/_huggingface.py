@@ -274,7 +274,7 @@ def _watched(library: str, original: Callable[..., Any]) -> Callable[..., Any]:
 def _attempt(call: Callable[[], Any], active: _Active) -> tuple[Any, Load, float]:
     """Runs it; a second time, the plain way, when the daemon fails and that is allowed."""
     begin = time.perf_counter()
-    running = _Running(active, Load())
+    running = _Running(active, Load(reads_ahead=True))
     with _under_way(running):
         try:
             result = call()

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ._read_ahead import ReadAhead, is_grouped
 from ._safe_open import Device, SafeSlice, safe_open, shape_of
-from .client import Model
+from .client import Model, Order
 from .client import open as open_model
 from .errors import Error, ExhaustedError, InvalidIndexError, UnavailableError, UnsupportedDtypeError
 from .indexing import Item, parse
@@ -50,11 +51,13 @@ class Load:
     error: Error | None = None  # the first failure, in case the library swallows it
     begin: float = 0.0  # when the first tensor was asked for
     end: float = 0.0  # when the last one was handed out
+    reads_ahead: bool = False  # only where `close` is sure to be called
     has_gpu: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._indices: dict[Path, dict[str, str]] = {}  # by folder: the index.json of each file
+        self._ahead: dict[int, ReadAhead] = {}  # by a model's id
         self._names: dict[int, list[list[str]]] = {}  # by a model's id: names of its tensors, file by file
 
     # ---- opening -----------------------------------------------------------------------------------
@@ -68,6 +71,9 @@ class Load:
 
     def close(self) -> None:
         """Lets go of the checkpoint; tensors taken from it stay valid."""
+        for ahead in self._ahead.values():
+            ahead.close()
+        self._ahead.clear()
         self.models.clear()
         self._names.clear()
 
@@ -132,13 +138,30 @@ class Load:
         """A part of a tensor in memory of its own."""
         dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
         target = torch.empty(shape_of(model, entry, items), dtype=dtype, device=device)
+        self._fill(model, [(entry, items, target)])
+        return target
+
+    def moved(self, model: Model, entry: Entry, items: tuple[Item, ...], device: torch.device) -> Any:
+        """As `copied`, to a GPU; what is asked for next is read ahead."""
+        tensor = None
+        if self.reads_ahead and not items and is_grouped(entry):
+            with self._lock:
+                ahead = self._ahead.get(id(model))
+                if ahead is None:
+                    ahead = self._ahead[id(model)] = ReadAhead(model, self._fill_whole)
+            tensor = ahead.take(entry, device)
+        return self.copied(model, entry, items, device) if tensor is None else tensor
+
+    def _fill_whole(self, model: Model, entries: Sequence[Entry], targets: Sequence[Any]) -> None:
+        self._fill(model, [(entry, (), target) for entry, target in zip(entries, targets)])
+
+    def _fill(self, model: Model, orders: list[Order]) -> None:
         with self.asked():
-            report = model._load([(entry, items, target)], cast=False, threads=0)
+            report = model._load(orders, cast=False, threads=0)
         with self._lock:
             self.device_bytes += report.device_bytes
             self.staged_bytes += report.staged_bytes
             self.slower_why = self.slower_why or report.slower_why
-        return target
 
     def hand_out(self, entry: Entry, tensor: Any) -> Any:
         """Counts a tensor that the library gets."""
@@ -243,13 +266,22 @@ class OnDemand(torch.Tensor):
         return self._plain
 
     def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        device: Any
         device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
-        is_small = self.numel() * self.element_size() < ENGINE_BYTES_MIN and not self._model._is_view
-        if device is None or device.type != "cuda" or is_small or self._plain is not None:
+        if device is None or device.type != "cuda" or self._is_small() or self._plain is not None:
             return self.plain().to(*arguments, **options)
-        moved: torch.Tensor = self._load.copied(self._model, self._entry, self._items, device)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        moved: torch.Tensor = self._load.moved(self._model, self._entry, self._items, device)
         self._load.hand_out(self._entry, moved)
         return moved if dtype is None else moved.to(dtype)
+
+    def _is_small(self) -> bool:
+        if self._model._is_view:
+            return False
+        if self._load.reads_ahead and not self._items:
+            return not is_grouped(self._entry)
+        return self.numel() * self.element_size() < ENGINE_BYTES_MIN
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
