@@ -574,7 +574,7 @@ def test_an_on_demand_tensor_is_read_by_whatever_is_done_with_it(qwen3: Path) ->
     lazy = part[3:90, ::2]
     assert type(lazy) is _model_files.OnDemand
     assert (lazy.shape, lazy.dtype, lazy.device.type) == ((87, 32), torch.float32, "cpu")
-    assert load.handed_bytes == 0
+    assert load.handed_bytes == 0 and _huggingface._address_of(lazy) == 0
     for use in (
         lambda tensor: tensor + 1,
         lambda tensor: torch.cat([tensor, tensor]),

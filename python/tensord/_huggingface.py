@@ -324,7 +324,7 @@ def _summary(result: Any, load: Load, path: str, total_seconds: float) -> Loaded
         if not isinstance(tensor, _parameter_type()) and entry is None:
             continue  # a buffer that the model made
         tensor_count += 1
-        address = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+        address = _address_of(tensor)
         at = bisect_right(begins, address) - 1
         if address and at >= 0 and address < ranges[at][1]:
             zero_copy_count += 1
@@ -350,6 +350,16 @@ def _summary(result: Any, load: Load, path: str, total_seconds: float) -> Loaded
         load.slower_why,
         tuple(load.notes),
     )
+
+
+def _address_of(tensor: Any) -> int:
+    """0 where it has none: on other devices, and of types of quantisation that hold several tensors."""
+    if tensor.device.type != "cpu":
+        return 0
+    try:
+        return int(tensor.data_ptr())
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _how_copied(entry: Entry, tensor: Any) -> str:
