@@ -180,11 +180,6 @@ engine::Owner owner_over(rpc::Loop& loop) {
                                 std::function<void()> work) { loop.call_after(delay_ms, std::move(work)); }};
 }
 
-base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
-  TRY_ASSIGN(rpc::EncodedIndex encoded, rpc::encode_index(index));
-  return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
-}
-
 constexpr int64_t kHungReadMs = 3000;
 
 // First call: no new loads, those that run may finish for a while. Second call: they are cancelled now.
@@ -242,7 +237,7 @@ Status run(const Config& config) {
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine({.host_memory_bytes = config.host_memory,
                          .keep_spans = keep_spans,
-                         .encode_index = encode_index,
+                         .encode_index = rpc::encode_index,
                          .reads = {.direct = direct.reader.get(),
                                    .direct_note = direct.note,
                                    .cached_path = fastest_path(config.state_dir),
