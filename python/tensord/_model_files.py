@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 from ._read_ahead import ReadAhead, is_grouped
 from ._safe_open import Device, SafeSlice, safe_open, shape_of
-from .client import Model, Order
+from .client import Model
 from .client import open as open_model
 from .errors import Error, ExhaustedError, InvalidIndexError, UnavailableError, UnsupportedDtypeError
 from .indexing import Item, parse
+from .loading import Order, load
 from .tensors import AnyTensor, Entry, torch_dtype
 
 # What is smaller goes to a GPU through the CPU: a request to the daemon takes longer than such a copy.
@@ -157,7 +158,7 @@ class Load:
 
     def _fill(self, model: Model, orders: list[Order]) -> None:
         with self.asked():
-            report = model._load(orders, cast=False, threads=0)
+            report = load(model, orders, cast=False, threads=0)
         with self._lock:
             self.device_bytes += report.device_bytes
             self.staged_bytes += report.staged_bytes
