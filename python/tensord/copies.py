@@ -141,6 +141,9 @@ class Batch:
 
 WORD_BYTES = 8
 
+# Of one element, by number of tensord_dtype; packed and unknown ones count as bytes.
+ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], dtype=np.int64)
+
 
 def starts_of(counts: np.ndarray) -> np.ndarray:
     """Where each of several runs begins that lie one after another."""

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import CASTS, LoadReport
-from ..tensors import DTYPES, U8, Entry, torch_type
+from ..tensors import DTYPES, U8, Entry, row_major_strides, torch_dtype, torch_type
 from .copy_table import CopyTable, Record, execute
-from .lazy import COPY, VIEW, LazyTensor, Source, kind_of, lazy_tensor, real
+from .lazy import COPY, VIEW, Geometry, LazyTensor, Source, kind_of, lazy_tensor, real
 
 if TYPE_CHECKING:
     from ..client import Model
@@ -30,6 +30,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 
 _NUMBERS = _numbers()
+_TYPES = {dtype.number: torch_type(dtype.number) for dtype in DTYPES if dtype.bits}
 
 # By types of source and target: their numbers, or None where the library cannot convert.
 _pairs: dict[tuple[torch.dtype, torch.dtype], tuple[int, int] | None] = {}
@@ -91,16 +92,22 @@ class Recorder:
         self._looked_at = 0
         self._thread = threading.get_ident()
 
-    def tensor(self, index: int, name: str, entry: Entry, dtype: torch.dtype) -> LazyTensor:
-        """A lazy tensor of a whole tensor of the checkpoint."""
-        shape = entry.memory_shape
-        strides = []
-        step = 1
-        for extent in reversed(shape):
-            strides.append(step)
-            step *= extent or 1
-        strides.reverse()
-        return lazy_tensor(Source(self, index, name, entry), (shape, tuple(strides), 0), dtype)
+    def tensor(self, name: str, entry: Entry) -> LazyTensor:
+        """A lazy tensor of a whole tensor of the checkpoint.
+
+        Raises
+        ------
+        UnsupportedDtypeError
+        """
+        dtype = _TYPES.get(entry.number)
+        if dtype is None:
+            dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
+        shape = entry.shape if DTYPES[entry.number].bits >= 8 else entry.memory_shape
+        if len(shape) == 2:
+            geometry: Geometry = (shape, (shape[1] or 1, 1), 0)
+        else:
+            geometry = (shape, row_major_strides(shape, 1), 0)
+        return lazy_tensor(Source(self, name, entry), geometry, dtype)
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The real tensor, zero-copy where the device is the CPU; waits for its bytes."""
@@ -111,16 +118,16 @@ class Recorder:
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
         """``target.copy_(lazy)``."""
-        source = lazy._source
+        source, geometry, dtype = lazy._state
         kind = type(target)
-        types = (lazy.dtype, target.dtype)
+        types = (dtype, target.dtype)
         numbers = _pairs.get(types)
         if numbers is None:
             numbers = _pairs[types] = _pair_of(*types)
         if source.written or numbers is None or not is_memory(kind):
             why = "it was written to" if source.written else f"a copy into {target.dtype} {kind.__name__}"
             return self._copy_plain(target, lazy, why)
-        shape, stride, offset = lazy._geometry if lazy._inner is None else lazy._inner
+        shape, stride, offset = geometry if lazy._inner is None else lazy._inner
         if target.shape != shape:
             stride = _expanded(shape, stride, target, lazy)
             shape = tuple(target.shape)
