@@ -34,7 +34,7 @@ def whole_tensor_rows(entries: Sequence[Entry], targets: Sequence[Any]) -> tuple
     kinds = {*np.unique(numbers).tolist(), *{entry.number for entry in entries}}
     if any(kind == OPAQUE or DTYPES[kind].is_packed or DTYPES[kind].name == "C64" for kind in kinds):
         return None
-    if not all([one.is_cpu and one.layout is strided and not one.is_neg() for one in targets]):
+    if not all(one.is_cpu and one.layout is strided and not one.is_neg() for one in targets):
         return None
     ranks = np.fromiter([target.ndim for target in targets], np.int64, len(targets))
     flat = int(ranks.sum())

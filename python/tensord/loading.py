@@ -97,7 +97,7 @@ def run(
     model: Model, orders: Sequence[Order], *, cast: bool, threads: int
 ) -> tuple[_library.CopyReport, bytes]:
     """One call of the library. Of each order: 0, or why it was left out (a `_library.LEFT_OUT_*`)."""
-    if not any([part for _, part, _ in orders]):
+    if not any(part for _, part, _ in orders):
         described = whole_tensor_rows([entry for entry, _, _ in orders], [target for _, _, target in orders])
         if described is not None:
             return run_rows(model, described[0], cast=cast, threads=threads)
