@@ -33,9 +33,9 @@ class Module(torch.nn.Module):
     def __init__(self, rows: int = 6) -> None:
         super().__init__()
         self.qk = torch.nn.Parameter(torch.zeros(rows, 6), requires_grad=False)
-        self.half = torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False)
+        self.turned = torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False)
         self.register_buffer("scale", torch.zeros(2))
-        self.tied = self.half
+        self.tied = self.turned
         self.seen: list[str] = []
 
     def load_weights(self, weights: Weights) -> None:
@@ -46,14 +46,14 @@ class Module(torch.nn.Module):
             elif name == "k":
                 self.qk.data[4:6].copy_(weight.narrow(0, 2, 2))
             elif name == "half":
-                self.half.copy_(weight.t())
+                self.turned.copy_(weight.t())
             else:
                 self.scale.copy_(weight)
 
     def is_right(self, tensors: dict[str, Any] = TENSORS) -> bool:
         return (
             torch.equal(self.qk, torch.cat([tensors["q"][4:], tensors["k"][2:]]))
-            and torch.equal(self.half, tensors["half"].t().float())
+            and torch.equal(self.turned, tensors["half"].t().float())
             and torch.equal(self.scale, tensors["scale"].expand(2))
         )
 
@@ -90,7 +90,7 @@ def test_a_second_start_replays_without_a_tensor_handed_out(path: Path, folder: 
     assert replayed.report.replayed and replayed.report.record_count == traced.report.record_count == 4
     assert replayed.report.bytes == traced.report.bytes
     assert replayed.report.tensor_count == 0 and "replayed" in replayed.report.one_line()
-    assert replayed.written() == traced.written() == {"qk", "half", "tied", "scale"}
+    assert replayed.written() == traced.written() == {"qk", "turned", "tied", "scale"}
 
 
 def test_a_plan_runs_where_nobody_asks_for_tensors(path: Path) -> None:
@@ -236,7 +236,7 @@ class Plain(Module):
 class Afterwards(Module):
     def load_weights(self, weights: Weights) -> None:
         super().load_weights(weights)
-        self.half.data.mul_(2)
+        self.turned.data.mul_(2)
 
 
 class Derived(Module):
@@ -248,7 +248,7 @@ class Derived(Module):
 class Replaced(Module):
     def load_weights(self, weights: Weights) -> None:
         super().load_weights(weights)
-        self.half = torch.nn.Parameter(self.half.data.clone(), requires_grad=False)
+        self.turned = torch.nn.Parameter(self.turned.data.clone(), requires_grad=False)
 
 
 class Elsewhere(Module):
@@ -282,7 +282,7 @@ class Written(Module):
         (Plain, "'scale' was needed as such: _local_scalar_dense"),
         (Afterwards, "mul_.Tensor touched"),
         (Derived, "plain attributes"),
-        (Replaced, "touched half|changed the module's parameters"),
+        (Replaced, "touched turned|changed the module's parameters"),
         (Elsewhere, "elsewhere|plain attributes"),
         (Threads, "several threads"),
         (Written, "'half' was needed as such: zero_"),

@@ -105,7 +105,11 @@ class PlanCache:
 
     def watched(self) -> dict[int, str]:
         """Storages of the module's tensors, for a Guard."""
-        return {storage_of(tensor): name for name, tensor in self._state.items() if not tensor.is_meta}
+        watched: dict[int, str] = {}
+        for name, tensor in self._state.items():
+            if not tensor.is_meta:
+                watched.setdefault(storage_of(tensor), name)
+        return watched
 
     def find(self) -> CopyTable | None:
         """The plan, for the memory that the module has now."""
