@@ -131,10 +131,12 @@ class Batch:
         # One more, so that a region without dimensions has an address too.
         region_strides = np.array([*self._region_strides, 0], dtype=np.int64)
         if self._regions:
-            regions = np.array(self._regions, dtype=np.int64)
+            regions = np.array(self._regions, dtype=np.uint64)
             chosen = regions[:, 0]
             rows["source_dtype"][chosen], rows["source_offset"][chosen] = regions[:, 1], regions[:, 2]
-            rows["source_strides"][chosen] = region_strides.ctypes.data + regions[:, 3] * WORD_BYTES
+            rows["source_strides"][chosen] = region_strides.ctypes.data + regions[:, 3] * np.uint64(
+                WORD_BYTES
+            )
         self._kept = (names, items, extents, strides, region_strides)
         return rows
 
