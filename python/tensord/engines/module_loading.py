@@ -77,8 +77,6 @@ def load_model(
         The module is on device meta.
     """
     begin = time.monotonic()
-    if not 0 <= rank < world:
-        raise InvalidArgumentError(f"load_model: there is no rank {rank} of {world}")
     places = _places(module)
     if isinstance(path_or_model, Model):
         model = path_or_model
@@ -109,6 +107,8 @@ def _orders(
     world: int,
 ) -> list[Order]:
     """What goes where. Raises InvalidArgumentError for shapes that differ."""
+    if not 0 <= rank < world:
+        raise InvalidArgumentError(f"load_model: there is no rank {rank} of {world}")
     cuts = [(pattern(text), cut) for text, cut in plan.items()]
     orders: list[Order] = []
     wrong: list[str] = []
