@@ -251,14 +251,14 @@ def real(lazy: LazyTensor, why: str, *, write: bool = False) -> torch.Tensor:
 
 # ---- all other operations ----------------------------------------------------------------------------------
 
-_kinds: dict[Any, int] = {}
+kinds: dict[Any, int] = {}  # of the operations that were looked at
 
 
 def kind_of(func: Any) -> int:
     """What an operation does, from its schema."""
-    kind = _kinds.get(func)
+    kind = kinds.get(func)
     if kind is None:
-        kind = _kinds[func] = _find_kind(func)
+        kind = kinds[func] = _find_kind(func)
     return kind
 
 
@@ -359,7 +359,7 @@ def _reshape_in_place(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs
 
 
 def _name_of(func: Any) -> str:
-    return str(func).removeprefix("aten.") if hasattr(str, "removeprefix") else str(func)
+    return str(func).removeprefix("aten.")
 
 
 def _read_or_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any) -> Any:

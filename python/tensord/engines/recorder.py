@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..copies import CASTS, LoadReport
 from ..tensors import DTYPES, U8, Entry, row_major_strides, torch_dtype, torch_type
 from .copy_table import CopyTable, Record, execute
-from .lazy import COPY, VIEW, Geometry, LazyTensor, Source, kind_of, lazy_tensor, real
+from .lazy import COPY, VIEW, Geometry, LazyTensor, Source, kind_of, kinds, lazy_tensor, real
 
 if TYPE_CHECKING:
     from ..client import Model
@@ -275,7 +275,11 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched = watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kind_of(func) != VIEW and not (func is COPY and type(args[1]) is LazyTensor):
+        if kinds.get(func) == VIEW:
+            return func(*args, **(kwargs or {}))
+        if func is COPY and type(args[1]) is LazyTensor and type(args[0]) is not LazyTensor:
+            return args[1]._source.recorder.copy(args[0], args[1])
+        if kind_of(func) != VIEW:
             self._look(func, args)
             if kwargs:
                 self._look(func, kwargs.values())
