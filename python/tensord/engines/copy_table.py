@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,16 +26,11 @@ if TYPE_CHECKING:
     from ..client import Model
 
 
-class Record(NamedTuple):
-    """One copy that a loader asked for. In elements, of the source's type and of the target's."""
-
-    name: bytes
-    source_number: int  # tensord_dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    target_number: int
-    target: torch.Tensor
+# One copy that a loader asked for: name, tensord_dtype of the source, its offset, shape and stride in elements
+# of that, tensord_dtype of the target, and the target. A bare tuple: there are tens of thousands.
+Record = tuple[bytes, int, int, tuple[int, ...], tuple[int, ...], int, "torch.Tensor"]
+SHAPE: Final = 3  # where it is in it
+TARGET: Final = 6
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import CASTS, LoadReport
 from ..tensors import DTYPES, U8, Entry, row_major_strides, torch_dtype, torch_type
-from .copy_table import CopyTable, Record, execute
+from .copy_table import SHAPE, TARGET, CopyTable, Record, execute
 from .lazy import COPY, VIEW, Geometry, LazyTensor, Source, kind_of, kinds, lazy_tensor, real
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Recorder:
         numbers = _pairs.get(types)
         if numbers is None:
             numbers = _pairs[types] = _pair_of(*types)
-        if source.written or numbers is None or not is_memory(kind):
+        if source.written or numbers is None or not (_is_memory.get(kind) or is_memory(kind)):
             why = "it was written to" if source.written else f"a copy into {target.dtype} {kind.__name__}"
             return self._copy_plain(target, lazy, why)
         shape, stride, offset = geometry if lazy._inner is None else lazy._inner
@@ -136,7 +136,7 @@ class Recorder:
             return target
         if self.keeps_tables and threading.get_ident() != self._thread:
             self.foreign = "copies came from several threads"
-        record = Record(source.entry.encoded, numbers[0], offset, shape, stride, numbers[1], target)
+        record = (source.entry.encoded, numbers[0], offset, shape, stride, numbers[1], target)
         with self.lock:
             self.records.append(record)
             if self.is_finished:
@@ -157,7 +157,7 @@ class Recorder:
             records, self.records = self.records, []
             self._storages.clear()
             self._looked_at = 0
-            records = [record for record in records if 0 not in record.shape]
+            records = [record for record in records if 0 not in record[SHAPE]]
             if not records:
                 return
             table = CopyTable.of(records)
@@ -197,7 +197,7 @@ class Recorder:
 
     def _pending(self) -> set[int]:
         for record in self.records[self._looked_at :]:
-            self._storages.add(storage_of(record.target))
+            self._storages.add(storage_of(record[TARGET]))
         self._looked_at = len(self.records)
         return self._storages
 
