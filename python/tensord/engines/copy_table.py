@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..client import Model
 
 
-# One copy that a loader asked for: name, tensord_dtype of the source, its offset, shape and stride in elements,
-# tensord_dtype of the target, and the target. A bare tuple: there are tens of thousands.
+# One copy that a loader asked for: name, tensord_dtype of the source, its offset, shape and stride
+# in elements, tensord_dtype of the target, the target. A bare tuple: there are tens of thousands.
 Record = tuple[bytes, int, int, tuple[int, ...], tuple[int, ...], int, "torch.Tensor"]
 SHAPE: Final = 3  # where it is in it
 TARGET: Final = 6
