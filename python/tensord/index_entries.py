@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _library
 from ._library import check, library
-from .tensors import Entry
+from .tensors import DTYPES, OPAQUE, Entry
 
 _string_at = ctypes.string_at
 
@@ -50,7 +50,9 @@ def entry_of(tensor: _library.Tensor) -> Entry:
 
 
 class Index:
-    """All tensors of a tensord_model, in the order of names, before anything is made of them."""
+    """All tensors of a tensord_model, in the order of names, before anything is made of them.
+
+    May outlive the tensord_model."""
 
     def __init__(self, model: Any) -> None:
         count = library().tensord_tensor_count(model)
@@ -64,23 +66,20 @@ class Index:
         self.rows = rows
         self.names: list[bytes] = list(map(_string_at, rows["name"].tolist()))
         self.shapes: list[bytes] = list(map(_string_at, rows["shape"].tolist(), (rows["rank"] * 8).tolist()))
+        unknown = rows["dtype_text"][rows["dtype"] == OPAQUE].tolist()
+        self._texts = {at: _string_at(at).decode("utf-8", "replace") for at in unknown}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def entries(self) -> list[Entry]:
-        texts = {
-            at: _string_at(at).decode("utf-8", "replace")
-            for at in np.unique(self.rows["dtype_text"]).tolist()
-        }
         made = []
         for encoded, shape, (_, text, _, rank, dtype, file, _, offset, size, data) in zip(
             self.names, self.shapes, self.rows.tolist()
         ):
             extents = _SHAPES[rank].unpack(shape)
-            made.append(
-                Entry(encoded.decode(), encoded, dtype, texts[text], extents, file, offset, size, data)
-            )
+            said = DTYPES[dtype].name if dtype else self._texts[text]
+            made.append(Entry(encoded.decode(), encoded, dtype, said, extents, file, offset, size, data))
         return made
 
     def file_order(self) -> np.ndarray:
