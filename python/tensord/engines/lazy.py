@@ -267,6 +267,8 @@ def _find_kind(func: Any) -> int:
         return CLONE
     if torch.Tag.inplace_view in func.tags:
         return RESHAPE_IN_PLACE
+    if func is aten._unsafe_view.default:  # of a clone, in reshape()
+        return VIEW
     aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info]
     if any(alias.is_write for alias in aliases):
         return WRITE
@@ -309,8 +311,9 @@ def _view(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, 
         outer = func(_meta(lazy._geometry, dtype), *args, **kwargs)
         inner = outer if lazy._inner is None else func(_meta(lazy._inner, dtype), *args, **kwargs)
     except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
-        # It cannot be viewed so, where it lies; torch's own word on that, or its copy.
-        return func(real(lazy, _name_of(func)), *args, **kwargs)
+        # It cannot be viewed so, where it lies: torch's own word on that, or, of a clone, a view of a real one,
+        # which shares its memory with all other views of that clone.
+        return func(real(lazy, _name_of(func), write=lazy._inner is not None), *args, **kwargs)
     if isinstance(outer, torch.Tensor):
         return _view_of(lazy, outer, inner)
     return type(outer)([_view_of(lazy, one, other) for one, other in zip(outer, inner)])
@@ -364,11 +367,11 @@ def _name_of(func: Any) -> str:
 
 def _read_or_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any) -> Any:
     """Hands the real tensors over; those that are written to are private ones from now on."""
-    written = [
-        args[at] if at < len(args) else kwargs.get(argument.name)
-        for at, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    written: list[Any] = []
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[at] if at < len(args) else kwargs.get(argument.name)
+            written += value if isinstance(value, (list, tuple)) else [value]
     why = _name_of(func)
     others: list[torch.Tensor] = []
     recorder: Recorder | None = None
