@@ -311,7 +311,7 @@ def _view(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, 
         outer = func(_meta(lazy._geometry, dtype), *args, **kwargs)
         inner = outer if lazy._inner is None else func(_meta(lazy._inner, dtype), *args, **kwargs)
     except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
-        # It cannot be viewed so, where it lies: torch's own word on that; or, of a clone, a view of a real one,
+        # It cannot be viewed so, where it lies: torch's own word on it; of a clone, a view of a real one,
         # which shares its memory with the clone's other views.
         return func(real(lazy, _name_of(func), write=lazy._inner is not None), *args, **kwargs)
     if isinstance(outer, torch.Tensor):
