@@ -1,0 +1,37 @@
+"""SGLang: ``--load-format tensord``. Entry point of the group ``sglang.srt.plugins``, called in every process."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from .versions import Tested
+
+NAME = "tensord"
+TESTED = Tested("SGLang", "sglang", ("0.5.23",))
+
+
+def accept(original: Callable[[Any], Any], config: Any) -> Any:
+    """Around LoadConfig's check of ``load_format``, an enumeration that is closed: our name becomes our class.
+
+    SGLang's choice of a loader calls a class that stands there.
+    """
+    if config.load_format != NAME:
+        return original(config)
+    from .sglang_loader import TensordLoader
+
+    config.load_format = TensordLoader
+    return None
+
+
+def register() -> None:
+    """Adds the load format. SGLang logs what this raises and goes on without it: the name is then refused."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import LOAD_FORMAT_CHOICES, add_load_format_choices
+
+    from . import sglang_loader  # noqa: F401  what fails to import is to fail now
+
+    if NAME not in LOAD_FORMAT_CHOICES:
+        add_load_format_choices([NAME])
+    HookRegistry.register(
+        "sglang.srt.configs.load_config.LoadConfig._verify_load_format", accept, HookType.AROUND
+    )

@@ -1,0 +1,97 @@
+"""vLLM's own loader of safetensors, with the tensors from tensord."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import model_parallel_is_initialized
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+from ..errors import UnsupportedError
+from .engine_load import EngineLoad, Weights
+from .options import Options
+from .ranks import Ranks
+from .vllm import LEAVES, TESTED
+
+# vLLM has handlers for what is below "vllm" alone: a logger of our own would be mute in its workers.
+log = init_logger("vllm.tensord")
+
+ENGINE_KEYS = ("enable_weights_track", "enable_multithread_load", "num_threads")
+
+
+def ranks() -> Ranks:
+    return Ranks(get_tp_group().cpu_group if model_parallel_is_initialized() else None)
+
+
+class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
+    """``load_format="tensord"``.
+
+    Which files, which tensors of them, how they are cut and what happens afterwards stays vLLM's; where their
+    bytes come from does not.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        self.options, rest = Options.read(load_config.model_loader_extra_config, ENGINE_KEYS)
+        own = copy.copy(load_config)
+        own.load_format, own.model_loader_extra_config = "auto", rest
+        super().__init__(own)
+        self._load: EngineLoad | None = None
+        TESTED.say(log)
+
+    def _new_load(self, module: Any, **how: Any) -> EngineLoad:
+        return EngineLoad(self.options, ranks(), log, module, leaves=LEAVES, **how)
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        reads_in_loop = any(parameter.is_meta for parameter in model.parameters())
+        self._load = self._new_load(model, plain=reads_in_loop or not TESTED.is_tested())
+        try:
+            self._load.run(lambda: super(TensordLoader, self).load_weights(model, model_config))
+        finally:
+            self._load = None
+
+    def track_weights_loading(self, model: Any, loaded_weights: Any, *rest: Any, **named: Any) -> None:
+        if self._load is not None and self._load.replayed and loaded_weights is not None:
+            loaded_weights = loaded_weights | self._load.written()
+        super().track_weights_loading(model, loaded_weights, *rest, **named)
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
+        """All tensors of a model. Outside of `load_weights`: for a reload, which begins when all can be had."""
+        if self._load is not None:
+            return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        primary = self.Source(
+            model_config.model,
+            model_config.revision,
+            fall_back_to_pt=getattr(model, "fall_back_to_pt_during_load", True),
+            allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
+        )
+        sources = [primary, *getattr(model, "secondary_weights", ())]
+        return chain.from_iterable([self._get_weights_iterator(source) for source in sources])
+
+    def _get_weights_iterator(self, source: Any) -> Weights:
+        load = self._load
+        if load is not None and load.is_fallen_back:
+            return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
+        files = self._files(source)
+        give = load.weights if load is not None else self._new_load(None).update
+        return give(files, source.prefix, lambda name: not should_skip_weight(name, self.local_expert_ids))
+
+    def _files(self, source: Any) -> list[str]:
+        _, files, is_safetensors, *_ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if not is_safetensors:
+            raise UnsupportedError(
+                f"load {source.model_or_path}: it has no .safetensors files but {', '.join(files[:3])}; tensord reads "
+                "safetensors alone, --load-format auto loads the others"
+            )
+        return sorted(files)
