@@ -23,7 +23,7 @@ extern "C" {
 #define TENSORD_EXPORT __attribute__((visibility("default")))
 
 /* Changes whenever a struct or function below changes in a way that old callers would not survive. */
-#define TENSORD_ABI_VERSION 2
+#define TENSORD_ABI_VERSION 3
 #define TENSORD_RANK_MAX 64
 
 typedef enum tensord_code {
@@ -208,7 +208,10 @@ TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name,
 TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json);
 
 /* One copy of a (slice of a) tensor into the caller's memory: of the CPU, or of a GPU (an address that CUDA's driver knows
- * in this process). What was begun on that GPU's streams with the target must be over. */
+ * in this process). What was begun on that GPU's streams with the target must be over.
+ * In place of items (then item_count is 0) the source may be any region of the tensor's bytes: source_strides is not NULL.
+ * Its shape is the target's, its elements need not be the tensor's own. One that leaves the tensor is
+ * TENSORD_INVALID_ARGUMENT. */
 typedef struct tensord_copy {
   const char* name;
   const tensord_index_item* items;
@@ -220,7 +223,9 @@ typedef struct tensord_copy {
   const int64_t* target_strides; /* may be negative; NULL: row-major */
   uint32_t
       on_device; /* 1: the target is GPU memory for sure, though no driver in this process may know it; 0: found out */
-  uint32_t reserved;
+  uint32_t source_dtype;         /* tensord_dtype of the region's elements, which are whole bytes */
+  uint64_t source_offset;        /* of the region's element (0, 0, ..), from the tensor's first byte */
+  const int64_t* source_strides; /* target_rank of them; may be negative, 0 repeats; NULL: items tell the source */
 } tensord_copy;
 
 /* Why a copy into GPU memory was left out: a cast, or elements that are not side by side in both places; or memory that the

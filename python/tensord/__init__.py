@@ -18,10 +18,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import numpy, torch
+    from . import engines, numpy, torch
     from ._safe_open import SafeSlice, _safe_open_handle, load_file, safe_open
     from .client import Model, View, open
     from .copies import LoadReport
+    from .engines.module_loading import load_model
+    from .engines.recording import record
     from .errors import (
         CancelledError,
         ChangedError,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         DeniedError,
         Error,
         ExhaustedError,
+        IncompleteError,
         InternalError,
         InvalidArgumentError,
         InvalidIndexError,
@@ -54,6 +57,7 @@ __all__ = [
     "DeniedError",
     "Error",
     "ExhaustedError",
+    "IncompleteError",
     "InternalError",
     "InvalidArgumentError",
     "InvalidIndexError",
@@ -73,9 +77,12 @@ __all__ = [
     "View",
     "WaitTimeoutError",
     "_safe_open_handle",
+    "engines",
     "load_file",
+    "load_model",
     "numpy",
     "open",
+    "record",
     "safe_open",
     "torch",
 ]
@@ -90,7 +97,9 @@ _MODULES = {
     "View": "client",
     "_safe_open_handle": "_safe_open",
     "load_file": "_safe_open",
+    "load_model": "engines.module_loading",
     "open": "client",
+    "record": "engines.recording",
     "safe_open": "_safe_open",
 }
 
@@ -99,7 +108,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("numpy", "torch"):
+    if name in ("engines", "numpy", "torch"):
         return importlib.import_module(f"{__name__}.{name}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import Error, UnavailableError, UnsupportedError, error_of
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 RANK_MAX = 64
 
 OK = 0

@@ -24,6 +24,7 @@ from .errors import (
     UnknownTensorError,
 )
 from .indexing import Item, parse
+from .loading import load
 from .tensors import AnyTensor, Entry, framework_of, torch_dtype, torch_module
 
 Device = Union[str, int, None]
@@ -172,7 +173,7 @@ class safe_open:
             dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
             tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
         orders = [(entry, items, tensor) for entry, tensor in zip(entries, tensors)]
-        model._load(orders, cast=False, threads=0)
+        load(model, orders, cast=False, threads=0)
         return tensors
 
 

@@ -15,8 +15,7 @@ from typing import Any, Literal, NoReturn, Union
 
 from . import _library
 from ._library import check, last_error, library
-from .copies import Batch, LoadReport, bytes_target, interruptible
-from .devices import copy_left_out, wait_for_streams
+from .copies import LoadReport, interruptible
 from .errors import (
     CorruptError,
     DeniedError,
@@ -30,7 +29,9 @@ from .errors import (
     UnknownTensorError,
     WaitTimeoutError,
 )
+from .index_entries import entry_of, index_entries
 from .indexing import Item, item_rows, parse
+from .loading import LoadTargets, load, orders_of
 from .progress import Meter, ProgressOption, stderr_bar
 from .tensors import (
     AnyTensor,
@@ -45,7 +46,6 @@ from .tensors import (
 
 PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Resident = Literal["artifact", "view"]
-LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, AnyTensor]]]
 
 # A wait inside the library cannot be interrupted, so it is cut into pieces: Ctrl-C is answered within one.
 # The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
@@ -57,9 +57,6 @@ TOO_LARGE = (
     "is larger than the daemon's host_memory: it is not kept, load_into has it read in batches "
     '(resident="view"); raise host_memory, or open fewer tensors with only='
 )
-
-
-Order = tuple[Entry, tuple[Item, ...], Any]  # what, which part of it, and where it goes
 
 
 class _Handle:
@@ -93,6 +90,7 @@ class Model:
         self._framework = framework
         self._names: list[str] | None = None
         self._entries: dict[str, Entry] = {}
+        self._all_entries: list[Entry] | None = None
         self._is_ready = False
         self._is_view = library().tensord_resident(handle.pointer) == _library.RESIDENT_VIEW
 
@@ -193,6 +191,15 @@ class Model:
             self._entries[name] = entry
         return entry
 
+    def entries(self) -> list[Entry]:
+        """What the index says of all tensors, in the order of `keys`."""
+        entries = self._all_entries
+        if entries is None:
+            handle = self._open_handle()
+            entries = self._all_entries = index_entries(handle.pointer)
+            self._entries.update((entry.name, entry) for entry in entries)
+        return list(entries)
+
     def _find(self, name: str) -> Entry:
         handle = self._open_handle()
         try:
@@ -206,17 +213,7 @@ class Model:
         if code == _library.NOT_FOUND:
             raise UnknownTensorError(last_error(code).message)
         check(code)
-        return Entry(
-            name,
-            encoded,
-            tensor.dtype,
-            tensor.dtype_text.decode("utf-8", "replace"),
-            tuple(tensor.shape[: tensor.rank]),
-            tensor.file,
-            tensor.file_offset,
-            tensor.size_bytes,
-            tensor.data or 0,
-        )
+        return entry_of(tensor)
 
     def info(self) -> dict[str, Any]:
         """What is known of the model: path, files, state, artifact, replica, payload_bytes, image_bytes,
@@ -479,107 +476,12 @@ class Model:
         while one is copied. All targets are checked before the first batch; a tensor larger than the
         daemon's memory is refused then.
         """
-        if isinstance(targets, AbstractMapping):
-            wanted: Iterable[tuple[str, Any, Any]] = ((name, ..., target) for name, target in targets.items())
-        else:
-            wanted = targets
-        return self._load(
-            [(self.entry(name), parse(index), target) for name, index, target in _triples(wanted)],
-            cast=cast,
-            threads=threads,
-            stream=stream,
-        )
-
-    def _load(self, orders: list[Order], *, cast: bool, threads: int, stream: Any = None) -> LoadReport:
-        wait_for_streams((target for _, _, target in orders), stream)
-        report, reasons = self._run(orders, cast=cast, threads=threads)
-        begin = time.monotonic()
-        staged_bytes, slower_why = 0, ""
-        if any(reasons):
-            staged_bytes, slower_why = copy_left_out(
-                self, orders, reasons, report, stream, cast=cast, threads=threads
-            )
-        return LoadReport(
-            report.bytes + staged_bytes,
-            report.record_count,
-            report.thread_count,
-            report.device_bytes,
-            staged_bytes,
-            slower_why,
-            report.plan_ns / 1e9,
-            report.wait_ns / 1e9,
-            report.copy_ns / 1e9 + time.monotonic() - begin,
-        )
-
-    def _run(self, orders: list[Order], *, cast: bool, threads: int) -> tuple[_library.CopyReport, bytes]:
-        """One call of the library. Of each order: 0, or why it was left out (a `_library.LEFT_OUT_*`)."""
-        handle = self._open_handle()
-        if not isinstance(threads, int):
-            raise InvalidTypeError(f"load_into: threads is a number, not {threads!r}")
-        batch = Batch()
-        for entry, items, target in orders:
-            described = target_of(entry.name, target)
-            if entry.is_bytes:
-                region = self._resolve(entry, items)
-                shape = tuple(region.shape[: region.rank])
-                described = bytes_target(entry, shape, described, is_whole=not items)
-            batch.add(entry, items, described)
-        rows = batch.rows()
-        cancel = ctypes.c_int32(0)
-        left_out = ctypes.create_string_buffer(max(len(rows), 1))
-        options = _library.CopyOptions(
-            ctypes.sizeof(_library.CopyOptions),
-            int(cast),
-            threads,
-            0,
-            ctypes.pointer(cancel),
-            ctypes.addressof(left_out),
-        )
-        report = _library.CopyReport()
-
-        def copy() -> Error | None:
-            code = library().tensord_load_into(
-                handle.pointer, rows.ctypes.data, len(rows), ctypes.byref(options), ctypes.byref(report)
-            )
-            return None if code == _library.OK else last_error(code)
-
-        error = copy() if self._has_all_bytes() else interruptible(copy, cancel)
-        if error is not None:
-            try:
-                self._raise_load_error(error, orders)
-            finally:
-                del error
-        return report, left_out.raw[: len(rows)]
+        return load(self, orders_of(self, targets), cast=cast, threads=threads, stream=stream)
 
     def _has_all_bytes(self) -> bool:
         if not self._is_ready and not self._is_view:
             self._is_ready = self._progress().state == _library.READY
         return self._is_ready
-
-    def _raise_load_error(self, error: Error, orders: list[Order]) -> NoReturn:
-        """Raises `error`, as an InvalidIndexError where an index is to blame."""
-        if type(error) is InvalidArgumentError:
-            for entry, items, _ in orders:
-                if items:
-                    self._resolve(entry, items)
-        try:
-            raise error
-        finally:
-            del error  # else it and this frame hold each other, and with them the targets
-
-
-def _triples(targets: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
-    if not isinstance(targets, Iterable):
-        raise InvalidTypeError(
-            f"load_into takes {{name: tensor}} or [(name, index, tensor), ...], not {targets!r}"
-        )
-    for order in targets:
-        if not isinstance(order, (tuple, list)) or len(order) != 3:
-            raise InvalidTypeError(
-                "load_into takes {name: tensor} or [(name, index, tensor), ...]; "
-                f"an element of the list is {type(order).__name__}"
-            )
-        yield order[0], order[1], order[2]
 
 
 class View:
@@ -647,7 +549,7 @@ class View:
         if not isinstance(targets, AbstractMapping):
             raise InvalidTypeError(f"load_into of a view takes {{name: target, ...}}, not {targets!r}")
         orders = [(*self._slice(name), target) for name, target in targets.items()]
-        return self._model._load(orders, cast=cast, threads=threads, stream=stream)
+        return load(self._model, orders, cast=cast, threads=threads, stream=stream)
 
     def __repr__(self) -> str:
         return f"<tensord.View of {len(self)} slices of {self._model!r}>"

@@ -9,13 +9,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 
 from .errors import Error, InvalidArgumentError
 from .indexing import INDEX_ITEM, Item
-from .tensors import DTYPES, OPAQUE, U8, Entry, Target, row_major_strides
+from .tensors import (
+    BF16,
+    DTYPES,
+    F8_E4M3,
+    F8_E5M2,
+    F16,
+    F32,
+    F64,
+    OPAQUE,
+    U8,
+    Entry,
+    Target,
+    row_major_strides,
+)
 
 # tensord_copy
 COPY = np.dtype(
@@ -29,9 +42,26 @@ COPY = np.dtype(
         ("target_shape", "u8"),
         ("target_strides", "u8"),
         ("on_device", "u4"),
-        ("reserved", "u4"),
+        ("source_dtype", "u4"),
+        ("source_offset", "u8"),
+        ("source_strides", "u8"),
     ]
 )
+
+# Between which types the library converts, by number of tensord_dtype.
+_FLOATS = (F16, BF16, F32, F64)
+CASTS = frozenset((a, b) for a in (*_FLOATS, F8_E4M3, F8_E5M2) for b in _FLOATS if a != b)
+
+
+class Region(NamedTuple):
+    """Bytes of a tensor as elements, in the shape of their target: a source that no index describes."""
+
+    number: int  # tensord_dtype of the elements
+    offset: int  # bytes from the tensor's first one
+    strides: tuple[int, ...]  # bytes; 0 repeats
+
+
+Part = Union[tuple[Item, ...], Region]
 
 
 @dataclass(frozen=True)
@@ -54,43 +84,76 @@ class LoadReport:
 
 
 class Batch:
-    """tensord_copy rows with all they point to, in four arrays rather than in thousands of objects."""
+    """tensord_copy rows with all they point to, in few arrays rather than in thousands of objects."""
 
     def __init__(self) -> None:
         self._names: list[bytes] = []
-        self._name_bytes = 0
         self._items: list[Item] = []
+        self._item_counts: list[int] = []
+        self._targets: list[tuple[int, int, int, bool]] = []
         self._extents: list[int] = []
         self._strides: list[int] = []
-        self._rows: list[tuple[int, ...]] = []
+        self._regions: list[tuple[int, int, int, int]] = []
+        self._region_strides: list[int] = []
         self._kept: tuple[Any, ...] = ()
 
-    def add(self, entry: Entry, items: tuple[Item, ...], target: Target) -> None:
+    def add(self, entry: Entry, part: Part, target: Target) -> None:
         address, number, shape, strides, on_device = target
-        at = len(self._extents) * np.dtype(np.int64).itemsize
-        items_at = len(self._items) * INDEX_ITEM.itemsize
-        self._rows.append(
-            (self._name_bytes, items_at, len(items), address, number, len(shape), at, at, on_device, 0)
-        )
+        if type(part) is Region:
+            at = len(self._region_strides)
+            self._regions.append((len(self._names), part.number, part.offset, at))
+            self._region_strides += part.strides
+            self._item_counts.append(0)
+        else:
+            self._item_counts.append(len(part))
+            self._items += part  # type: ignore[arg-type]
         self._names.append(entry.encoded)
-        self._name_bytes += len(entry.encoded) + 1
-        self._items += items
+        self._targets.append((address, number, len(shape), on_device))
         self._extents += shape
         self._strides += strides
 
     def rows(self) -> np.ndarray:
         """Valid as long as this batch."""
-        names = ctypes.create_string_buffer(b"\0".join(self._names))
+        names, name_addresses = packed_names(self._names)
         items = np.array(self._items, dtype=INDEX_ITEM)
+        counts = np.array(self._item_counts, dtype=np.int64)
         extents = np.array(self._extents, dtype=np.uint64)
         strides = np.array(self._strides, dtype=np.int64)
-        self._kept = (names, items, extents, strides)
-        rows = np.array(self._rows, dtype=COPY)
-        rows["name"] += np.uint64(ctypes.addressof(names))
-        rows["items"] += np.uint64(items.ctypes.data)
-        rows["target_shape"] += np.uint64(extents.ctypes.data)
-        rows["target_strides"] += np.uint64(strides.ctypes.data)
+        targets = np.array(self._targets, dtype=np.uint64).reshape(-1, 4)
+        rows = np.zeros(len(self._names), dtype=COPY)
+        rows["name"] = name_addresses
+        rows["items"] = items.ctypes.data + starts_of(counts) * INDEX_ITEM.itemsize
+        rows["item_count"] = counts
+        rows["target"], rows["target_dtype"], rows["target_rank"], rows["on_device"] = targets.T
+        at = starts_of(targets[:, 2].astype(np.int64)) * WORD_BYTES
+        rows["target_shape"] = extents.ctypes.data + at
+        rows["target_strides"] = strides.ctypes.data + at
+        # One more, so that a region without dimensions has an address too.
+        region_strides = np.array([*self._region_strides, 0], dtype=np.int64)
+        if self._regions:
+            regions = np.array(self._regions, dtype=np.int64)
+            chosen = regions[:, 0]
+            rows["source_dtype"][chosen], rows["source_offset"][chosen] = regions[:, 1], regions[:, 2]
+            rows["source_strides"][chosen] = region_strides.ctypes.data + regions[:, 3] * WORD_BYTES
+        self._kept = (names, items, extents, strides, region_strides)
         return rows
+
+
+WORD_BYTES = 8
+
+
+def starts_of(counts: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins that lie one after another."""
+    starts = np.zeros(len(counts), dtype=np.int64)
+    np.cumsum(counts[:-1], out=starts[1:])
+    return starts
+
+
+def packed_names(names: list[bytes]) -> tuple[Any, np.ndarray]:
+    """One buffer with all names, each with its NUL, and their addresses in it."""
+    buffer = ctypes.create_string_buffer(b"\0".join(names))
+    counts = np.fromiter(map(len, names), dtype=np.int64, count=len(names)) + 1
+    return buffer, ctypes.addressof(buffer) + starts_of(counts)
 
 
 def bytes_target(entry: Entry, shape: tuple[int, ...], target: Target, *, is_whole: bool) -> Target:

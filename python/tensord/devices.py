@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._library import LEFT_OUT_BY_SHAPE, CopyReport
+from .copies import Part, Region
 from .errors import Error, UnsupportedError
-from .tensors import DTYPES, Entry, torch_module, torch_type
+from .tensors import DTYPES, OPAQUE, Entry, torch_module, torch_type
 
 if TYPE_CHECKING:
-    from .client import Model, Order
+    from .client import Model
+    from .loading import Order
 
 # Of device memory that is taken for a while: enough for the bus, small beside any model.
 _TEMPORARY_BYTES_MAX = 256 << 20
@@ -46,7 +48,7 @@ def copy_left_out(
     cast: bool,
     threads: int,
 ) -> tuple[int, str]:
-    """Copies what `Model._run` left out.
+    """Copies what `loading.run` left out.
 
     Parameters
     ----------
@@ -92,7 +94,7 @@ def _copy_slower(
             by_cpu += _through_device(model, group, threads)
         for entry, items, target in by_cpu:
             staged = torch.empty(target.shape, dtype=target.dtype)
-            model._run([(entry, items, staged)], cast=cast, threads=threads)
+            run(model, [(entry, items, staged)], cast=cast, threads=threads)
             target.copy_(staged)
         wait_for_streams([target for _, _, target in orders], None)
     return sum(target.numel() * target.element_size() for _, _, target in orders)
@@ -105,7 +107,9 @@ def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list
     copies: list[Order] = []
     for order in orders:
         entry, items, target = order
-        dtype = None if entry.is_bytes else torch_type(entry.number)
+        number = items.number if type(items) is Region else entry.number
+        is_bytes = number == OPAQUE or DTYPES[number].is_packed
+        dtype = None if is_bytes else torch_type(number)
         if dtype is None:
             rest.append(order)
         else:
@@ -113,7 +117,7 @@ def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list
             kept.append(order)
             copies.append((entry, items, temporary))
     wait_for_streams((temporary for _, _, temporary in copies), None)
-    _, reasons = model._run(copies, cast=False, threads=threads)
+    _, reasons = run(model, copies, cast=False, threads=threads)
     for order, (_, _, temporary), why in zip(kept, copies, reasons):
         if why:
             rest.append(order)
@@ -127,7 +131,7 @@ def _groups(orders: Sequence[Order]) -> Iterator[list[Order]]:
     group: list[Order] = []
     size_bytes = 0
     for order in orders:
-        one = source_bytes(order[0], order[2])
+        one = source_bytes(*order)
         if group and size_bytes + one > _TEMPORARY_BYTES_MAX:
             yield group
             group, size_bytes = [], 0
@@ -137,7 +141,8 @@ def _groups(orders: Sequence[Order]) -> Iterator[list[Order]]:
         yield group
 
 
-def source_bytes(entry: Entry, target: Any) -> int:
+def source_bytes(entry: Entry, part: Part, target: Any) -> int:
     """What a target's elements take in the file."""
     count: int = target.numel()
-    return count * DTYPES[entry.number].bits // 8
+    number = part.number if type(part) is Region else entry.number
+    return count * DTYPES[number].bits // 8

@@ -30,7 +30,7 @@ class Error(Exception):
     ----------
     code : str
         ``"not_found"``, ``"invalid_argument"``, ``"exhausted"``, ``"unavailable"``, ``"cancelled"``,
-        ``"corrupt"``, ``"changed"``, ``"denied"``, ``"unsupported"`` or ``"internal"``.
+        ``"corrupt"``, ``"changed"``, ``"denied"``, ``"unsupported"``, ``"incomplete"`` or ``"internal"``.
     target_dirty : bool
     """
 
@@ -153,6 +153,12 @@ class UnsupportedError(Error, NotImplementedError):
 
 class UnsupportedDtypeError(UnsupportedError, TypeError):
     """The framework has no type for the tensor's elements."""
+
+
+class IncompleteError(Error):
+    """A load left out parameters of a module; the message names them."""
+
+    code = "incomplete"
 
 
 class InternalError(Error, RuntimeError):

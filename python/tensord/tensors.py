@@ -28,6 +28,12 @@ AnyTensor = Any
 
 OPAQUE = 0
 U8 = 5
+F8_E5M2 = 7
+F8_E4M3 = 8
+F16 = 14
+BF16 = 15
+F32 = 18
+F64 = 20
 
 
 class Dtype(NamedTuple):

@@ -123,6 +123,9 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
     return refuse(copy.name, ": a target of unknown dtype or rank");
   }
   if (copy.target_rank > 0 && copy.target_shape == nullptr) return refuse(copy.name, ": target_shape is NULL");
+  const bool has_region = copy.source_strides != nullptr;
+  if (has_region && copy.source_dtype >= static_cast<uint32_t>(tensor::kDtypeCount))
+    return refuse(copy.name, ": a region of unknown dtype");
   client::CopyOrder order{.name = copy.name, .on_device = copy.on_device != 0};
   TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
   order.target = static_cast<std::byte*>(copy.target);
@@ -133,6 +136,10 @@ client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
   order.to.strides = tensor::row_major_strides(order.to.shape, order.to.element_bytes);
   if (copy.target_strides != nullptr)
     order.to.strides.assign(copy.target_strides, copy.target_strides + copy.target_rank);
+  if (has_region) {
+    order.region = {static_cast<tensor::Dtype>(copy.source_dtype), copy.source_offset,
+                    std::vector(copy.source_strides, copy.source_strides + copy.target_rank)};
+  }
   return order;
 }
 

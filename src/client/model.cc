@@ -91,26 +91,31 @@ Result<AddressRange> addresses_of(const CopyOrder& order) {
                 " dimensions and ", order.to.strides.size(), " strides");
   }
   if (order.to.element_count() == 0) return AddressRange{};
-  constexpr __int128 kFarMax = static_cast<__int128>(1) << 64;  // 64 dimensions of it do not overflow
-  auto lowest = static_cast<__int128>(reinterpret_cast<uint64_t>(order.target));
-  __int128 highest = lowest + order.to.element_bytes;
-  for (size_t dimension = 0; dimension < order.to.shape.size(); ++dimension) {
-    const __int128 reach = static_cast<__int128>(order.to.shape[dimension] - 1) * order.to.strides[dimension];
-    (reach < 0 ? lowest : highest) += std::clamp(reach, -kFarMax, kFarMax);
-  }
+  tensor::Strided at = order.to;
+  at.offset = reinterpret_cast<uint64_t>(order.target);
+  const auto [lowest, highest] = tensor::reach_of(at);
   if (order.target == nullptr || lowest <= 0 || highest > UINT64_MAX) {
     return fail(Code::invalid_argument, base::quoted(order.name), ": the target is no memory");
   }
   return AddressRange{static_cast<uint64_t>(lowest), static_cast<uint64_t>(highest)};
 }
 
-Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype target, bool cast) {
-  if (target == tensor.dtype) return {};
+Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype source, tensor::Dtype target, bool cast) {
+  if (target == source) return {};
+  const std::string_view source_text = source == tensor.dtype ? tensor.dtype_text : tensor::dtype_name(source);
   const std::string pair =
-      base::text(base::quoted(tensor.name), " is ", tensor.dtype_text, ", its target ", tensor::dtype_name(target));
+      base::text(base::quoted(tensor.name), " is ", source_text, ", its target ", tensor::dtype_name(target));
   if (!cast) return fail(Code::invalid_argument, pair + "; ask for a cast to convert");
-  if (!tensor::can_cast(tensor.dtype, target)) return fail(Code::unsupported, pair + "; there is no such cast");
+  if (!tensor::can_cast(source, target)) return fail(Code::unsupported, pair + "; there is no such cast");
   return {};
+}
+
+// The region of the image that an order reads.
+Result<tensor::Strided> source_of(const CopyOrder& order, const tensor::Tensor& tensor, uint64_t image_offset) {
+  if (!order.region) return tensor::resolve(tensor, order.items, image_offset);
+  if (!order.items.empty()) return fail(Code::invalid_argument, base::quoted(order.name), ": a region beside items");
+  const SourceRegion& region = *order.region;
+  return tensor::reinterpret(tensor, region.dtype, {region.offset, order.to.shape, region.strides}, image_offset);
 }
 
 // The tensor that a record came from, for an error.
@@ -365,12 +370,13 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const 
   std::vector<tensor::Wanted> wanted;
   for (const CopyOrder& order : orders) {
     TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
-    TRY(check_dtypes(*tensor, order.target_dtype, options.cast));
-    TRY_ASSIGN(tensor::Strided from, tensor::resolve(*tensor, order.items, windows_.image_offset(*tensor)));
+    const tensor::Dtype source_dtype = order.region ? order.region->dtype : tensor->dtype;
+    TRY(check_dtypes(*tensor, source_dtype, order.target_dtype, options.cast));
+    TRY_ASSIGN(tensor::Strided from, source_of(order, *tensor, windows_.image_offset(*tensor)));
     wanted.push_back({.label = order.name,
                       .from = std::move(from),
                       .to = order.to,
-                      .source_dtype = tensor->dtype,
+                      .source_dtype = source_dtype,
                       .target_dtype = order.target_dtype});
     tensor::Strided& to = wanted.back().to;
     to.offset = to.element_count() == 0 ? 0 : reinterpret_cast<uint64_t>(order.target) - all.begin;

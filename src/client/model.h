@@ -68,11 +68,19 @@ struct OpenOptions {
   const int32_t* cancel = nullptr;  // as memory::CopyOptions, while the daemon's answer is waited for
 };
 
+// Bytes of a tensor as elements of another type, in the shape of their target. `offset` is from the tensor's first byte.
+struct SourceRegion {
+  tensor::Dtype dtype = tensor::Dtype::u8;  // of whole bytes
+  uint64_t offset = 0;
+  std::vector<int64_t> strides;  // bytes; may be negative, or 0 (broadcast)
+};
+
 // One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
 // offset is not used).
 struct CopyOrder {
   std::string_view name;
   tensor::IndexItems items;
+  std::optional<SourceRegion> region;  // in place of items
   std::byte* target = nullptr;
   tensor::Strided to;
   tensor::Dtype target_dtype = tensor::Dtype::u8;

@@ -197,6 +197,31 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
               " have ", bits, " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
+Reach reach_of(const Strided& region) {
+  constexpr Wide kFarMax = Wide{1} << 64;  // 64 dimensions of it do not overflow
+  Reach reach{region.offset, Wide{region.offset} + region.element_bytes};
+  for (size_t dimension = 0; dimension < region.shape.size(); ++dimension) {
+    const Wide distance = static_cast<Wide>(region.shape[dimension] - 1) * region.strides[dimension];
+    (distance < 0 ? reach.lowest : reach.highest) += std::clamp(distance, -kFarMax, kFarMax);
+  }
+  return reach;
+}
+
+Result<Strided> reinterpret(const Tensor& tensor, Dtype dtype, Strided region, uint64_t offset) {
+  const std::optional<uint32_t> element_bytes = dtype_bytes(dtype);
+  if (!element_bytes || region.strides.size() != region.shape.size())
+    return fail(Code::invalid_argument, "region of ", quoted(tensor.name),
+                ": elements of partial bytes, or too few strides");
+  region.element_bytes = *element_bytes;
+  if (region.element_count() == 0) return region;
+  if (const Reach reach = reach_of(region); reach.lowest < 0 || reach.highest > tensor.size_bytes) {
+    return fail(Code::invalid_argument, "region of ", quoted(tensor.name), ": it leaves the tensor, which has ",
+                tensor.size_bytes, " bytes");
+  }
+  region.offset += offset;
+  return region;
+}
+
 // --- text --------------------------------------------------------------------------------------------------------
 
 namespace {

@@ -55,6 +55,16 @@ std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint3
 // dimension counted in bytes).
 Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t offset = 0);
 
+// The bytes that a region touches, from the lowest up to the highest, which is not one of them. Nothing overflows.
+struct Reach {
+  __int128 lowest = 0, highest = 0;
+};
+Reach reach_of(const Strided& region);  // of one that is not empty
+
+// Bytes of `tensor`, placed at `offset`, as elements of `dtype`: `region` counts from the tensor's first byte, its
+// element_bytes are not used. Code::invalid_argument for types of partial bytes and for regions that leave the tensor.
+Result<Strided> reinterpret(const Tensor& tensor, Dtype dtype, Strided region, uint64_t offset = 0);
+
 // "w", "w[:, 0:8704]", "w[..., None, -1, ::2]"; the name is everything before the first '[' that closes at the end.
 // Code::invalid_argument shows where the text stops making sense.
 Result<ViewItem> parse_view_item(std::string_view text);

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 namespace tensord::tensor {
 namespace {
 
@@ -94,6 +96,37 @@ TEST(View, three_quarter_byte_elements_are_sliced_in_fours) {
   const Tensor tensor = tensor_of(Dtype::f6_e2m3, {2, 8});
   EXPECT_EQ(slice(tensor, ":, 4:8").value(), (Strided{3, {2, 3}, {6, 1}, 1}));
   EXPECT_FALSE(slice(tensor, ":, 2:6"));
+}
+
+TEST(View, a_region_may_be_of_other_elements_than_the_tensor_and_repeat_them) {
+  const Tensor tensor = tensor_of(Dtype::bf16, {4, 6});  // 48 bytes
+  EXPECT_EQ(reinterpret(tensor, Dtype::u8, {2, {3, 4}, {12, 2}}, 1000).value(), (Strided{1002, {3, 4}, {12, 2}, 1}));
+  EXPECT_EQ(reinterpret(tensor, Dtype::f64, {40, {7}, {0}}).value(), (Strided{40, {7}, {0}, 8}));
+  EXPECT_EQ(reinterpret(tensor, Dtype::i16, {46, {24}, {-2}}).value(), (Strided{46, {24}, {-2}, 2}));
+  EXPECT_TRUE(reinterpret(tensor, Dtype::f32, {44, {}, {}}));
+  EXPECT_TRUE(reinterpret(tensor, Dtype::f32, {9999, {2, 0}, {1, 1}}));  // no element, no place
+}
+
+TEST(View, a_region_that_leaves_its_tensor_is_refused) {
+  const Tensor tensor = tensor_of(Dtype::bf16, {4, 6});
+  constexpr int64_t kFar = std::numeric_limits<int64_t>::max();
+  const std::pair<Dtype, Strided> refused[] = {
+      {Dtype::f32, {45, {}, {}}},
+      {Dtype::bf16, {2, {24}, {2}}},
+      {Dtype::bf16, {44, {24}, {-2}}},
+      {Dtype::bf16, {0, {2}, {kFar}}},
+      {Dtype::bf16, {0, {2, 2}, {kFar, -kFar}}},
+      {Dtype::bf16, {0, {UINT64_MAX, UINT64_MAX, UINT64_MAX}, {kFar, kFar, kFar}}},
+      {Dtype::bf16, {UINT64_MAX, {1}, {2}}},
+      {Dtype::f4, {0, {4}, {1}}},
+      {Dtype::opaque, {0, {4}, {1}}},
+      {Dtype::u8, {0, {4, 4}, {1}}},
+  };
+  for (const auto& [dtype, region] : refused) {
+    const auto read = reinterpret(tensor, dtype, region);
+    ASSERT_FALSE(read) << region.offset;
+    EXPECT_EQ(read.error().code, base::Code::invalid_argument);
+  }
 }
 
 TEST(View, text_is_read_as_python_writes_it) {

@@ -1,0 +1,88 @@
+"""Which tensors a loader is given, and under which names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Union
+
+from ..errors import InvalidArgumentError, InvalidTypeError, UnknownTensorError
+
+Only = Union[str, Sequence[str], Callable[[str], bool], None]
+Rename = Union[Callable[[str], Union[str, None]], Sequence[tuple[str, str]], None]
+
+
+def select(names: Sequence[str], only: Only) -> list[str]:
+    """The names that are wanted, in the order given.
+
+    Parameters
+    ----------
+    only : str, list of str, or callable
+        As in `tensord.open`: names and patterns; or what says of a name whether it is wanted.
+
+    Raises
+    ------
+    UnknownTensorError
+        A name or pattern matches nothing.
+    """
+    if only is None:
+        return list(names)
+    if callable(only):
+        return [name for name in names if only(name)]
+    known = set(names)
+    chosen: set[str] = set()
+    for one in [only] if isinstance(only, str) else only:
+        if not isinstance(one, str):
+            raise InvalidTypeError(f"only: a name, a pattern, or a callable, not {one!r}")
+        found = {one} if one in known else set(filter(pattern(one).fullmatch, names))
+        if not found:
+            raise UnknownTensorError(f"only: {one!r} is and matches no tensor")
+        chosen |= found
+    return [name for name in names if name in chosen]
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A shell-style pattern as `tensord.open` reads it: ``*``, ``?``, ``[a-z0]``, ``[!a-z]``."""
+    parts = []
+    at = 0
+    while at < len(text):
+        end = text.find("]", at + 2) if text[at] == "[" else -1
+        if text[at] == "*":
+            parts.append(".*")
+        elif text[at] == "?":
+            parts.append(".")
+        elif end > 0:
+            inside = text[at + 1 : end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
+            parts.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
+            at = end
+        else:
+            parts.append(re.escape(text[at]))
+        at += 1
+    try:
+        return re.compile("".join(parts), re.DOTALL)
+    except re.error as error:
+        raise InvalidArgumentError(f"{text!r} is no pattern: {error}") from None
+
+
+def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a name is, or matches, one of these."""
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    names, compiled = set(given), [pattern(one) for one in given]
+    return lambda name: name in names or any(one.fullmatch(name) for one in compiled)
+
+
+def renamed(name: str, rename: Rename) -> str | None:
+    """A tensor's name as the loader shall know it; None: it is not given the tensor.
+
+    Parameters
+    ----------
+    rename : callable, or list of (pattern, replacement)
+        Regular expressions as `re.sub` takes them, one after another.
+    """
+    if rename is None:
+        return name
+    if callable(rename):
+        return rename(name)
+    for expression, replacement in rename:
+        name = re.sub(expression, replacement, name)
+    return name
