@@ -17,9 +17,12 @@ from typing import Any, Union
 from ..client import Model
 from ..client import open as open_model
 from ..errors import TensordWarning
+from .coverage import missing_text
+from .names import Rename, matcher, renamed
 from .options import Options
-from .ranks import OtherRankError, Ranks
+from .ranks import Ranks
 from .recording import Recording, Stream
+from .summary import LoadSummary
 
 Weights = Iterator[tuple[str, Any]]
 Keep = Union[Callable[[str], bool], None]
@@ -58,12 +61,12 @@ class EngineLoad:
         self._options = options
         self._ranks = ranks
         self._log = log
-        self._module = module
+        self.module = module
         self._leaves = tuple(leaves)
         self._cache = cache
         self._is_plain = plain
         self._stack = ExitStack()
-        self._recordings: list[Stream] = []
+        self._streams: list[Stream] = []
         self.is_fallen_back = False
 
     # ---- what the engine's loading is put into ---------------------------------------------------
@@ -87,30 +90,35 @@ class EngineLoad:
                 error,
             )
         self.is_fallen_back = True
-        self._recordings.clear()  # with the memory of what failed
+        self._ranks.begin()
+        self._streams.clear()  # with the memory of what failed
         return self._attempt(load)
 
     def _attempt(self, load: Callable[[], Any]) -> Any:
         try:
             with self._stack:
                 result = load()
-        except OtherRankError:
-            raise
         except Exception as error:
-            self._ranks.agree("load weights", error)
+            if not self._ranks.is_over:
+                self._ranks.agree("load weights", error)
             raise
         self._ranks.agree("load weights")
-        for recording in self._recordings:
-            self._say(recording)
+        for stream in self._streams:
+            self._say(stream)
         return result
 
-    def _say(self, recording: Stream) -> None:
+    def _say(self, stream: Stream) -> None:
         rank = f"; {self._ranks}" if self._ranks.size > 1 else ""
-        self._log.info("%s%s", recording.report.one_line(), rank)
+        self._log.info("%s%s", stream.report.one_line(), rank)
+        coverage = stream.coverage if isinstance(stream, Recording) else None
+        if coverage is not None and coverage.unwritten:
+            left = [name for name in coverage.unwritten if not matcher(self._leaves)(name)]
+            if left:
+                self._log.warning("tensord: %s", missing_text(left))
 
     # ---- what it asks for ------------------------------------------------------------------------
 
-    def weights(self, files: Sequence[str], prefix: str = "", keep: Keep = None) -> Weights:
+    def weights(self, files: Sequence[str], prefix: str = "", keep: Keep = None, *, wait: bool = False) -> Weights:
         """The tensors of a checkpoint for the loading that `run` runs; opened on all ranks when this returns.
 
         Parameters
@@ -120,31 +128,35 @@ class EngineLoad:
             Goes before each name.
         keep : callable, optional
             Says of a name in the checkpoint whether the loader wants the tensor.
+        wait : bool
+            Return when all bytes are there: what cannot be read fails before the first parameter has changed.
         """
-        model = self._open(files)
-        rename = self._rename(prefix, keep)
+        return self._tensors(self._open(files, wait=wait), self._rename(prefix, keep))
+
+    def _tensors(self, model: Model, rename: Rename) -> Weights:
+        """Begins when the loader asks for the first tensor."""
         if self._is_plain:
             stream = Stream(model, rename=rename, plain=True)
-            self._recordings.append(stream)
-            return stream
+            self._streams.append(stream)
+            yield from stream
+            return
         # A second checkpoint fills what the first one leaves: the first recording, left last, sees both.
-        is_first = not self._recordings
+        module = self.module if not self._streams else None
         recording = Recording(
             model,
-            self._module if is_first else None,
+            module,
             rename=rename,
-            cache=self._cache if is_first and self._module is not None else None,
+            cache=self._cache if module is not None else None,
             strict=self._options.strict,
             leaves=self._leaves,
         )
-        self._recordings.append(recording)
-        return iter(self._stack.enter_context(recording))
+        self._streams.append(recording)
+        yield from self._stack.enter_context(recording)
 
     def update(self, files: Sequence[str], prefix: str = "", keep: Keep = None) -> Weights:
-        """The tensors of a checkpoint for a loading that nobody tells the end of.
+        """The tensors of a checkpoint, all of their bytes, for a loading that nobody tells the end of.
 
-        Returns when all of its bytes are there, on all ranks: an update that cannot be is refused before the
-        first parameter has changed. The loader gets real tensors.
+        The loader gets real tensors.
         """
         model = self._open(files, wait=True)
         return self._told(Stream(model, rename=self._rename(prefix, keep), plain=True))
@@ -157,27 +169,32 @@ class EngineLoad:
         """Names of the module's parameters and buffers that records have written so far."""
         return {
             name
-            for one in self._recordings
+            for one in self._streams
             if isinstance(one, Recording) and one.module is not None
             for name in one.written()
         }
 
     @property
+    def reports(self) -> list[LoadSummary]:
+        """Of each checkpoint what was done with it."""
+        return [stream.report for stream in self._streams]
+
+    @property
     def replayed(self) -> bool:
         """Whether a cached plan took the place of tensors, so that the loader was given none."""
-        return any(isinstance(one, Recording) and one.replayed for one in self._recordings)
+        return any(isinstance(one, Recording) and one.replayed for one in self._streams)
 
     # ---- opening ---------------------------------------------------------------------------------
 
-    def _open(self, files: Sequence[str], *, wait: bool = False) -> Model | None:
-        model, error = None, None
+    def _open(self, files: Sequence[str], *, wait: bool) -> Model:
         try:
             model = self._opened(files)
             if wait:
                 model.wait()
-        except Exception as failed:
-            error = failed
-        self._ranks.agree("open the checkpoint", error)
+        except Exception as error:
+            self._ranks.agree("open the checkpoint", error)
+            raise
+        self._ranks.agree("open the checkpoint")
         return model
 
     def _opened(self, files: Sequence[str]) -> Model:
@@ -195,8 +212,6 @@ class EngineLoad:
         return model
 
     def _rename(self, prefix: str, keep: Keep) -> Callable[[str], str | None]:
-        from .names import renamed
-
         pairs = list(self._options.rename.items())
 
         def rename(name: str) -> str | None:

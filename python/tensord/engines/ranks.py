@@ -26,6 +26,7 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self._group = group
         self.rank, self.size = 0, 1
+        self.is_over = False  # `agree` has raised, so no other rank waits for this one
         if group is not None:
             import torch.distributed
 
@@ -34,6 +35,10 @@ class Ranks:
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size}"
+
+    def begin(self) -> None:
+        """Another attempt, on all ranks."""
+        self.is_over = False
 
     def agree(self, what: str, error: BaseException | None = None) -> None:
         """Waits for all ranks; raises on each of them when one has an error.
@@ -49,11 +54,13 @@ class Ranks:
             Another rank has one, or is gone.
         """
         said: list[Any] = [None] * self.size
+        self.is_over = True
         if self.size > 1:
             said = self._told(what, error)
         if error is not None:
             raise error
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text]
+        self.is_over = bool(failed)
         if failed:
             raise OtherRankError(f"{what}: {self} stops because others failed: {'; '.join(failed)}")
 

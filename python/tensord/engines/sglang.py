@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Callable
 
+from .engine_parity import of_one_model, on_ranks
 from .versions import Tested
 
 NAME = "tensord"
 TESTED = Tested("SGLang", "sglang", ("0.5.23",))
+
+# What no checkpoint has: SGLang makes it itself, and keeps it where its values stay what they were.
+LEAVES: tuple[str, ...] = ()
 
 
 def accept(original: Callable[[Any], Any], config: Any) -> Any:
@@ -35,3 +40,8 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.configs.load_config.LoadConfig._verify_load_format", accept, HookType.AROUND
     )
+
+
+def parity_modules(path: str, *, tp: int = 1) -> Iterator[tuple[str, Any, Any]]:
+    """For ``tensord parity``: for each rank its label and two snapshots, by SGLang's own loader and by ours."""
+    yield from of_one_model(on_ranks("tensord.engines.sglang_parity:rank_pairs", tp, [path], {}, {}))

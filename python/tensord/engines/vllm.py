@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UnsupportedError
+from .engine_parity import of_one_model, on_ranks
 from .versions import Tested
 
 NAME = "tensord"
 TESTED = Tested("vLLM", "vllm", ("0.32",))
 
 # What no checkpoint has: vLLM makes it itself, and keeps it where its values stay what they were.
-LEAVES: tuple[str, ...] = ()
+LEAVES = ("*._[kvq]_scale", "*._prob_scale")
 
 
 def register() -> None:
@@ -45,3 +47,8 @@ def _refusing(error: Exception) -> Any:
         def load_weights(self, model: Any, model_config: Any) -> None: ...
 
     return Refusing
+
+
+def parity_modules(path: str, *, tp: int = 1) -> Iterator[tuple[str, Any, Any]]:
+    """For ``tensord parity``: for each rank its label and two snapshots, by vLLM's own loader and by ours."""
+    yield from of_one_model(on_ranks("tensord.engines.vllm_parity:rank_pairs", tp, [path], {}, {}))

@@ -17,6 +17,7 @@ from ..errors import UnsupportedError
 from .engine_load import EngineLoad, Weights
 from .options import Options
 from .ranks import Ranks
+from .summary import LoadSummary
 from .vllm import LEAVES, TESTED
 
 # vLLM has handlers for what is below "vllm" alone: a logger of our own would be mute in its workers.
@@ -41,6 +42,7 @@ class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
         own = copy.copy(load_config)
         own.load_format, own.model_loader_extra_config = "auto", rest
         super().__init__(own)
+        self.reports: list[LoadSummary] = []  # of the last load
         self._load: EngineLoad | None = None
         TESTED.say(log)
 
@@ -52,6 +54,7 @@ class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
         self._load = self._new_load(model, plain=reads_in_loop or not TESTED.is_tested())
         try:
             self._load.run(lambda: super(TensordLoader, self).load_weights(model, model_config))
+            self.reports = self._load.reports
         finally:
             self._load = None
 
@@ -79,7 +82,11 @@ class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
             return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
         files = self._files(source)
         give = load.weights if load is not None else self._new_load(None).update
-        return give(files, source.prefix, lambda name: not should_skip_weight(name, self.local_expert_ids))
+
+        def keep(name: str) -> bool:
+            return not should_skip_weight(name, self.local_expert_ids)
+
+        return give(files, source.prefix, keep)
 
     def _files(self, source: Any) -> list[str]:
         _, files, is_safetensors, *_ = self._prepare_weights(
