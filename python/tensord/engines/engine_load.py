@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Union
 
 from ..client import Model
@@ -21,6 +22,7 @@ from .coverage import missing_text
 from .names import Rename, matcher, renamed
 from .options import Options
 from .ranks import Ranks
+from .recorder import Guard
 from .recording import Recording, Stream
 from .summary import LoadSummary
 
@@ -151,7 +153,11 @@ class EngineLoad:
             leaves=self._leaves,
         )
         self._streams.append(recording)
-        yield from self._stack.enter_context(recording)
+        weights = self._stack.enter_context(recording)
+        if self._cache is None or module is None:  # else the recording has one
+            # Loaders do read what they have just written: vLLM's for Mamba 2 computes A out of A_log in place.
+            self._stack.enter_context(Guard(recording.recorder, {}))
+        yield from weights
 
     def update(self, files: Sequence[str], prefix: str = "", keep: Keep = None) -> Weights:
         """The tensors of a checkpoint, all of their bytes, for a loading that nobody tells the end of.
@@ -201,7 +207,7 @@ class EngineLoad:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TensordWarning)
             model = open_model(
-                list(files),
+                folder_of(files) or list(files),
                 "pt",
                 only=self._options.only,
                 memory_wait=self._options.memory_wait,
@@ -221,3 +227,14 @@ class EngineLoad:
             return None if changed is None else prefix + changed
 
         return rename
+
+
+def folder_of(files: Sequence[str]) -> str | None:
+    """The folder that these files are the checkpoint of: people know it by that name. None: they are not all."""
+    folders = {Path(file).parent for file in files}
+    if len(folders) != 1:
+        return None
+    (folder,) = folders
+    is_whole = {Path(file) for file in files} == set(folder.glob("*.safetensors"))
+    has_index = (folder / "model.safetensors.index.json").exists()
+    return str(folder) if is_whole and (len(files) == 1 or has_index) else None
