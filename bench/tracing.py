@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""What recording a load costs: microseconds a tensor for the loaders of vLLM and SGLang, beside the same loader with
-plain tensors.
+"""What recording a load costs: microseconds a tensor for the loaders of vLLM and SGLang.
 
     tracing.py [--tensors 50000] [--rounds 5] [--json FILE] [CASE...]
 
 Needs torch, $TENSORD_BINARY, and the package. It starts a daemon of its own. The loaders are the sequences of
-operations that those of the engines run on a weight (docs/ENGINES.md); tensors are small, so that bytes cost
-nothing. Medians of rounds.
+operations that those of the engines run on a weight; tensors are small, so that bytes cost nothing. Beside
+each, the same loader with plain tensors. Medians of rounds.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 import tensord
 import torch
 from tensord import engines
+from tensord.engines.recording import _lazy_tensors
 
 EXPERTS, INTERMEDIATE, HIDDEN = 128, 16, 16  # of a layer of experts; elements are few, tensors many
 QWEN_HIDDEN, QWEN_INTERMEDIATE, QWEN_KEY_VALUES, QWEN_VOCABULARY, QWEN_LAYERS = 5120, 17408, 1024, 151936, 40
@@ -36,7 +36,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 Result = dict[str, Any]
 
 
-# ---- checkpoints: headers are real, bytes are a hole in the file ------------------------------------------------
+# ---- checkpoints: headers are real, bytes are a hole in the file ---------------------------------------
 
 
 def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -85,7 +85,7 @@ def qwen_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# ---- loaders ------------------------------------------------------------------------------------------------
+# ---- loaders -------------------------------------------------------------------------------------------
 
 
 def empty(*shape: int) -> torch.nn.Parameter:
@@ -114,7 +114,7 @@ class Experts(torch.nn.Module):
 
     def load_as_sglang(self, weights: Weights) -> None:
         for at, (_, weight) in enumerate(weights):
-            weight.shape, weight.dim()  # noqa: B018
+            weight.shape, weight.dim()
             self.place(at).copy_(weight.narrow(0, 0, INTERMEDIATE))
 
 
@@ -165,7 +165,7 @@ class Qwen(torch.nn.Module):
             target.copy_(weight)
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------------
 
 
 def seconds(act: Callable[[], Any]) -> float:
@@ -175,13 +175,13 @@ def seconds(act: Callable[[], Any]) -> float:
 
 
 def traced(model: tensord.Model, load: Callable[[Weights], None], runs: bool) -> tuple[float, float]:
-    """Seconds until the loader has seen all tensors, and of what follows: the copies, where they are to run."""
+    """Seconds until the loader has seen all tensors, and of the copies, where they are to run."""
     stream = engines.stream(model)
     last = 0.0
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal last
-        yield from stream._lazy_tensors()
+        yield from _lazy_tensors(stream.recorder, stream._entries)
         last = time.perf_counter()
 
     begin = time.perf_counter()
@@ -286,7 +286,9 @@ CASES = {"experts": experts, "qwen": qwen, "small": small}
 @contextlib.contextmanager
 def daemon(folder: Path) -> Iterator[None]:
     os.environ.update(
-        TENSORD_RUNTIME_DIR=str(folder / "run"), TENSORD_STATE_DIR=str(folder / "state"), TENSORD_AUTOSTART="0"
+        TENSORD_RUNTIME_DIR=str(folder / "run"),
+        TENSORD_STATE_DIR=str(folder / "state"),
+        TENSORD_AUTOSTART="0",
     )
     binary = os.environ.get("TENSORD_BINARY", "build/release/tensord")
     process = subprocess.Popen([binary, "serve"], stderr=subprocess.DEVNULL)
@@ -312,7 +314,11 @@ def main() -> None:
             results += CASES[case](options, Path(name))
             for result in results[-3:]:
                 if not result.pop("printed", False):
-                    print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in result.items()))
+                    print(
+                        "  ".join(
+                            f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in result.items()
+                        )
+                    )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from contextlib import ExitStack
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, Union
 
 from . import _library
 from ._library import check, last_error, library
@@ -40,7 +40,6 @@ from .tensors import (
     Place,
     framework_of,
     numpy_array,
-    target_of,
     torch_tensor,
 )
 

@@ -99,14 +99,14 @@ class Batch:
 
     def add(self, entry: Entry, part: Part, target: Target) -> None:
         address, number, shape, strides, on_device = target
-        if type(part) is Region:
+        if isinstance(part, Region):
             at = len(self._region_strides)
             self._regions.append((len(self._names), part.number, part.offset, at))
             self._region_strides += part.strides
             self._item_counts.append(0)
         else:
             self._item_counts.append(len(part))
-            self._items += part  # type: ignore[arg-type]
+            self._items += part
         self._names.append(entry.encoded)
         self._targets.append((address, number, len(shape), on_device))
         self._extents += shape

@@ -12,8 +12,7 @@ from .errors import Error, UnsupportedError
 from .tensors import DTYPES, OPAQUE, Entry, torch_module, torch_type
 
 if TYPE_CHECKING:
-    from .client import Model
-    from .loading import Order
+    from .loading import Order, Run
 
 # Of device memory that is taken for a while: enough for the bus, small beside any model.
 _TEMPORARY_BYTES_MAX = 256 << 20
@@ -39,7 +38,7 @@ def _say_once(why: str) -> None:
 
 
 def copy_left_out(
-    model: Model,
+    run: Run,
     orders: Sequence[Order],
     reasons: Sequence[int],
     report: CopyReport,
@@ -52,6 +51,8 @@ def copy_left_out(
 
     Parameters
     ----------
+    run : callable
+        `loading.run` of the model.
     reasons : sequence of int
         For each order: LEFT_OUT_BY_SHAPE, LEFT_OUT_BY_MEMORY, or 0 for what is copied.
     report : CopyReport
@@ -75,7 +76,7 @@ def copy_left_out(
     _say_once(slower_why)
     try:
         staged_bytes = _copy_slower(
-            model, [order for order, _ in left_out], [why for _, why in left_out], stream, cast, threads
+            run, [order for order, _ in left_out], [why for _, why in left_out], stream, cast, threads
         )
     except Error as error:
         error.target_dirty = True  # maybe by an earlier one
@@ -84,30 +85,30 @@ def copy_left_out(
 
 
 def _copy_slower(
-    model: Model, orders: Sequence[Order], reasons: Sequence[int], stream: Any, cast: bool, threads: int
+    run: Run, orders: Sequence[Order], reasons: Sequence[int], stream: Any, cast: bool, threads: int
 ) -> int:
     torch = torch_module()
     by_cpu = [order for order, why in zip(orders, reasons) if why != LEFT_OUT_BY_SHAPE]
     by_shape = [order for order, why in zip(orders, reasons) if why == LEFT_OUT_BY_SHAPE]
     with torch.no_grad(), torch.cuda.stream(stream):
         for group in _groups(by_shape):
-            by_cpu += _through_device(model, group, threads)
+            by_cpu += _through_device(run, group, threads)
         for entry, items, target in by_cpu:
             staged = torch.empty(target.shape, dtype=target.dtype)
-            run(model, [(entry, items, staged)], cast=cast, threads=threads)
+            run([(entry, items, staged)], cast=cast, threads=threads)
             target.copy_(staged)
         wait_for_streams([target for _, _, target in orders], None)
     return sum(target.numel() * target.element_size() for _, _, target in orders)
 
 
-def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list[Order]:
+def _through_device(run: Run, orders: Sequence[Order], threads: int) -> list[Order]:
     """Copies as they lie in the file; the device converts and scatters. Returns what that cannot do."""
     rest: list[Order] = []
     kept: list[Order] = []
     copies: list[Order] = []
     for order in orders:
         entry, items, target = order
-        number = items.number if type(items) is Region else entry.number
+        number = items.number if isinstance(items, Region) else entry.number
         is_bytes = number == OPAQUE or DTYPES[number].is_packed
         dtype = None if is_bytes else torch_type(number)
         if dtype is None:
@@ -117,7 +118,7 @@ def _through_device(model: Model, orders: Sequence[Order], threads: int) -> list
             kept.append(order)
             copies.append((entry, items, temporary))
     wait_for_streams((temporary for _, _, temporary in copies), None)
-    _, reasons = run(model, copies, cast=False, threads=threads)
+    _, reasons = run(copies, cast=False, threads=threads)
     for order, (_, _, temporary), why in zip(kept, copies, reasons):
         if why:
             rest.append(order)
@@ -144,5 +145,5 @@ def _groups(orders: Sequence[Order]) -> Iterator[list[Order]]:
 def source_bytes(entry: Entry, part: Part, target: Any) -> int:
     """What a target's elements take in the file."""
     count: int = target.numel()
-    number = part.number if type(part) is Region else entry.number
+    number = part.number if isinstance(part, Region) else entry.number
     return count * DTYPES[number].bits // 8

@@ -1,4 +1,4 @@
-"""What the library's index says of tensors, as Entry tuples: of one, or of all of a large checkpoint at once."""
+"""What the library's index says of tensors, as Entry tuples: of one, or of all of a checkpoint at once."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """Copies out of a Model into the caller's memory: what a call of load_into comes down to.
 
-    {name: target}     --orders_of-->  Order (entry, part, target)  --Batch-->  tensord_copy rows  --run_rows-->
-    traced regions     -------------------------- batch.py of engines/ -------^
+{name: target}     --orders_of-->  Order (entry, part, target)  --Batch-->  tensord_copy rows  --run_rows-->
+traced regions     -------------------------- batch.py of engines/ -------^
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 from typing import TYPE_CHECKING, Any, NoReturn, Union
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 LoadTargets = Union[AbstractMapping[str, AnyTensor], Iterable[tuple[str, Any, AnyTensor]]]
 
 Order = tuple[Entry, Part, Any]  # what, which part of it, and where it goes
+Run = Callable[..., tuple[_library.CopyReport, bytes]]  # `run` of one model
 
 
 def orders_of(model: Model, targets: LoadTargets) -> list[Order]:
@@ -75,7 +77,7 @@ def load_report(
     staged_bytes, slower_why = 0, ""
     if any(reasons):
         staged_bytes, slower_why = copy_left_out(
-            model, orders, reasons, report, stream, cast=cast, threads=threads
+            functools.partial(run, model), orders, reasons, report, stream, cast=cast, threads=threads
         )
     return LoadReport(
         report.bytes + staged_bytes,
@@ -97,7 +99,7 @@ def run(
     batch = Batch()
     for entry, part, target in orders:
         described = target_of(entry.name, target)
-        if entry.is_bytes and type(part) is not Region:
+        if entry.is_bytes and not isinstance(part, Region):
             region = model._resolve(entry, part)
             shape = tuple(region.shape[: region.rank])
             described = bytes_target(entry, shape, described, is_whole=not part)
@@ -146,7 +148,7 @@ def _blame_an_index(model: Model, error: Error, orders: Sequence[Order]) -> NoRe
     """Raises `error`, as an InvalidIndexError where an index is to blame."""
     if type(error) is InvalidArgumentError:
         for entry, part, _ in orders:
-            if part and type(part) is not Region:
+            if part and not isinstance(part, Region):
                 model._resolve(entry, part)
     try:
         raise error

@@ -47,7 +47,7 @@ complete -c tensord -f -a '(__tensord_complete)'
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 FILES = "<files>"
-_OF_FILES = frozenset(("PATH", "REPLICA", "LOAD", "FOLDER", "FILE"))
+_OF_FILES = frozenset(("PATH", "REPLICA", "LOAD", "FOLDER", "FILE", "MODEL"))
 
 _Candidate = tuple[str, str]  # a word and its summary
 
@@ -86,8 +86,10 @@ def _candidates(
         yield from _values(asking)
     elif last.startswith("-"):
         yield from _flags_in(serve_help()) if name == "serve" else _flags(verb)
-    elif verb.operand is not None:
-        yield from _values(verb.operand)
+    else:
+        typed = sum(not word.startswith("-") for word in words[:-1]) - 1  # values of flags count too
+        for operand in verb.operands[min(typed, max(len(verb.operands) - 1, 0)) :][:1]:
+            yield from _values(operand)
 
 
 def _flags(verb: Verb) -> Iterator[_Candidate]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__, explaining
 from ..errors import Error, InvalidArgumentError, NotFoundError
-from . import completion, daemon, doctor, explain, reports, show, top
+from . import completion, daemon, doctor, explain, parity, reports, show, top
 from .checkpoint import Checkpoint, check_view, open_resident
 from .output import CORRUPT, DONE, Output, document, os_error
 from .table import quoted
@@ -132,6 +132,10 @@ def _top(given: Given) -> Output:
     return top.watch(interval_s, given.count, given.json)
 
 
+def _parity(given: Given) -> Output:
+    return parity.examine(given.operand, absolute(given.model), given.tp or 1)
+
+
 def _evict(given: Given) -> Output:
     return _on_replica("evict", "evicted", given)
 
@@ -248,6 +252,15 @@ _COUNT = Word(
     kind="UINT:UINT in [1 - 18446744073709551615]",
     read=_count,
 )
+_ENGINE = Word("ENGINE", ", ".join(parity.ENGINES), choices=parity.ENGINES, is_required=True)
+_MODEL = Word("MODEL", "a folder with a checkpoint, or for torch a file too", is_required=True)
+_TP = Word(
+    "--tp",
+    "how many ranks of tensor parallelism (1)",
+    "N",
+    kind="UINT:UINT in [1 - 18446744073709551615]",
+    read=_count,
+)
 
 VERBS = (
     Verb("serve", "run the daemon in the foreground", "tensord serve --host-memory 64GiB", _serve),
@@ -295,6 +308,13 @@ VERBS = (
         "tensord top --interval 0.5",
         _top,
         (_INTERVAL, _COUNT),
+    ),
+    Verb(
+        "parity",
+        "load a model by its engine's loader and by tensord, and compare every bit",
+        "tensord parity vllm /models/Qwen3-14B --tp 2",
+        _parity,
+        (_ENGINE, _MODEL, _TP),
     ),
     Verb(
         "evict",

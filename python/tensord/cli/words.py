@@ -41,11 +41,6 @@ class Word(NamedTuple):
     def takes_value(self) -> bool:
         return bool(self.value) or not self.is_flag
 
-    @property
-    def field(self) -> str:
-        """Under which `Given` keeps it."""
-        return self.name.lstrip("-").lower() if self.is_flag else "operand"
-
     def check(self, text: str) -> Any:
         """The value of a text. Raises UsageError."""
         if self.choices and text not in self.choices:
@@ -89,8 +84,12 @@ class Verb(NamedTuple):
         return [*(word for word in self.words if word.is_flag), JSON]
 
     @property
-    def operand(self) -> Word | None:
-        return next((word for word in self.words if not word.is_flag), None)
+    def operands(self) -> list[Word]:
+        return [word for word in self.words if not word.is_flag]
+
+    def field_of(self, word: Word) -> str:
+        """Under which `Given` keeps a word: the first operand is `operand`, a second one has its own name."""
+        return "operand" if word in self.operands[:1] else word.name.lstrip("-").lower()
 
 
 class _Reading:
@@ -119,15 +118,16 @@ def read(verb: Verb, words: Sequence[str]) -> Asked:
         if len(texts) > 1 and word.takes_value and not word.is_repeated:
             raise UsageError(f"{word.name}: At Most 1 required but received {len(texts)}")
         values = [word.check(text) if word.takes_value else True for text in texts]
+        field = verb.field_of(word)
         if word.is_repeated:
-            setattr(given, word.field, values)
+            setattr(given, field, values)
         elif values:
-            setattr(given, word.field, values[0])
+            setattr(given, field, values[0])
         elif word.is_flag:
-            setattr(given, word.field, None if word.takes_value else False)
-    operand = verb.operand
-    if operand is not None and operand.is_required and operand.name not in reading.values:
-        raise UsageError(f"{operand.name} is required")
+            setattr(given, field, None if word.takes_value else False)
+    for operand in verb.operands:
+        if operand.is_required and operand.name not in reading.values:
+            raise UsageError(f"{operand.name} is required")
     if reading.unexpected:
         raise not_expected(reading.unexpected)
     return Asked(given)
@@ -140,7 +140,6 @@ def not_expected(words: Sequence[str]) -> UsageError:
 
 def _sort(verb: Verb, words: Sequence[str]) -> _Reading:
     flags = {flag.name: flag for flag in verb.flags}
-    operand = verb.operand
     reading = _Reading()
     rest = iter(words)
     are_flags = True
@@ -159,10 +158,12 @@ def _sort(verb: Verb, words: Sequence[str]) -> _Reading:
             elif equals and not flag.takes_value:
                 raise UsageError(f"Could not convert: {name} = {value}")
             reading.values.setdefault(name, []).append(value)
-        elif operand is None or operand.name in reading.values or (are_flags and _looks_like_flag(word)):
-            reading.unexpected.append(word)
         else:
-            reading.values[operand.name] = [word]
+            operand = next((one for one in verb.operands if one.name not in reading.values), None)
+            if operand is None or (are_flags and _looks_like_flag(word)):
+                reading.unexpected.append(word)
+            else:
+                reading.values[operand.name] = [word]
     return reading
 
 
@@ -174,14 +175,15 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def help_on(verb: Verb) -> str:
-    operand = verb.operand
+    operands = verb.operands
     usage = f"Usage: tensord {verb.name} [OPTIONS]"
     lines = [verb.summary]
-    if operand is None:
+    if not operands:
         lines += [usage, ""]
     else:
-        shown = operand.name if operand.is_required else f"[{operand.name}]"
-        lines += [f"{usage} {shown}", "", "Positionals:", _line(operand.name, operand.summary), ""]
+        shown = " ".join(one.name if one.is_required else f"[{one.name}]" for one in operands)
+        described = [_line(one.name, one.summary) for one in operands]
+        lines += [f"{usage} {shown}", "", "Positionals:", *described, ""]
     lines += ["Options:", _line("-h,--help", HELP.summary)]
     lines += [_line(f"{flag.name} {flag.value}".rstrip(), flag.summary) for flag in verb.flags]
     return "\n".join((*lines, "", f"Example: {verb.example}", "", EXIT_HELP))

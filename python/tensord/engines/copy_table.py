@@ -147,7 +147,8 @@ def per_copy_sum(values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """The sum over the dimensions of each copy."""
     sums = np.concatenate((np.zeros(1, np.int64), np.cumsum(values)))
     starts = starts_of(ranks)
-    return sums[starts + ranks] - sums[starts]
+    found: np.ndarray = sums[starts + ranks] - sums[starts]
+    return found
 
 
 def execute(model: Model, table: CopyTable) -> list[LoadReport]:
@@ -178,7 +179,7 @@ def _execute(model: Model, table: CopyTable) -> list[LoadReport]:
     if refused is None:
         orders = _Orders(model, table) if any(reasons) else ()
         return [load_report(model, orders, report, reasons, cast=True, threads=0)]
-    # One plan may write no byte twice, a loader may. What is refused for another reason is so in the end, too.
+    # One plan may write no byte twice, a loader may. What is refused for another reason is so to the end.
     del refused
     half = len(table) // 2
     return _execute(model, table.part(0, half)) + _execute(model, table.part(half, len(table)))

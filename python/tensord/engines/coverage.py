@@ -28,7 +28,7 @@ class CoverageReport:
 
 def persistent_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, those that are tied under each of their names."""
-    state = dict(module.named_parameters(remove_duplicate=False))
+    state: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
@@ -105,7 +105,8 @@ def missing_text(names: list[str]) -> str:
     named = ", ".join(names[:NAMED_MAX])
     more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
     return (
-        f"load of a module: nothing wrote {len(names)} of its parameters and persistent buffers: {named}{more}; "
+        f"load of a module: nothing wrote {len(names)} of its parameters and persistent buffers: "
+        f"{named}{more}; "
         "the checkpoint lacks them, or the loader skips them (leaves= names what may stay as it is)"
     )
 

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import UnsupportedError
+
 if TYPE_CHECKING:
     from ..tensors import Entry
     from .recorder import Recorder
 
 aten = torch.ops.aten
 COPY = aten.copy_.default
-_make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+_make = torch.Tensor._make_wrapper_subclass
 
 # What an operation does to a lazy argument.
 VIEW, CLONE, RESHAPE_IN_PLACE, WRITE, READ = range(5)
@@ -84,10 +86,12 @@ class LazyTensor(torch.Tensor):
     _sglang_runai_streamer_tensor = True
 
     # .shape, .dtype and the like stay in C++.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is COPY:
             source = args[1]
             if type(source) is LazyTensor and type(args[0]) is not LazyTensor:
@@ -103,8 +107,8 @@ class LazyTensor(torch.Tensor):
             and type(length) is int
             and type(dim) is int
             and 0 <= dim < len(shape)
-            and 0 <= start
-            and 0 <= length
+            and start >= 0
+            and length >= 0
             and start + length <= shape[dim]
             and self._inner is None
         ):
@@ -154,7 +158,7 @@ class LazyTensor(torch.Tensor):
         return real(self, "tolist").tolist()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._private("__array__").__array__(*args, **kwargs)
+        return self._private("__array__").numpy().__array__(*args, **kwargs)
 
     def data_ptr(self) -> int:
         return self._private("data_ptr").data_ptr()
@@ -163,7 +167,7 @@ class LazyTensor(torch.Tensor):
         return self._private("untyped_storage").untyped_storage()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._private("pickle").__reduce_ex__(protocol)
+        return self._private("pickle").__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> Any:
         copy = real(self, "deepcopy").clone()
@@ -174,7 +178,7 @@ class LazyTensor(torch.Tensor):
         """Bytes whose further fate nobody sees."""
         return real(self, why, write=True)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<lazy {self._source.name!r} {self.dtype} {list(self._geometry[0])}>"
 
 
@@ -240,7 +244,7 @@ def real(lazy: LazyTensor, why: str, *, write: bool = False) -> torch.Tensor:
     """The tensor itself, as soon as its bytes are there. ``write``: a private copy, for good."""
     source = lazy._source
     recorder = source.recorder
-    with recorder.lock, torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+    with recorder.lock, torch._C._DisableTorchDispatch():
         recorder.note_plain(source, lazy, why)
         return part_of(source.base(write=write), lazy._geometry, lazy.dtype)
 
@@ -271,6 +275,8 @@ def _find_kind(func: Any) -> int:
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation with a lazy tensor among its arguments."""
+    if func is aten._has_compatible_shallow_copy_type.default:
+        return _may_become(args[0], args[1])
     kind = kind_of(func)
     first = args[0] if args else None
     if type(first) is LazyTensor:
@@ -281,6 +287,17 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kind == RESHAPE_IN_PLACE:
             return _reshape_in_place(func, first, args[1:], kwargs)
     return _read_or_write(func, args, kwargs, first)
+
+
+def _may_become(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """``tensor.data = other``: a real tensor would become one without bytes, and nobody would notice."""
+    lazy = other if type(other) is LazyTensor else tensor
+    if type(tensor) is not type(other):
+        raise UnsupportedError(
+            f"assign tensor {lazy._source.entry.name!r} to another one's data: that takes a real tensor; "
+            "copy_ into it, or have the loader given plain tensors (tensord.engines.stream with plain=True)"
+        )
+    return True
 
 
 def _has_lazy(args: tuple[Any, ...]) -> bool:
@@ -294,7 +311,7 @@ def _meta(geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _geometry_of(meta: torch.Tensor) -> Geometry:
-    return tuple(meta.shape), meta.stride(), meta.storage_offset()
+    return tuple(meta.shape), meta.stride(), int(meta.storage_offset())
 
 
 def _view(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -82,7 +82,28 @@ def load_model(
     sources = _sources(model, only, rename)
     if strict:
         _check_names(places, set(sources))
-    cuts = [(pattern(text), cut) for text, cut in (plan or {}).items()]
+    orders = _orders(model, places, sources, plan or {}, rank, world)
+    report = load(model, orders, cast=cast, threads=0)
+    return summary_of(
+        [report],
+        seconds=time.monotonic() - begin,
+        record_count=len(orders),
+        tensor_count=len(orders),
+        plain={},
+        plain_bytes=0,
+    )
+
+
+def _orders(
+    model: Model,
+    places: list[tuple[list[str], torch.Tensor]],
+    sources: dict[str, Entry],
+    plan: Mapping[str, Cut],
+    rank: int,
+    world: int,
+) -> list[Order]:
+    """What goes where. Raises InvalidArgumentError for shapes that differ."""
+    cuts = [(pattern(text), cut) for text, cut in plan.items()]
     orders: list[Order] = []
     wrong: list[str] = []
     for names, tensor in places:
@@ -100,15 +121,7 @@ def load_model(
         orders.append((entry, items, tensor.detach()))
     if wrong:
         raise InvalidArgumentError(f"load_model: {'; '.join(wrong[:NAMED_MAX])}")
-    report = load(model, orders, cast=cast, threads=0)
-    return summary_of(
-        [report],
-        seconds=time.monotonic() - begin,
-        record_count=len(orders),
-        tensor_count=len(orders),
-        plain={},
-        plain_bytes=0,
-    )
+    return orders
 
 
 def _places(module: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
@@ -170,7 +183,9 @@ def _items(name: str, entry: Entry, cuts: Any, rank: int, world: int) -> tuple[I
     dimension = cut % len(entry.shape)
     extent = entry.shape[dimension]
     if extent % world:
-        raise InvalidArgumentError(f"load_model: {extent}, dimension {dimension} of {name}, has no {world} equal cuts")
+        raise InvalidArgumentError(
+            f"load_model: {extent}, dimension {dimension} of {name}, has no {world} equal cuts"
+        )
     part = extent // world
     return parse((*[slice(None)] * dimension, slice(rank * part, (rank + 1) * part)))
 

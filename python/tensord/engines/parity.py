@@ -1,7 +1,7 @@
 """Parity: whether two modules, or one module at two times, hold the same bits.
 
-Compared are parameters, buffers, and tensors that parts of the module keep as plain attributes (in lists, tuples
-and dicts too): what loaders compute from weights often lies there.
+Compared are parameters, buffers, and tensors that parts of the module keep as plain attributes (in lists,
+tuples and dicts too): what loaders compute from weights often lies there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,7 +91,7 @@ def _mark(tensor: torch.Tensor) -> Mark:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def poison(module: torch.nn.Module, names: Iterable[str] | None = None) -> list[str]:
@@ -123,9 +123,7 @@ def changed(before: Snapshot, after: Snapshot) -> list[str]:
     return [name for name, mark in after.items() if before.get(name) != mark and _ATTRIBUTE not in name]
 
 
-def compare(
-    reference: Union[torch.nn.Module, Snapshot], loaded: Union[torch.nn.Module, Snapshot]
-) -> ParityReport:
+def compare(reference: torch.nn.Module | Snapshot, loaded: torch.nn.Module | Snapshot) -> ParityReport:
     """Every tensor of two modules (or snapshots of them), bit by bit, strides too.
 
     Parameters

@@ -8,8 +8,8 @@ parameter and an offset in it: neither files nor addresses. The digest covers th
 class, versions, and name, type and shape of every tensor of the checkpoint; of their values a traced load
 knows nothing, so checkpoints of equal shapes share a plan.
 
-A file is believed nothing: its owner, its digest, each number in it and the parameters it names are checked, and
-what does not fit is traced anew.
+A file is believed nothing: its owner, its digest, each number in it and the parameters it names are checked,
+and what does not fit is traced anew.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ COPY_COUNT_MAX = 1 << 20  # as tensor::kRecordsMax
 
 _DIGEST_BYTES = 32
 _WORD = 8
-_PER_COPY = ("sources", "source_numbers", "source_offsets", "parameters", "offsets", "target_numbers", "ranks")
+_PER_COPY = (
+    "sources",
+    "source_numbers",
+    "source_offsets",
+    "parameters",
+    "offsets",
+    "target_numbers",
+    "ranks",
+)
 _PER_DIMENSION = ("extents", "source_strides", "target_strides")
 
 _log = logging.getLogger("tensord")
@@ -88,13 +96,16 @@ class PlanCache:
         module: torch.nn.Module,
         key: Any,
         device: torch.device,
+        *,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self._entries = entries
         self._module = module
         self._state = module_state(module)
         self._attributes = plain_attributes(module)
         self._digest = _digest_of(entries, module, key, device)
-        self.path = state_folder() / "plans" / f"{self._digest}.plan"
+        plans = state_folder() / "plans" if folder is None else Path(folder)
+        self.path = plans / f"{self._digest}.plan"
         self.why = ""
 
     def watched(self) -> dict[int, str]:
@@ -253,8 +264,8 @@ class PlanCache:
         for at in np.unique(parameters):
             if filled[at] != tensors[at, 2]:
                 raise _Unfit(
-                    f"copies wrote {filled[at]} of the {tensors[at, 2]} bytes of {names[at]}; what the rest is, "
-                    "a plan does not know"
+                    f"copies wrote {filled[at]} of the {tensors[at, 2]} bytes of {names[at]}; "
+                    "what the rest is, a plan does not know"
                 )
         return parameters.astype(np.int64), written[:, 0] - tensors[parameters, 0]
 

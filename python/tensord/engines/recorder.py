@@ -71,6 +71,7 @@ class Recorder:
         self.lock = threading.RLock()
         self.records: list[Record] = []
         self.record_count = 0
+        self.tensor_count = 0  # handed out
         self.used: set[bytes] = set()  # names of tensors that records copied out of
         self.keeps_tables = False
         self.tables: list[CopyTable] = []
@@ -152,7 +153,7 @@ class Recorder:
             if not records:
                 return
             table = CopyTable.of(records)
-            with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            with torch._C._DisableTorchDispatch():
                 self.reports += execute(self.model, table)
             self.note_table(table)
 
@@ -240,7 +241,7 @@ def _expanded(
     )
 
 
-class Guard(TorchDispatchMode):
+class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees each operation of this thread: records run before anything else looks at what they write.
 
     Parameters
@@ -251,7 +252,7 @@ class Guard(TorchDispatchMode):
     """
 
     def __init__(self, recorder: Recorder, watched: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._watched = watched
 

@@ -52,12 +52,12 @@ class Stream:
     ) -> None:
         self.model = as_model(model)
         self.recorder = Recorder(self.model, torch.device("cpu" if device is None else device))
-        self._guards = guard
-        self._is_plain = plain
+        self.model._open_handle()  # refuses a closed one
         self._entries = self._chosen(only, rename)
-        self._tensor_count = 0
         self._begin: float | None = None
-        self._iterator = self._tensors()
+        tensors = (_plain_tensors if plain else _lazy_tensors)(self.recorder, self._entries)
+        # No reference to this: who lets go of it ends the generator, and has the copies run.
+        self._iterator = _run_at_end(self.recorder, tensors, guard=guard)
 
     def _chosen(self, only: Only, rename: Rename) -> list[tuple[str, Entry]]:
         """In the order of the files, as the engines' own loaders go through them."""
@@ -83,32 +83,6 @@ class Stream:
             self._begin = time.monotonic()
         return next(self._iterator)
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with ExitStack() as stack:
-            if self._guards:
-                stack.enter_context(_entered(Guard(self.recorder, {})))
-            try:
-                yield from self._plain_tensors() if self._is_plain else self._lazy_tensors()
-            finally:
-                if not isinstance(sys.exc_info()[1], Exception):
-                    self.recorder.finish()
-
-    def _lazy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        recorder = self.recorder
-        for index, (name, entry) in enumerate(self._entries):
-            dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
-            self._tensor_count += 1
-            yield name, recorder.tensor(index, name, entry, dtype)
-
-    def _plain_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        recorder = self.recorder
-        for name, entry in self._entries:
-            tensor = recorder.read(entry)
-            self._tensor_count += 1
-            recorder.plain_bytes += tensor.numel() * tensor.element_size()
-            yield name, tensor
-            recorder.end = time.monotonic()
-
     @property
     def report(self) -> LoadSummary:
         """What was done so far; whole once the iterator is exhausted."""
@@ -123,12 +97,44 @@ class Stream:
                 recorder.reports,
                 seconds=0.0 if begin is None or end is None else max(end - begin, 0.0),
                 record_count=recorder.record_count,
-                tensor_count=self._tensor_count,
+                tensor_count=recorder.tensor_count,
                 plain=recorder.plain,
                 plain_bytes=recorder.plain_bytes,
                 replayed=replayed,
                 cache=cache,
             )
+
+
+Entries = Sequence[tuple[str, Entry]]
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+def _run_at_end(recorder: Recorder, tensors: Tensors, *, guard: bool) -> Tensors:
+    """Runs what was recorded when the tensors are exhausted, or nobody wants more of them."""
+    with ExitStack() as stack:
+        if guard:
+            stack.enter_context(_entered(Guard(recorder, {})))
+        try:
+            yield from tensors
+        finally:
+            if not isinstance(sys.exc_info()[1], Exception):
+                recorder.finish()
+
+
+def _lazy_tensors(recorder: Recorder, entries: Entries) -> Tensors:
+    for index, (name, entry) in enumerate(entries):
+        dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
+        recorder.tensor_count += 1
+        yield name, recorder.tensor(index, name, entry, dtype)
+
+
+def _plain_tensors(recorder: Recorder, entries: Entries) -> Tensors:
+    for name, entry in entries:
+        tensor = recorder.read(entry)
+        recorder.tensor_count += 1
+        recorder.plain_bytes += tensor.numel() * tensor.element_size()
+        yield name, tensor
+        recorder.end = time.monotonic()
 
 
 class _entered:
@@ -138,13 +144,13 @@ class _entered:
         self._mode = mode
 
     def __enter__(self) -> None:
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *details: Any) -> None:
         if torch.utils._python_dispatch._get_current_dispatch_mode() is self._mode:
-            self._mode.__exit__(*details)
+            self._mode.__exit__(*details)  # type: ignore[no-untyped-call]
         else:
-            _log.warning("stream(guard=True): the guard stays on, as another dispatch mode was entered in it")
+            _log.warning("a guard of recorded copies stays on: another dispatch mode was entered in it")
 
 
 class Recording(Stream):
@@ -170,6 +176,7 @@ class Recording(Stream):
         strict: bool = True,
         device: Any = None,
         leaves: Iterable[str] = (),
+        cache_folder: Any = None,
     ) -> None:
         super().__init__(model, only=only, rename=rename, device=device)
         if cache is not None and module is None:
@@ -183,8 +190,9 @@ class Recording(Stream):
         self._plan: Plan | None = None
         self._cache: PlanCache | None = None
         self._cache_state = ""
+        self._iterator = _run_at_end(self.recorder, self._tensors(), guard=False)
         if cache is not None and module is not None:
-            self._cache = PlanCache(self._entries, module, cache, self.recorder.device)
+            self._cache = PlanCache(self._entries, module, cache, self.recorder.device, folder=cache_folder)
 
     @property
     def replayed(self) -> bool:
@@ -203,13 +211,12 @@ class Recording(Stream):
             self._cache_state = "replayed" if self._plan is not None else cache.why
             if self._plan is None:
                 self.recorder.keeps_tables = True
-                self._stack.enter_context(Guard(self.recorder, cache.watched()))
+                self._stack.enter_context(_entered(Guard(self.recorder, cache.watched())))
         return self
 
-    def _lazy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._plan is not None and self._replay(self._plan):
-            return
-        yield from super()._lazy_tensors()
+    def _tensors(self) -> Tensors:
+        if self._plan is None or not self._replay(self._plan):
+            yield from _lazy_tensors(self.recorder, self._entries)
 
     def _replay(self, plan: Plan) -> bool:
         """False where the library refuses the plan: then it is dropped and the load traced."""
@@ -248,12 +255,15 @@ class Recording(Stream):
     def _adopt(self, module: torch.nn.Module) -> None:
         """Gives the module real tensors where it kept lazy ones, as its parameters or else."""
         for part in module.modules():
-            for holder in (part._parameters, part._buffers, vars(part)):
+            holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+            for holder in holders:
                 for name, held in list(holder.items()):
                     if type(held) is LazyTensor:
                         owned = real(held, f"it is {name} of {type(part).__name__}", write=True)
                         is_parameter = holder is part._parameters
-                        holder[name] = torch.nn.Parameter(owned, held.requires_grad) if is_parameter else owned
+                        holder[name] = (
+                            torch.nn.Parameter(owned, held.requires_grad) if is_parameter else owned
+                        )
                         self.recorder.note_written([owned])
 
     def _finish(self, module: torch.nn.Module) -> None:
@@ -271,7 +281,7 @@ class Recording(Stream):
         """Names of tensors that were given, and that no copy and no operation took."""
         recorder = self.recorder
         used, plain = recorder.used, recorder.plain
-        given = self._entries[: self._tensor_count]
+        given = self._entries[: recorder.tensor_count]
         return [name for name, entry in given if entry.encoded not in used and name not in plain]
 
     def written(self) -> set[str]:
@@ -303,6 +313,7 @@ def record(
     strict: bool = True,
     device: Any = None,
     leaves: Iterable[str] = (),
+    cache_folder: Any = None,
 ) -> Recording:
     """Gives a module's own loader lazy tensors, and runs the copies it makes as one batch::
 
@@ -321,15 +332,17 @@ def record(
     rename : callable, or list of (pattern, replacement), optional
         The names under which it is given them. A callable may return None: not at all.
     cache : optional
-        What decides, beside the checkpoint's shapes, what the loader does: anything that JSON can say, such as
-        ``["vllm 0.32", config, tp, pp, ep, rank]``. With the same key, a second load replays the copies of the
-        first; then ``weights.replayed``, and ``weights`` gives no tensors.
+        What decides, beside the checkpoint's shapes, what the loader does: anything that JSON can say, such
+        as ``["vllm 0.32", config, tp, pp, ep, rank]``. With the same key, a second load replays the copies of
+        the first; then ``weights.replayed``, and ``weights`` gives no tensors.
     strict : bool
         Whether a parameter that was not written is an error.
     device : torch.device or str, optional
         Where the lazy tensors claim to be. None: the CPU.
     leaves : iterable of str
         Names and patterns of parameters and buffers that the loader leaves as they are.
+    cache_folder : path, optional
+        Where plans are kept. None: in ``plans`` of the state folder.
 
     Returns
     -------
@@ -345,9 +358,9 @@ def record(
 
     Notes
     -----
-    Copies run when the iterator is exhausted, those that come later at once. What the loader does with a tensor
-    other than to view and copy it is done with the real tensor, as soon as its bytes are there. An exception in
-    the block drops the copies that have not run.
+    Copies run when the iterator is exhausted, those that come later at once. What the loader does with a
+    tensor other than to view and copy it is done with the real tensor, as soon as its bytes are there. An
+    exception in the block drops the copies that have not run.
     """
     return Recording(
         model,
@@ -358,6 +371,7 @@ def record(
         strict=strict,
         device=device,
         leaves=leaves,
+        cache_folder=cache_folder,
     )
 
 
@@ -384,7 +398,7 @@ def stream(
         Whether records run before any other operation of this thread looks at what they are going to write:
         for loaders that compute with weights between two tensors. Costs some microseconds an operation.
     plain : bool
-        Whether the tensors are real ones, over the daemon's memory: zero-copy, and a write changes the copy of
-        this ``model`` alone.
+        Whether the tensors are real ones, over the daemon's memory: zero-copy, and a write changes the copy
+        of this ``model`` alone.
     """
     return Stream(model, only=only, rename=rename, device=device, guard=guard, plain=plain)
