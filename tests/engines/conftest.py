@@ -1,4 +1,4 @@
-"""Engines in environments of their own (tools/engines.sh), run as processes; what they print is compared here."""
+"""Engines in environments of their own (tools/engines.sh), run as processes whose output is compared here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Engines:
         )
         print(f"{engine} {script} took {time.monotonic() - begin:.1f} s:\n{done.stdout}")
         if not fails:
-            assert done.returncode == 0, f"{engine} {script} {' '.join(words)}: status {done.returncode}"
+            assert done.returncode == 0, f"{engine} {script}: status {done.returncode}"
         return Run(done.returncode, done.stdout)
 
     def steps(self, engine: str, model: Path, steps: Any = ("generate",), **rest: Any) -> Run:
@@ -85,7 +85,7 @@ def engines(daemon: Any, binary: Path) -> Engines:
 
 @pytest.fixture(scope="session")
 def make_models() -> Callable[..., list[Path]]:
-    """The folders of tiny checkpoints, made where they are not there: ``make_models("llama", "qwen3-fp8")``."""
+    """Folders of tiny checkpoints, made where they are missing: ``make_models("llama", "qwen3-fp8")``."""
 
     def make(*names: str) -> list[Path]:
         run = Engines({}).run("vllm", "tiny.py", str(MODELS), *names)

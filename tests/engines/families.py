@@ -1,6 +1,7 @@
 """Parity of many models in one process a rank: python families.py ENGINE TP SETTINGS FOLDER...
 
-SETTINGS is JSON: {"options": ours, "engine": the engine's arguments}. Prints a line RESULT for each model and rank.
+SETTINGS is JSON: {"options": ours, "engine": the engine's arguments}. Prints a line RESULT for each model and
+rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised forms of a tiny checkpoint: fp8 in blocks of 128 x 128 with scales, compressed-tensors int8 and int4."""
+"""Quantised forms of a tiny checkpoint: fp8 in blocks of 128 x 128, compressed-tensors int8 and int4."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A whole SGLang engine on the CPU that does what it is told: python sglang_steps.py '{"model": ..., "steps": [...]}'
+"""A whole SGLang engine on the CPU that does what it is told.
 
-As vllm_steps.py, with the steps "generate", ["update", FOLDER], ["update", FOLDER, LOAD_FORMAT] and ["fail?", STEP].
+python sglang_steps.py '{"model": ..., "steps": [...]}'
+
+As vllm_steps.py; steps are "generate", ["update", FOLDER], ["update", FOLDER, LOAD_FORMAT], ["fail?", STEP].
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ PROMPTS = ("the quick brown fox", "hello world")
 
 
 def result(step: Any, value: Any, begin: float) -> None:
-    print("RESULT", json.dumps({"step": step, "value": value, "seconds": time.monotonic() - begin}), flush=True)
+    print(
+        "RESULT", json.dumps({"step": step, "value": value, "seconds": time.monotonic() - begin}), flush=True
+    )
 
 
 def tokens(engine: Any, prompts: Any) -> list[list[int]]:

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-
 from tensord import InvalidArgumentError
 from tensord.engines.options import VARIABLE, Options
 

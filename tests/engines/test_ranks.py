@@ -78,7 +78,9 @@ def test_both_go_on_when_both_are_well() -> None:
 def test_the_other_one_learns_of_an_error_wherever_it_waits() -> None:
     said = outcomes(second_fails_early)
     assert said[1] == "ValueError: no such tensor"
-    assert said[0].startswith("OtherRankError: open: rank 0 of 2 stops because others failed: rank 1: ValueError")
+    assert said[0].startswith(
+        "OtherRankError: open: rank 0 of 2 stops because others failed: rank 1: ValueError"
+    )
 
 
 def test_a_second_attempt_is_one_of_both() -> None:

@@ -45,9 +45,7 @@ def test_with_fallback_the_engines_own_loader_takes_over_and_says_so(
     engine: str, engines: Engines, make_models: Make
 ) -> None:
     (model,) = make_models("qwen3")
-    run = engines.steps(
-        engine, model, load_format="tensord", options={"fallback": True}, variables=NOWHERE
-    )
+    run = engines.steps(engine, model, load_format="tensord", options={"fallback": True}, variables=NOWHERE)
     assert run.lines("tensord: loading failed, so the engine's own loader takes over: UnavailableError")
     (expected,) = engines.steps(engine, model).values("generate")
     assert run.values("generate") == [expected]

@@ -1,4 +1,4 @@
-"""Whole engines: greedy tokens in float32 are those of the engines' own loaders, and the same in both engines."""
+"""Whole engines: greedy tokens in float32 are those of the engines' own loaders, and the same in both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Engines, Run
+
 Daemon = Any  # of ../conftest.py
 
 BOTH = ("qwen3", "qwen3_tied", "qwen3_moe", "llama", "gemma3", "mixtral", "gpt2", "deepseek_v3")
@@ -44,7 +45,9 @@ def own_tokens(engines: Engines, engine: str, model: Path, tp: int = 1, **rest: 
 
 
 @pytest.mark.parametrize("name", VLLM)
-def test_vllm_generates_what_it_does_by_its_own_loader(name: str, engines: Engines, make_models: Make) -> None:
+def test_vllm_generates_what_it_does_by_its_own_loader(
+    name: str, engines: Engines, make_models: Make
+) -> None:
     plain, _, kind = name.partition("-")
     form = f"-{kind}" if kind else ""
     model, second = make_models(name, f"{plain}_second{form}")

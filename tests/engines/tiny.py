@@ -1,9 +1,10 @@
-"""Tiny random checkpoints of many architectures: config, shards of safetensors, tokenizer; about a second each.
+"""Tiny random checkpoints of many architectures: config, shards of safetensors, tokenizer; a second each.
 
 python tiny.py FOLDER [NAME ...]     makes FOLDER/NAME; without names all of MODELS
 
-A name may have parts after it: qwen3_second is another model of the same shapes, qwen3-fp8 a quantised form. Needs transformers, nothing from a network. Every parameter is random, norms and biases too: one that a loader forgets
-would otherwise be 1 or 0 as it was before. A checkpoint that is there is kept.
+A name may have parts after it: qwen3_second is another model of the same shapes, qwen3-fp8 a quantised form.
+Needs transformers, nothing from a network. Every parameter is random, norms and biases too: one that a loader
+forgets would otherwise be 1 or 0 as it was before. A checkpoint that is there is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"n_layer": 2, "n_head": 8}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", _SLIDING),
-    "deepseek_v2": ("deepseek_v2", {"topk_method": "greedy", "scoring_func": "softmax", **_LATENT, "n_group": 1}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "scoring_func": "softmax", **_LATENT, "n_group": 1, "rope_scaling": _YARN},
+    ),
     "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK_V3, "rope_scaling": _YARN}),
     "dots1": ("dots1", {**_DEEPSEEK_V3, "num_key_value_heads": 4, "layer_types": ["full_attention"] * 2}),
     "ernie4_5": ("ernie4_5", {"use_bias": False}),
@@ -89,13 +93,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "exaone4": ("exaone4", _SLIDING),
-    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False, "bias": False, "head_dim": ...}),
+    "falcon": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False, "bias": False, "head_dim": ...},
+    ),
     "falcon_h1": (
         "falcon_h1",
-        {"mamba_d_ssm": 512, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 16},
+        {
+            "mamba_d_ssm": 512,
+            "mamba_n_heads": 16,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+        },
     ),
     "gemma": ("gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
-    "gemma2": ("gemma2", {**_SLIDING, "query_pre_attn_scalar": 32}),
+    "gemma2": ("gemma2", {**_SLIDING, "query_pre_attn_scalar": 32, "hidden_act": "gelu_pytorch_tanh"}),
     "gemma3": ("gemma3_text", {**_SLIDING, "query_pre_attn_scalar": 32}),
     "glm": ("glm", {"partial_rotary_factor": 0.5}),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5}),
@@ -108,10 +121,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
     "granitemoe": ("granitemoe", _EXPERTS_4),
     "granitemoeshared": ("granitemoeshared", {**_EXPERTS_4, "shared_intermediate_size": 256}),
-    "hunyuan_dense": ("hunyuan_v1_dense", {}),
+    "hunyuan_dense": ("hunyuan_v1_dense", {"use_qk_norm": True}),
     "jamba": (
         "jamba",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8},
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
+        },
     ),
     "llama": ("llama", {"tie_word_embeddings": False}),
     "mamba": ("mamba", {"state_size": 16}),
@@ -119,13 +138,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "mixtral": ("mixtral", _EXPERTS_4),
     "nemotron": ("nemotron", {"norm_eps": 1e-5}),
-    "olmo": ("olmo", {}),
+    "olmo": ("olmo", {"num_key_value_heads": 8}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", _SLIDING),
     "olmoe": ("olmoe", {**_MOE, "num_key_value_heads": 8}),
     "opt": ("opt", {"ffn_dim": 512, "word_embed_proj_dim": 256}),
     "persimmon": ("persimmon", {}),
-    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 8}),
     "phi3": ("phi3", {}),
     "phimoe": ("phimoe", {**_EXPERTS_4, "lm_head_bias": True, "attention_bias": True}),
     "qwen2": ("qwen2", {}),

@@ -1,4 +1,6 @@
-"""A whole vLLM engine on the CPU that does what it is told: python vllm_steps.py '{"model": ..., "steps": [...]}'
+"""A whole vLLM engine on the CPU that does what it is told.
+
+python vllm_steps.py '{"model": ..., "steps": [...]}'
 
 Prints a line RESULT with JSON for every step; the tests compare them. Keys, and what they are when left out:
 
@@ -7,7 +9,8 @@ Prints a line RESULT with JSON for every step; the tests compare them. Keys, and
     options           {}         model_loader_extra_config
     tp, ep, dtype     1, false, "float32"
     engine            {}         further arguments of LLM
-    steps             ["generate"]; further: ["reload"], ["reload", FOLDER], ["sleep", LEVEL], ["wake"], ["fail?", STEP]
+    steps             ["generate"]; further: ["reload"], ["reload", FOLDER], ["sleep", LEVEL], ["wake"],
+                      ["fail?", STEP]
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ PROMPTS = ("the quick brown fox", "hello world")
 
 
 def result(step: Any, value: Any, begin: float) -> None:
-    print("RESULT", json.dumps({"step": step, "value": value, "seconds": time.monotonic() - begin}), flush=True)
+    print(
+        "RESULT", json.dumps({"step": step, "value": value, "seconds": time.monotonic() - begin}), flush=True
+    )
 
 
 def tokens(engine: Any, prompts: Any) -> list[list[int]]:

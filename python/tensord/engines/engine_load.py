@@ -74,7 +74,7 @@ class EngineLoad:
     # ---- what the engine's loading is put into ---------------------------------------------------
 
     def run(self, load: Callable[[], Any]) -> Any:
-        """Runs the engine's loading; with ``fallback`` again, out of the engine's own tensors, where it failed.
+        """Runs the engine's loading; where that failed, and with ``fallback``, again with its own tensors.
 
         Raises
         ------
@@ -120,8 +120,10 @@ class EngineLoad:
 
     # ---- what it asks for ------------------------------------------------------------------------
 
-    def weights(self, files: Sequence[str], prefix: str = "", keep: Keep = None, *, wait: bool = False) -> Weights:
-        """The tensors of a checkpoint for the loading that `run` runs; opened on all ranks when this returns.
+    def weights(
+        self, files: Sequence[str], prefix: str = "", keep: Keep = None, *, wait: bool = False
+    ) -> Weights:
+        """The tensors of a checkpoint for what `run` runs; opened on all ranks when this returns.
 
         Parameters
         ----------
@@ -149,13 +151,14 @@ class EngineLoad:
             module,
             rename=rename,
             cache=self._cache if module is not None else None,
+            cache_folder=self._options.cache if isinstance(self._options.cache, str) else None,
             strict=self._options.strict,
             leaves=self._leaves,
         )
         self._streams.append(recording)
         weights = self._stack.enter_context(recording)
         if self._cache is None or module is None:  # else the recording has one
-            # Loaders do read what they have just written: vLLM's for Mamba 2 computes A out of A_log in place.
+            # Loaders do read what they have just written: vLLM's for Mamba 2 makes A out of A_log in place.
             self._stack.enter_context(Guard(recording.recorder, {}))
         yield from weights
 
@@ -230,7 +233,7 @@ class EngineLoad:
 
 
 def folder_of(files: Sequence[str]) -> str | None:
-    """The folder that these files are the checkpoint of: people know it by that name. None: they are not all."""
+    """The folder whose checkpoint these files are: people know it by that name. None: there is none."""
     folders = {Path(file).parent for file in files}
     if len(folders) != 1:
         return None

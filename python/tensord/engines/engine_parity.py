@@ -1,6 +1,6 @@
 """Parity of an engine: one module filled by the engine's own loader and then, poisoned, through tensord.
 
-Ranks are processes of their own over gloo, as the engine would start them, but without the engine: models alone.
+Ranks are processes of their own, as the engine would start them, but there is no engine: models alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
 
 def twice(module: Any, own: Callable[[], Any], ours: Callable[[], Any]) -> tuple[Snapshot, Snapshot]:
-    """What the engine's own loading made of a module, and what ours did, over memory that holds nothing of it."""
+    """What the engine's own loading made of a module, and what ours did over poisoned memory."""
     before = snapshot(module)
     own()
     reference = snapshot(module)
@@ -86,7 +86,9 @@ def _received(receivers: dict[Connection, int]) -> Iterator[Pair]:
     while receivers:
         ready = wait(list(receivers), max(deadline - time.monotonic(), 0.0))
         if not ready:
-            raise UnavailableError(f"ranks {sorted(receivers.values())} are not done after {RANK_SECONDS:.0f} s")
+            raise UnavailableError(
+                f"ranks {sorted(receivers.values())} are not done after {RANK_SECONDS:.0f} s"
+            )
         for receiver in ready:
             assert isinstance(receiver, Connection)
             try:

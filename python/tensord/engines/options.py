@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Union
+from typing import Any
 
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -63,11 +63,11 @@ class Options:
 
     strict: bool = True  # a parameter that nothing wrote fails the load, else it is a warning
     fallback: bool = False  # where tensord cannot load, the engine's own loader does, and a warning says so
-    only: Union[str, list[str], None] = None  # the tensors to load, see `tensord.open`
+    only: str | list[str] | None = None  # the tensors to load, see `tensord.open`
     rename: Mapping[str, str] = field(default_factory=dict)  # regular expressions to replacements, in turn
-    cache: Union[bool, str] = True  # whether finished plans are kept, or the folder for them
-    autostart: Union[bool, None] = None
-    memory_wait: Union[float, None] = None  # seconds
+    cache: bool | str = False  # whether finished plans are kept and replayed, or the folder for them
+    autostart: bool | None = None
+    memory_wait: float | None = None  # seconds
 
     @classmethod
     def read(cls, given: Any, engine_keys: Collection[str] = ()) -> tuple[Options, dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""SGLang: ``--load-format tensord``. Entry point of the group ``sglang.srt.plugins``, called in every process."""
+"""SGLang: ``--load-format tensord``.
+
+The entry point, of the group ``sglang.srt.plugins``, is called in every process.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ NAME = "tensord"
 TESTED = Tested("SGLang", "sglang", ("0.5.23",))
 
 # What no checkpoint has: SGLang makes it itself, and keeps it where its values stay what they were.
-LEAVES: tuple[str, ...] = ()
+LEAVES = ("*.act_fn.beta", "*.act_fn.eps")
 
 
 def accept(original: Callable[[Any], Any], config: Any) -> Any:
-    """Around LoadConfig's check of ``load_format``, an enumeration that is closed: our name becomes our class.
+    """Around LoadConfig's check of ``load_format``, a closed enumeration: our name becomes our class.
 
     SGLang's choice of a loader calls a class that stands there.
     """
@@ -43,5 +46,5 @@ def register() -> None:
 
 
 def parity_modules(path: str, *, tp: int = 1) -> Iterator[tuple[str, Any, Any]]:
-    """For ``tensord parity``: for each rank its label and two snapshots, by SGLang's own loader and by ours."""
+    """For ``tensord parity``: of each rank its label, what SGLang's own loader made, and what ours did."""
     yield from of_one_model(on_ranks("tensord.engines.sglang_parity:rank_pairs", tp, [path], {}, {}))

@@ -68,7 +68,9 @@ def rank_pairs(
 def _pair(
     rank: int, tp: int, address: str, path: str, options: dict[str, Any], engine: dict[str, Any]
 ) -> Pair:
-    settings = ServerArgs(model_path=path, tp_size=tp, load_format="tensord", disable_cuda_graph=True, **engine)
+    settings = ServerArgs(
+        model_path=path, tp_size=tp, load_format="tensord", disable_cuda_graph=True, **engine
+    )
     publish(settings, role="weight_cache_daemon", ranks=SpawnRanks(world_rank=rank, gpu_id=rank))
     model_config = ModelConfig(model_path=path, dtype=settings.dtype)
     initialize_moe_config()

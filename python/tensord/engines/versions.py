@@ -28,8 +28,8 @@ class Tested:
         """A warning, once a process, where the release is another one."""
         if not self._is_said and not self.is_tested():
             log.warning(
-                "tensord: %s %s is not among the tested releases (%s): tensors are loaded one by one, not as one "
-                "plan",
+                "tensord: %s %s is not among the tested releases (%s): tensors are loaded one by one, not as "
+                "one plan",
                 self.engine,
                 self.version(),
                 ", ".join(self._prefixes),

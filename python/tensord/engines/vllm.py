@@ -1,4 +1,7 @@
-"""vLLM: ``--load-format tensord``. Entry point of the group ``vllm.general_plugins``, called in every process."""
+"""vLLM: ``--load-format tensord``.
+
+The entry point, of the group ``vllm.general_plugins``, is called in every process.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,6 @@ from .versions import Tested
 
 NAME = "tensord"
 TESTED = Tested("vLLM", "vllm", ("0.32",))
-
-# What no checkpoint has: vLLM makes it itself, and keeps it where its values stay what they were.
-LEAVES = ("*._[kvq]_scale", "*._prob_scale")
 
 
 def register() -> None:
@@ -50,5 +50,5 @@ def _refusing(error: Exception) -> Any:
 
 
 def parity_modules(path: str, *, tp: int = 1) -> Iterator[tuple[str, Any, Any]]:
-    """For ``tensord parity``: for each rank its label and two snapshots, by vLLM's own loader and by ours."""
+    """For ``tensord parity``: of each rank its label, what vLLM's own loader made, and what ours did."""
     yield from of_one_model(on_ranks("tensord.engines.vllm_parity:rank_pairs", tp, [path], {}, {}))

@@ -68,6 +68,7 @@ def _pair(
     rank: int, tp: int, address: str, path: str, options: dict[str, Any], engine: dict[str, Any]
 ) -> Pair:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_DIST_IDENT", address.rpartition(":")[2])  # names memory that ranks share
     settings = EngineArgs(
         model=path,
         tensor_parallel_size=tp,
@@ -79,7 +80,9 @@ def _pair(
     ).create_engine_config()
     settings.parallel_config.rank = rank
     with set_current_vllm_config(settings):
-        init_distributed_environment(tp, rank, address, rank, backend="gloo" if current_platform.is_cpu() else "nccl")
+        init_distributed_environment(
+            tp, rank, address, rank, backend="gloo" if current_platform.is_cpu() else "nccl"
+        )
         initialize_model_parallel(tp)
         try:
             loader = ParityLoader(settings.load_config)

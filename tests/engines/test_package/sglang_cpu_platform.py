@@ -1,6 +1,6 @@
 """A platform for SGLang, for tests alone: the whole engine on any CPU, each layer in its own PyTorch code.
 
-SGLang's CPU platform needs kernels (AVX-512, a package that is not on PyPI). This one is that platform without them.
+SGLang's CPU platform needs kernels (AVX-512, a package that no index has). This one does without.
 """
 
 from __future__ import annotations
