@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Callable
 
+from ..errors import UnsupportedError
 from .engine_parity import of_one_model, on_ranks
 from .versions import Tested
 
@@ -25,8 +26,12 @@ def accept(original: Callable[[Any], Any], config: Any) -> Any:
     """
     if config.load_format != NAME:
         return original(config)
-    from .sglang_loader import TensordLoader
-
+    try:
+        from .sglang_loader import TensordLoader
+    except ImportError as error:
+        raise UnsupportedError(
+            f"--load-format {NAME}: SGLang {TESTED.version()}: {error}; --load-format auto is SGLang's own"
+        ) from error
     config.load_format = TensordLoader
     return None
 
@@ -35,8 +40,6 @@ def register() -> None:
     """Adds the load format. SGLang logs what this raises and goes on without it: the name is then refused."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import LOAD_FORMAT_CHOICES, add_load_format_choices
-
-    from . import sglang_loader  # noqa: F401  what fails to import is to fail now
 
     if NAME not in LOAD_FORMAT_CHOICES:
         add_load_format_choices([NAME])

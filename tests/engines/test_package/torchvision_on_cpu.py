@@ -1,7 +1,7 @@
 """Lets the package index's torchvision, a CUDA build, be imported beside a CPU build of torch.
 
 Its library does not load there, and its Python code then fails to describe two operators that the library
-would have declared. SGLang imports it, but calls neither: they are declared here, right before it is imported.
+would have declared. SGLang imports it and calls neither: they are declared right before it is imported.
 """
 
 from __future__ import annotations
