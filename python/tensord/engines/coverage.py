@@ -10,7 +10,7 @@ import torch
 
 from ..errors import IncompleteError
 from .names import matcher
-from .recorder import Recorder, interval_of
+from .recorder import Recorder, interval_of, is_memory
 
 NAMED_MAX = 20  # in an error
 
@@ -28,10 +28,12 @@ class CoverageReport:
 
 def persistent_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, those that are tied under each of their names."""
-    state: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    parameters = module.named_parameters(remove_duplicate=False)
+    state: dict[str, torch.Tensor] = {name: one for name, one in parameters if is_memory(type(one))}
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
+            is_kept = buffer is not None and name not in part._non_persistent_buffers_set
+            if is_kept and is_memory(type(buffer)):
                 state[f"{prefix}.{name}" if prefix else name] = buffer
     return state
 

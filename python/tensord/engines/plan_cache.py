@@ -21,6 +21,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from .._library import RANK_MAX
 from ..errors import InvalidTypeError
 from ..tensors import DTYPES, Entry
 from .copy_table import CopyTable, per_copy_sum
-from .recorder import Recorder, interval_of, storage_of
+from .recorder import Recorder, interval_of, is_memory, storage_of
 
 MAGIC = b"tensord plan 1\n"
 FILE_BYTES_MAX = 1 << 30  # 100 bytes a copy
@@ -272,10 +273,9 @@ class PlanCache:
 
 def module_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and all buffers by name, those that are tied under each of their names."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: one for name, one in chain(parameters, buffers) if is_memory(type(one))}
 
 
 def plain_attributes(module: torch.nn.Module) -> dict[str, tuple[int, int]]:

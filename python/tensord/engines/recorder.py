@@ -34,7 +34,6 @@ _NUMBERS = _numbers()
 # By types of source and target: their numbers, or None where the library cannot convert.
 _pairs: dict[tuple[torch.dtype, torch.dtype], tuple[int, int] | None] = {}
 
-# Whether tensors of a class are memory that may be written to, rather than something that acts like a tensor.
 _is_memory: dict[type, bool] = {}
 
 
@@ -45,8 +44,13 @@ def _pair_of(source: torch.dtype, target: torch.dtype) -> tuple[int, int] | None
     return numbers  # type: ignore[return-value]
 
 
-def _find_is_memory(kind: type) -> bool:
-    return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+def is_memory(kind: type) -> bool:
+    """Whether tensors of a class are memory that may be written to, not something that acts like a tensor."""
+    known = _is_memory.get(kind)
+    if known is None:
+        known = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+        _is_memory[kind] = known
+    return known
 
 
 class Recorder:
@@ -109,14 +113,11 @@ class Recorder:
         """``target.copy_(lazy)``."""
         source = lazy._source
         kind = type(target)
-        is_memory = _is_memory.get(kind)
-        if is_memory is None:
-            is_memory = _is_memory[kind] = _find_is_memory(kind)
         types = (lazy.dtype, target.dtype)
         numbers = _pairs.get(types)
         if numbers is None:
             numbers = _pairs[types] = _pair_of(*types)
-        if source.written or not is_memory or numbers is None:
+        if source.written or numbers is None or not is_memory(kind):
             why = "it was written to" if source.written else f"a copy into {target.dtype} {kind.__name__}"
             return self._copy_plain(target, lazy, why)
         shape, stride, offset = lazy._geometry if lazy._inner is None else lazy._inner
@@ -208,6 +209,16 @@ class Recorder:
         """All of `intervals`; int64 [n, 3]."""
         with self.lock:
             return np.concatenate([_NO_INTERVALS, *self.intervals])
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are somewhere."""
+    if tensor.numel() == 0 or tensor.is_meta or not is_memory(type(tensor)):
+        return True
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -14,14 +14,14 @@ import torch
 
 from ..client import Model, PathLike
 from ..client import open as open_model
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, UnsupportedError
 from ..tensors import Entry, torch_dtype
 from .copy_table import execute
 from .coverage import Coverage, CoverageReport, Intervals, persistent_state
 from .lazy import LazyTensor, real
 from .names import Only, Rename, renamed, select
-from .plan_cache import Plan, PlanCache
-from .recorder import Guard, Recorder, interval_of
+from .plan_cache import Plan, PlanCache, module_state
+from .recorder import Guard, Recorder, has_memory, interval_of
 from .summary import LoadSummary, summary_of
 
 ModelOrPath = Union[Model, PathLike, Sequence[PathLike]]
@@ -268,6 +268,13 @@ class Recording(Stream):
 
     def _finish(self, module: torch.nn.Module) -> None:
         assert self._before is not None
+        for name, tensor in module_state(module).items():
+            # `parameter.data = weight`: torch tells nobody, and using what has no memory ends the process.
+            if not has_memory(tensor):
+                raise UnsupportedError(
+                    f"record: the loader made a lazy tensor the .data of {name}, which takes a real one; "
+                    "have it copy, or give it plain tensors (tensord.engines.stream with plain=True)"
+                )
         if self._strict:
             self.coverage = self._before.check(self.recorder, leaves=self._leaves)
         else:
