@@ -19,6 +19,7 @@ CANNOT = {
     "vllm": {},
     "sglang": {
         "bloom": "has no such class",
+        "exaone4": "its class wants a sliding window in another form",
         "falcon": "has no such class",
         "falcon_h1": "its Mamba layers need a GPU",
         "glm": "its class for other models' code cannot cut the output layer",
@@ -30,9 +31,8 @@ CANNOT = {
     },
 }
 
-# Further arguments: these two refuse the attention that works on a CPU. They load, and could not generate.
-TRITON = {"engine": {"attention_backend": "triton"}}
-SETTINGS = {("sglang", "exaone4"): TRITON, ("sglang", "gpt_oss"): TRITON}
+# Further arguments: it refuses the attention that works on a CPU. It loads, and could not generate.
+SETTINGS = {("sglang", "gpt_oss"): {"engine": {"attention_backend": "triton"}}}
 
 # With two ranks.
 CANNOT_SPLIT: dict[str, dict[str, str]] = {"vllm": {}, "sglang": {}}

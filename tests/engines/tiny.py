@@ -144,7 +144,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**_MOE, "num_key_value_heads": 8}),
     "opt": ("opt", {"ffn_dim": 512, "word_embed_proj_dim": 256}),
     "persimmon": ("persimmon", {}),
-    "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 8}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 8, "intermediate_size": 1024}),
     "phi3": ("phi3", {}),
     "phimoe": ("phimoe", {**_EXPERTS_4, "lm_head_bias": True, "attention_bias": True}),
     "qwen2": ("qwen2", {}),

@@ -16,7 +16,7 @@ NAME = "tensord"
 TESTED = Tested("SGLang", "sglang", ("0.5.23",))
 
 # What no checkpoint has: SGLang makes it itself, and keeps it where its values stay what they were.
-LEAVES = ("*.act_fn.beta", "*.act_fn.eps")
+LEAVES = ("*.act_fn.beta", "*.act_fn.eps", "*.normalizer")
 
 
 def accept(original: Callable[[Any], Any], config: Any) -> Any:
