@@ -1,6 +1,6 @@
 """A whole vLLM engine on the CPU that does what it is told.
 
-python vllm_steps.py '{"model": ..., "steps": [...]}'
+python vllm_steps.py '{"model": ..., "steps": [...]}'    or a list of such tasks, for one engine after another
 
 Prints a line RESULT with JSON for every step; the tests compare them. Keys, and what they are when left out:
 
@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from typing import Any
 
 SETTINGS = {
@@ -63,12 +64,11 @@ def do(engine: Any, step: Any, prompts: Any) -> Any:
     raise ValueError(f"no step {verb!r}")
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
-    begin = time.monotonic()
+def run(task: dict[str, Any]) -> None:
+    """One engine, from its start to its end."""
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    result("import", None, begin)
     begin = time.monotonic()
     engine = LLM(
         task["model"],
@@ -86,11 +86,33 @@ def main() -> None:
     for step in task.get("steps", ["generate"]):
         begin = time.monotonic()
         result(step, do(engine, step, task.get("prompts", PROMPTS)), begin)
+    del engine
+    cleanup_dist_env_and_memory()
 
+
+def main() -> None:
+    begin = time.monotonic()
+    import vllm  # noqa: F401
+
+    result("import", None, begin)
+    if len(TASKS) == 1:
+        run(TASKS[0])
+        return
+    for number, task in enumerate(TASKS):
+        try:
+            run(task)
+        except Exception as error:  # the tasks after it shall be done
+            traceback.print_exc()
+            result("error", f"{type(error).__name__}: {error}", begin)
+        print("RESULT", json.dumps({"step": "task", "value": number}), flush=True)
+
+
+GIVEN = json.loads(sys.argv[1]) if len(sys.argv) > 1 else []
+TASKS = GIVEN if isinstance(GIVEN, list) else [GIVEN]
 
 if __name__ == "__main__":  # the engine spawns its workers from this file
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if json.loads(sys.argv[1]).get("tp", 1) == 1:
+    if all(task.get("tp", 1) == 1 for task in TASKS):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # 30 s less to start
     main()
