@@ -46,6 +46,7 @@ def main(words: list[str]) -> None:
             "tensors": pair.tensor_count,
             "records": pair.record_count,
             "plain": pair.plain,
+            "cache": pair.cache,
             "compared": len(rows.rows),
             "differences": [f"{row.name}: {row.problem}" for row in rows.differences],
             "error": pair.error,

@@ -144,7 +144,7 @@ def test_two_ranks_generate_the_same_and_read_once(
     run = engines.steps(engine, model, load_format="tensord", tp=2, variables=fresh.environment)
     assert run.values("generate") == [expected]
     assert len(told(run)) == 2
-    (replica,) = fresh.ask("list")["replicas"]
+    (replica,) = fresh.ask("ls")["replicas"]
     assert fresh.ask("status")["loaded_bytes"] == replica["total_bytes"]
 
 

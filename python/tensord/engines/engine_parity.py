@@ -33,6 +33,7 @@ class Pair(NamedTuple):
     tensor_count: int = 0
     record_count: int = 0
     plain: dict[str, str] = {}  # noqa: RUF012  never written to
+    cache: str = ""  # what became of the cached plan
     error: str = ""
 
 

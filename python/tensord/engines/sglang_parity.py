@@ -49,6 +49,7 @@ class ParityLoader(TensordLoader):
             said.tensor_count,
             said.record_count,
             said.plain,
+            said.cache,
         )
         self.postprocess_weights(model, target_device)
 

@@ -44,6 +44,7 @@ class ParityLoader(TensordLoader):
             said.tensor_count,
             said.record_count,
             said.plain,
+            said.cache,
         )
 
 
