@@ -289,7 +289,7 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recorder = self._recorder
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                if type(arg) is LazyTensor or arg.is_meta:
+                if type(arg) is LazyTensor or arg.is_meta or arg.numel() == 0:
                     continue
                 storage = storage_of(arg)
                 if storage in self._watched and recorder.foreign is None:
