@@ -60,7 +60,11 @@ def test_qwen3_is_written_by_the_copy_engines(wide: Path, device_map: Any) -> No
     ours, load = load_both(wide, dtype="auto", device_map=device_map)
     parameters = list(ours.parameters())
     large_bytes = sum(one.nbytes for one in parameters if one.nbytes >= 4096)
-    assert load.device_bytes == large_bytes and load.staged_bytes == 0 and load.slower_why == ""
+    assert load.staged_bytes == 0 and load.slower_why == ""
+    if len({one.device for one in parameters}) == 1:
+        assert load.device_bytes == large_bytes
+    else:  # some was read ahead for the wrong one
+        assert large_bytes <= load.device_bytes < 2 * large_bytes
     assert load.bytes == sum(one.nbytes for one in parameters)
     assert sum(load.copied.values()) == load.tensor_count == len(parameters)
 
@@ -101,7 +105,7 @@ def test_a_model_larger_than_the_daemon_s_memory(wide: Path, make_daemon: Any) -
     make_daemon("--host-memory", "96MiB")
     with pytest.warns(tensord.TensordWarning, match="is larger than the daemon's host_memory"):
         _, load = load_both(wide, dtype="auto", device_map="cuda:0")
-    assert load.device_bytes > 0.9 * load.bytes
+    assert load.staged_bytes > 0.9 * load.bytes and load.slower_why == "the model is read in batches"
 
 
 def test_generation_is_that_of_the_plain_model(wide: Path) -> None:

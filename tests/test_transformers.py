@@ -622,6 +622,7 @@ def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_read_ahead, "FIRST_GROUP_BYTES", 80 << 10)
     monkeypatch.setattr(_read_ahead, "GROUP_BYTES", 80 << 10)
 
 
@@ -700,6 +701,30 @@ def test_what_was_read_ahead_for_another_device_is_read_again(qwen3: Path) -> No
             assert torch.equal(ahead.take(entry, CPU), model[entry.name])
         ahead.close()
     assert devices.count(META) <= 3
+
+
+def test_groups_grow_and_are_small_again_on_another_device(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_read_ahead, "FIRST_GROUP_BYTES", 70 << 10)
+    groups: list[tuple[torch.device, int]] = []
+
+    def copy(_: tensord.Model, entries: Any, targets: Any) -> None:
+        groups.append((targets[0].device, sum(entry.size_bytes for entry in entries)))
+
+    with tensord.open(qwen3) as model:
+        ahead = _read_ahead.ReadAhead(model, copy)
+        names = sorted(model, key=_read_ahead.in_order)
+        wanted = [entry for entry in map(model.entry, names) if _read_ahead.is_grouped(entry)]
+        for entry in wanted[:4]:
+            ahead.take(entry, CPU)
+        for entry in wanted[4:]:
+            assert ahead.take(entry, META).is_meta
+        ahead.close()
+    first, second = ([size for at, size in groups if at == device] for device in (CPU, META))
+    assert first[0] <= 70 << 10 and first[0] < first[1] <= 140 << 10
+    assert second[0] <= 70 << 10
+    assert sum(first) + sum(second) < 2 * sum(entry.size_bytes for entry in wanted)
 
 
 @pytest.mark.usefixtures("small_groups")

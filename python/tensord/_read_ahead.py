@@ -25,6 +25,9 @@ from .tensors import Entry, torch_dtype
 # Of one request: takes far longer than what a request costs beside its copies (about 1 ms), and is little
 # beside a GPU's memory.
 GROUP_BYTES = 512 << 20
+# Of the first one: each may hold twice as much as the one before. Where the next tensors turn out to be
+# wanted on another device, what was read in vain is little beside what was not.
+FIRST_GROUP_BYTES = 16 << 20
 
 # What is smaller goes through the CPU.
 GROUPED_BYTES_MIN = 4096
@@ -91,6 +94,7 @@ class ReadAhead:
         self._positions = {name: at for at, name in enumerate(self._names)}
         self._groups: dict[str, _Group] = {}  # of what is loaded or being loaded, and was not taken
         self._taken: set[str] = set()
+        self._group_bytes = FIRST_GROUP_BYTES  # of the next one
         self._thread = ThreadPoolExecutor(1, "tensord read ahead")
 
     def close(self) -> None:
@@ -109,6 +113,7 @@ class ReadAhead:
             group = self._groups.get(entry.name)
             if group is not None and group.device != device:
                 self._forget(group)
+                self._group_bytes = FIRST_GROUP_BYTES
                 group = None
             is_mine = group is None
             if group is None:
@@ -134,11 +139,12 @@ class ReadAhead:
         size_bytes = entries[0].size_bytes
         for name in self._names[position + 1 :]:
             entry = self._model.entry(name)
-            if name in self._groups or size_bytes + entry.size_bytes > GROUP_BYTES:
+            if name in self._groups or size_bytes + entry.size_bytes > self._group_bytes:
                 break
             if name not in self._taken and is_grouped(entry):
                 entries.append(entry)
                 size_bytes += entry.size_bytes
+        self._group_bytes = min(2 * self._group_bytes, GROUP_BYTES)
         group = _Group(entries, device)
         self._groups.update((entry.name, group) for entry in entries)
         return group
