@@ -14,7 +14,7 @@ from conftest import Engines, Run
 Daemon = Any  # of ../conftest.py
 
 BOTH = ("qwen3", "qwen3_tied", "qwen3_moe", "llama", "gemma3", "mixtral", "gpt2")
-# SGLang's attention that works on a CPU knows neither latent attention nor GPT-OSS's, and FP8 needs a GPU there.
+# SGLang's attention for CPUs knows neither latent attention nor GPT-OSS's, and its FP8 needs a GPU.
 VLLM = (*BOTH, "deepseek_v3", "gpt_oss", "qwen3-int8", "qwen3-int4")
 
 # After a reload vLLM on a CPU goes on with what it made of the old weights, by its own loader as well.
