@@ -33,10 +33,10 @@ COMMON: dict[str, Any] = {
 }
 
 _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-_LATENT = {  # multi-head latent attention
+_LATENT = {  # multi-head latent attention; vLLM's kernel for CPUs knows 512 + 64 alone
     "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 8,
@@ -60,7 +60,14 @@ _YARN = {
     "beta_slow": 1,
     "rope_theta": 10000.0,
 }
-_GPT = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 512, "n_inner": 512}
+_GPT = {
+    "n_embd": 256,
+    "n_layer": 2,
+    "n_head": 8,
+    "n_positions": 512,
+    "n_inner": 512,
+    "num_key_value_heads": ...,
+}
 _SLIDING = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS_4 = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **_LATENT}
@@ -76,7 +83,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v2",
         {"topk_method": "greedy", "scoring_func": "softmax", **_LATENT, "n_group": 1, "rope_scaling": _YARN},
     ),
-    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK_V3, "rope_scaling": _YARN}),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK_V3, "rope_scaling": _YARN, "head_dim": 64}),
     "dots1": ("dots1", {**_DEEPSEEK_V3, "num_key_value_heads": 4, "layer_types": ["full_attention"] * 2}),
     "ernie4_5": ("ernie4_5", {"use_bias": False}),
     "ernie4_5_moe": (
@@ -109,7 +116,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
     "gemma2": ("gemma2", {**_SLIDING, "query_pre_attn_scalar": 32, "hidden_act": "gelu_pytorch_tanh"}),
-    "gemma3": ("gemma3_text", {**_SLIDING, "query_pre_attn_scalar": 32}),
+    # With large embeddings, which Gemma scales and ties, it would repeat what it is given.
+    "gemma3": ("gemma3_text", {**_SLIDING, "query_pre_attn_scalar": 32, "initializer_range": 0.05}),
     "glm": ("glm", {"partial_rotary_factor": 0.5}),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5}),
     "glm4_moe": ("glm4_moe", {**_DEEPSEEK_V3, "num_key_value_heads": 4, "use_qk_norm": True}),
