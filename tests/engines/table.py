@@ -15,7 +15,7 @@ def outcome(ranks: list[Any]) -> str:
     if not ranks:
         return "–"
     if any(one["error"] for one in ranks):
-        return "error"
+        return "refused by the engine"
     differing = sum(len(one["differences"]) for one in ranks)
     return f"{differing} differ" if differing else "equal"
 
