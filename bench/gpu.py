@@ -645,6 +645,84 @@ def peers(options: argparse.Namespace) -> list[Result]:
     return results
 
 
+def _parameters_equal(ours: Any, plain: Any) -> bool:
+    mine, others = dict(ours.named_parameters()), dict(plain.named_parameters())
+    return mine.keys() == others.keys() and all(
+        torch.equal(one.view(torch.int16), others[name].view(torch.int16)) for name, one in mine.items()
+    )
+
+
+def transformers(options: argparse.Namespace) -> list[Result]:
+    """`from_pretrained` of a Qwen3 with the checkpoint's shapes to cuda:0, transformers' own beside ours."""
+    import transformers as library
+
+    library.Qwen3Config(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=options.layers,
+        num_attention_heads=HIDDEN // 128,
+        num_key_value_heads=KEY_VALUES // 128,
+        head_dim=128,
+        vocab_size=VOCABULARY,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(options.checkpoint)
+    payload = sum(2 * int(np.prod(shape)) for shape in qwen_shapes(options.layers).values())
+
+    def plain() -> Any:
+        return library.Qwen3ForCausalLM.from_pretrained(options.checkpoint, dtype="auto", device_map="cuda:0")
+
+    def timed(load: Callable[[], Any]) -> float:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model = load()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - begin
+        del model
+        return elapsed
+
+    loads: list[Any] = []
+
+    def ours() -> Any:
+        with tensord.transformers.patch(strict=True) as seen:
+            model = plain()
+        loads.extend(seen)
+        return model
+
+    rounds = min(options.rounds, 5)
+    with daemon("--host-memory", "70GiB"):
+        first_seconds = timed(ours)  # nothing resident, memory not registered
+        own, other = plain(), ours()
+        if not _parameters_equal(other, own):
+            raise SystemExit("transformers: parameters differ")
+        del own, other
+        loads.clear()
+        seconds, spread = median_of(rounds, lambda: timed(ours))
+        plain_seconds, plain_spread = median_of(rounds, lambda: timed(plain))
+    last = loads[-1]
+    return [
+        say(
+            {
+                "case": "transformers",
+                "version": library.__version__,
+                "payload_gb": payload / GB,
+                "seconds": seconds,
+                "spread": spread,
+                "weights_s": statistics.median(load.seconds for load in loads),
+                "gb_per_s": payload / GB / statistics.median(load.seconds for load in loads),
+                "device_gb": last.device_bytes / GB,
+                "staged_gb": last.staged_bytes / GB,
+                "first_time_s": first_seconds,
+                "plain_s": plain_seconds,
+                "plain_spread": plain_spread,
+                "ratio": plain_seconds / seconds,
+            }
+        )
+    ]
+
+
 CASES = {
     "resident": resident,
     "first_load": first_load,
@@ -654,8 +732,9 @@ CASES = {
     "attach": attach,
     "peer_copy": peer_copy,
     "peers": peers,
+    "transformers": transformers,
 }
-NEED_CHECKPOINT = ("resident", "first_load", "tp2", "attach", "peer_copy", "peers")
+NEED_CHECKPOINT = ("resident", "first_load", "tp2", "attach", "peer_copy", "peers", "transformers")
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ def traced(model: tensord.Model, load: Callable[[Weights], None], runs: bool) ->
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal last
-        yield from _lazy_tensors(stream.recorder, stream._entries)
+        yield from _lazy_tensors(stream.recorder, stream.offer)
         last = time.perf_counter()
 
     begin = time.perf_counter()

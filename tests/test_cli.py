@@ -451,6 +451,7 @@ def test_bash_completes_verbs_flags_values_and_files(
         "--wait",
         "--pin",
         "--only",
+        "--device",
         "--progress",
         "--json",
         "--help",

@@ -116,6 +116,16 @@ def test_closed_file_says_so(path: Path) -> None:
             use()
 
 
+def test_a_file_may_be_closed_without_having_been_entered_and_again(path: Path) -> None:
+    file = tensord.safe_open(path, "np")
+    part = file.get_slice("a")
+    for _ in range(2):
+        file.__exit__(None, None, None)
+    with pytest.raises(SafetensorError, match="File is closed"):
+        file.keys()
+    assert part.get_shape() == [5] and part.get_dtype() == "I64" and part[...].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_unknown_tensor(opened: tensord.safe_open) -> None:
     for use in (opened.get_tensor, opened.get_slice):
         with pytest.raises(SafetensorError, match="File does not contain tensor nope") as caught:

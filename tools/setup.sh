@@ -18,6 +18,7 @@ debian_clang=(clang-14 libclang-rt-14-dev clang-tidy-14)
 # The versions are pinned for the whole of development; users of the package need numpy alone.
 python=(
   torch==2.13.0 numpy==2.4.6 safetensors==0.8.0 packaging==26.3
+  transformers==5.24.0 diffusers==0.42.1 accelerate==1.15.0
   pytest==9.2.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 scikit-build-core==1.1.2
 )
 # Only the checkpoint inside these is used, so what they depend on (gigabytes) stays out.

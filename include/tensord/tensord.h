@@ -203,7 +203,7 @@ typedef struct tensord_region {
   int64_t strides[TENSORD_RANK_MAX];
 } tensord_region;
 
-#define TENSORD_INDEX_ITEMS_MAX (2 * TENSORD_RANK_MAX)
+#define TENSORD_INDEX_ITEMS_MAX 128
 
 /* Reads the text of an index, "[:, 0:8704]", with or without the brackets. `items` has room for
  * TENSORD_INDEX_ITEMS_MAX; `count` receives how many there are. */

@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import engines, numpy, torch
+    from . import diffusers, engines, numpy, torch, transformers
     from ._safe_open import SafeSlice, _safe_open_handle, load_file, safe_open
     from .client import Model, View, open
     from .copies import LoadReport
@@ -77,6 +77,7 @@ __all__ = [
     "View",
     "WaitTimeoutError",
     "_safe_open_handle",
+    "diffusers",
     "engines",
     "load_file",
     "load_model",
@@ -85,6 +86,7 @@ __all__ = [
     "record",
     "safe_open",
     "torch",
+    "transformers",
 ]
 
 
@@ -108,7 +110,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("engines", "numpy", "torch"):
+    if name in ("diffusers", "engines", "numpy", "torch", "transformers"):
         return importlib.import_module(f"{__name__}.{name}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value

@@ -8,6 +8,7 @@ each time.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,25 @@ def _device_of(device: Device, framework: str) -> str | int:
     return device
 
 
+def shape_of(model: Model, entry: Entry, items: tuple[Item, ...]) -> tuple[int, ...]:
+    """The shape of a part of a tensor; no items: of the whole. Needs no memory of it.
+
+    Raises
+    ------
+    InvalidIndexError
+    """
+    if not items:
+        return entry.memory_shape
+    region = model._resolve(entry, items)
+    return tuple(region.shape[: region.rank])
+
+
+def _holds(names: list[str], name: str) -> bool:
+    """Whether a sorted list has it."""
+    at = bisect_left(names, name)
+    return at < len(names) and names[at] == name
+
+
 class safe_open:
     """Opens a safetensors file, or a folder of them, and hands out tensors as asked.
 
@@ -83,6 +103,7 @@ class safe_open:
         backend: str = "mmap",
     ) -> None:
         self._model: Model | None = None
+        self._names: list[str] | None = None
         if backend not in _BACKENDS:
             raise InvalidOptionError(f'backend "{backend}" is invalid (expected one of: "mmap", "pread")')
         if not isinstance(framework, str):
@@ -98,6 +119,13 @@ class safe_open:
                 raise
             raise MissingFileError(f"No such file or directory: {path}", filename=error.filename) from error
 
+    def _adopt(self, model: Model, names: Sequence[str], device: Device) -> None:
+        """In place of `__init__`: these tensors of an open model, which stays open when this closes."""
+        self._device = _device_of(device, "pt")
+        self._framework = "pt"
+        self._names = sorted(names)
+        self._model = model
+
     def _opened(self) -> Model:
         if self._model is None:
             raise InvalidOptionError("File is closed")
@@ -111,7 +139,8 @@ class safe_open:
 
     def keys(self) -> list[str]:
         """The names of the tensors, sorted."""
-        return self._opened().keys()
+        model = self._opened()
+        return model.keys() if self._names is None else list(self._names)
 
     def offset_keys(self) -> list[str]:
         """The names of the tensors, in the order in which they lie in the file."""
@@ -121,7 +150,7 @@ class safe_open:
             entry = model.entry(name)
             return entry.file, entry.file_offset, entry.size_bytes
 
-        return sorted(model, key=position)
+        return sorted(self.keys(), key=position)
 
     def metadata(self) -> dict[str, str] | None:
         """The free-form metadata; None when the file has none."""
@@ -131,10 +160,13 @@ class safe_open:
         model = self._opened()
         if not isinstance(name, str):
             raise TypeError(f"name: expected str, not {type(name).__name__}")
+        problem: UnknownTensorError | None = None
         try:
-            return model, model.entry(name)
+            if self._names is None or _holds(self._names, name):
+                return model, model.entry(name)
         except UnknownTensorError as error:
-            raise UnknownTensorError(f"File does not contain tensor {name}") from error
+            problem = error
+        raise UnknownTensorError(f"File does not contain tensor {name}") from problem
 
     def get_tensor(self, name: str) -> AnyTensor:
         """A whole tensor; waits until its bytes are there.
@@ -169,9 +201,8 @@ class safe_open:
         torch = torch_module()
         tensors = []
         for entry in entries:
-            shape = model.place_of(entry, items).shape if items else entry.memory_shape
             dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
-            tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+            tensors.append(torch.empty(shape_of(model, entry, items), dtype=dtype, device=self._device))
         orders = [(entry, items, tensor) for entry, tensor in zip(entries, tensors)]
         load(model, orders, cast=False, threads=0)
         return tensors

@@ -25,7 +25,7 @@ from .errors import (
     UnknownTensorError,
     WaitTimeoutError,
 )
-from .index_entries import entry_of, index_entries
+from .index_entries import Index, entry_of
 from .indexing import Item, item_rows, parse
 from .loading import LoadTargets, load, orders_of
 from .opening import PathLike, Resident, check_seconds, device_name, encoded_paths, open_options, opened
@@ -86,6 +86,7 @@ class Model:
         self._names: list[str] | None = None
         self._entries: dict[str, Entry] = {}
         self._all_entries: list[Entry] | None = None
+        self._index: Index | None = None
         self._is_ready = False
         self._is_view = library().tensord_resident(handle.pointer) == _library.RESIDENT_VIEW
 
@@ -122,13 +123,7 @@ class Model:
     def _all_names(self) -> list[str]:
         names = self._names
         if names is None:
-            handle = self._open_handle()
-            tensor = _library.Tensor()
-            names = []
-            for position in range(library().tensord_tensor_count(handle.pointer)):
-                check(library().tensord_tensor_at(handle.pointer, position, ctypes.byref(tensor)))
-                names.append(tensor.name.decode())
-            self._names = names
+            names = self._names = [name.decode() for name in self._whole_index().names]
         return names
 
     def __len__(self) -> int:
@@ -190,10 +185,16 @@ class Model:
         """What the index says of all tensors, in the order of `keys`."""
         entries = self._all_entries
         if entries is None:
-            handle = self._open_handle()
-            entries = self._all_entries = index_entries(handle.pointer)
+            entries = self._all_entries = self._whole_index().entries()
             self._entries.update((entry.name, entry) for entry in entries)
         return list(entries)
+
+    def _whole_index(self) -> Index:
+        handle = self._open_handle()
+        index = self._index
+        if index is None:
+            index = self._index = Index(handle.pointer)
+        return index
 
     def _find(self, name: str) -> Entry:
         handle = self._open_handle()

@@ -131,15 +131,20 @@ class Batch:
         # One more, so that a region without dimensions has an address too.
         region_strides = np.array([*self._region_strides, 0], dtype=np.int64)
         if self._regions:
-            regions = np.array(self._regions, dtype=np.int64)
+            regions = np.array(self._regions, dtype=np.uint64)
             chosen = regions[:, 0]
             rows["source_dtype"][chosen], rows["source_offset"][chosen] = regions[:, 1], regions[:, 2]
-            rows["source_strides"][chosen] = region_strides.ctypes.data + regions[:, 3] * WORD_BYTES
+            rows["source_strides"][chosen] = region_strides.ctypes.data + regions[:, 3] * np.uint64(
+                WORD_BYTES
+            )
         self._kept = (names, items, extents, strides, region_strides)
         return rows
 
 
 WORD_BYTES = 8
+
+# Of one element, by number of tensord_dtype; packed and unknown ones count as bytes.
+ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], dtype=np.int64)
 
 
 def starts_of(counts: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import _library
 from ._library import last_error, library
+from .bulk import whole_tensor_rows
 from .copies import Batch, LoadReport, Part, Region, bytes_target, interruptible
 from .devices import copy_left_out, wait_for_streams
 from .errors import Error, InvalidArgumentError, InvalidTypeError
@@ -112,6 +113,18 @@ def run(
     model: Model, orders: Sequence[Order], *, cast: bool, threads: int
 ) -> tuple[_library.CopyReport, bytes]:
     """One call of the library. Of each order: 0, or why it was left out (a `_library.LEFT_OUT_*`)."""
+    if not any(part for _, part, _ in orders):
+        described = whole_tensor_rows([entry for entry, _, _ in orders], [target for _, _, target in orders])
+        if described is not None:
+            return run_rows(model, described[0], cast=cast, threads=threads)
+    try:
+        batch = _batch_of(model, orders)
+        return run_rows(model, batch.rows(), cast=cast, threads=threads)
+    except InvalidArgumentError as error:
+        _blame_an_index(model, error, orders)
+
+
+def _batch_of(model: Model, orders: Sequence[Order]) -> Batch:
     batch = Batch()
     for entry, part, target in orders:
         described = target_of(entry.name, target)
@@ -120,10 +133,7 @@ def run(
             shape = tuple(region.shape[: region.rank])
             described = bytes_target(entry, shape, described, is_whole=not part)
         batch.add(entry, part, described)
-    try:
-        return run_rows(model, batch.rows(), cast=cast, threads=threads)
-    except InvalidArgumentError as error:
-        _blame_an_index(model, error, orders)
+    return batch
 
 
 def run_rows(

@@ -364,7 +364,8 @@ def _numbers_of_numpy() -> dict[np.dtype, int]:
 
 
 @functools.cache
-def _numbers_of_torch() -> dict[Any, int]:
+def numbers_of_torch() -> dict[Any, int]:
+    """tensord_dtype of torch's types."""
     types = ((torch_type(dtype.number), dtype.number) for dtype in DTYPES)
     return {known: number for known, number in types if known is not None}
 
@@ -416,7 +417,7 @@ def _cuda_target(name: str, interface: Any) -> Target:
 
 def _torch_target(name: str, tensor: Any) -> Target:
     torch = torch_module()
-    number = _numbers_of_torch().get(tensor.dtype)
+    number = numbers_of_torch().get(tensor.dtype)
     if number is None:
         raise InvalidArgumentError(f"target of {name!r}: tensord has no type for {tensor.dtype}")
     if tensor.device.type == "meta":

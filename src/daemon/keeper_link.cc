@@ -98,8 +98,7 @@ Result<rpc::Frame> frame_of(const engine::Replica& replica) {
   kept.only = replica.key.only;
   kept.owner = replica.owner;
   kept.device = replica.key.device;
-  TRY_ASSIGN(const rpc::EncodedIndex index, rpc::encode_index(whole.index));
-  kept.index_bytes = index.size_bytes;
+  TRY_ASSIGN(base::Fd index, rpc::encode_index(whole.index));
   for (const memory::Segment& segment : replica.memory.segments) kept.memory_bytes.push_back(segment.size_bytes());
   for (const auto& [fd, size_bytes] : replica.allocations) kept.memory_bytes.push_back(size_bytes);
   kept.artifact = std::make_unique<protocol::KeptDigest>(kept_digest(*replica.artifact));
@@ -109,7 +108,7 @@ Result<rpc::Frame> frame_of(const engine::Replica& replica) {
   builder.Finish(protocol::CreateKeptReplica(builder, &kept));
   rpc::Frame frame = make_frame({.verb = Verb::put, .replica = replica.number}, &builder);
   TRY(add_fd(frame, replica.fill->fd()));
-  TRY(add_fd(frame, index.fd.get()));
+  frame.fds.push_back(std::move(index));
   for (const memory::Segment& segment : replica.memory.segments) TRY(add_fd(frame, segment.fd()));
   for (const auto& [fd, size_bytes] : replica.allocations) TRY(add_fd(frame, fd.get()));
   if (frame.bytes.size() > rpc::kFrameBytesMax || frame.fds.size() > rpc::kFrameFdsMax)
@@ -157,7 +156,8 @@ Status adopt(engine::Engine& engine, uint64_t number, rpc::Frame frame) {
     TRY_ASSIGN(memory::Segment segment, memory::adopt_segment(std::move(fd), size_bytes));
     segments.push_back(std::move(segment));
   }
-  TRY_ASSIGN(tensor::Index index, rpc::decode_index(frame.fds[1], kept.index_bytes()));
+  TRY_ASSIGN(const base::FileIdentity index_file, base::identify_file(frame.fds[1].get(), "a kept index"));
+  TRY_ASSIGN(tensor::Index index, rpc::decode_index(frame.fds[1], index_file.size_bytes));
   if (index.files.size() != replica->key.files.size()) return fail(Code::corrupt, "its index is of other files");
   TRY_ASSIGN(replica->content,
              engine::content_of(std::move(index), replica->key.files, replica->key.only, memory_bytes));
@@ -167,8 +167,7 @@ Status adopt(engine::Engine& engine, uint64_t number, rpc::Frame frame) {
   replica->device_bytes = on_device ? memory_bytes : 0;
   if (replica->image_bytes > memory_bytes || (!on_device && replica->leaves.size() != content.layout.leaves.size()))
     return fail(Code::corrupt, "its index is of another replica");
-  TRY_ASSIGN(rpc::EncodedIndex encoded, rpc::encode_index(content.index));
-  replica->index_file = {std::move(encoded.fd), encoded.size_bytes};
+  TRY_ASSIGN(replica->index_fd, rpc::encode_index(content.index));
   return engine.adopt(std::move(replica), std::move(segments));
 }
 

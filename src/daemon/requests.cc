@@ -62,7 +62,7 @@ int64_t sane_ns(int64_t ns) { return std::clamp<int64_t>(ns, 0, int64_t{3600} * 
 rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   protocol::OpenedT opened;
   opened.replica = grant.replica;
-  opened.index_bytes = grant.index_bytes;
+  if (const auto index = base::identify_file(grant.index_fd, "the index")) opened.index_bytes = index->size_bytes;
   opened.fill_map_bytes = grant.fill_map_bytes;
   opened.image_bytes = grant.image_bytes;
   opened.segment_bytes = grant.segment_bytes;

@@ -181,16 +181,11 @@ engine::Owner owner_over(rpc::Loop& loop) {
                                 std::function<void()> work) { loop.call_after(delay_ms, std::move(work)); }};
 }
 
-base::Result<engine::IndexFile> encode_index(const tensor::Index& index) {
-  TRY_ASSIGN(rpc::EncodedIndex encoded, rpc::encode_index(index));
-  return engine::IndexFile{std::move(encoded.fd), encoded.size_bytes};
-}
-
 engine::EngineOptions engine_options(const Config& config, const DirectReads& direct, const DescriptorShares& shares) {
   return {.host_memory_bytes = config.host_memory,
           .device_memory_bytes = config.gpu_memory,
           .keep_spans = base::log_enabled(LogLevel::debug),
-          .encode_index = encode_index,
+          .encode_index = rpc::encode_index,
           .reads = {.direct = direct.reader.get(),
                     .direct_note = direct.note,
                     .cached_path = fastest_path(config.state_dir),

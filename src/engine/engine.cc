@@ -107,7 +107,7 @@ void Engine::index(Replica& replica) {
   pool_.post(this, [this, job] {
     Indexed& outcome = job->outcome;
     outcome.content = read_content(*job->files, job->order);
-    if (outcome.content) outcome.index_file = options_.encode_index((*outcome.content)->index);
+    if (outcome.content) outcome.index_fd = options_.encode_index((*outcome.content)->index);
     // A header that was being rewritten looks corrupt: say what really happened.
     for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
       const OpenFile& file = (*job->files)[at];
@@ -124,10 +124,10 @@ void Engine::index(Replica& replica) {
 void Engine::indexed(uint64_t number, Indexed outcome) {
   Replica& replica = *replicas_.at(number);
   if (!outcome.content) return fail_waiters(replica, outcome.content.error());
-  if (!outcome.index_file) return fail_waiters(replica, outcome.index_file.error());
+  if (!outcome.index_fd) return fail_waiters(replica, outcome.index_fd.error());
   replica.content = std::move(*outcome.content);
   replica.image_bytes = replica.content->image_bytes;
-  replica.index_file = std::move(*outcome.index_file);
+  replica.index_fd = std::move(*outcome.index_fd);
   begin(replica, std::move(outcome.known));
 }
 
@@ -206,8 +206,7 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   granted.batch_bytes = std::min(kBatchBytesMax, granted.memory_bytes_max / 4);
   granted.replica = replica.number;
   granted.content = replica.content;
-  granted.index_fd = replica.index_file.fd.get();
-  granted.index_bytes = replica.index_file.size_bytes;
+  granted.index_fd = replica.index_fd.get();
   granted.image_bytes = replica.image_bytes;
   if (waiter.index_only) return granted;
   if (holder.user_id != replica.owner) {

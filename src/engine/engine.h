@@ -49,8 +49,8 @@ struct EngineOptions {
   uint64_t host_memory_bytes = 0;
   uint64_t device_memory_bytes = 0;  // of replicas on each device; 0: as much as the device has
   bool keep_spans = false;
-  // Encodes an index for clients. Called on pool threads.
-  std::function<Result<IndexFile>(const tensor::Index&)> encode_index;
+  // Encodes an index for clients, in a sealed memfd. Called on pool threads.
+  std::function<Result<base::Fd>(const tensor::Index&)> encode_index;
   storage::FileSourceOptions reads;  // what it points to must outlive the engine
   memory::HugePages huge_pages = memory::HugePages::wanted;
   int64_t memory_wait_ms = 0;  // how long an open waits for room that others hold, where it does not say so itself
@@ -179,7 +179,7 @@ class Engine {
   // What reading the headers came to, passed from thread to thread.
   struct Indexed {
     Result<std::shared_ptr<const Content>> content;
-    Result<IndexFile> index_file;
+    Result<base::Fd> index_fd;
     Digests known;
   };
 

@@ -68,9 +68,9 @@ void Engine::source_found(uint64_t number, const Result<uint64_t>& source) {
   replica.state = ReplicaState::waiting;
   replica.room_ns = base::monotonic_ns();
   if (Replica* larger = covering(replica)) return hand_over(replica, *larger);
-  auto index = base::duplicate(from.index_file.fd.get());
+  auto index = base::duplicate(from.index_fd.get());
   if (!index) return fail_waiters(replica, index.error());
-  replica.index_file = {std::move(*index), from.index_file.size_bytes};
+  replica.index_fd = std::move(*index);
   replica.image_bytes = tensor::device_windows_of(replica.content->index).image_bytes;
   replica.device_bytes = base::align_up(replica.image_bytes, kDevicePageBytes);
   make_on_device(replica);

@@ -99,7 +99,7 @@ class EngineTest : public testing::Test {
       : catalog_thread_(storage::start_read_pool(1).value()),
         pool_(storage::start_read_pool(2).value()),
         engine_({.host_memory_bytes = 8 << 20,
-                 .encode_index = [](const tensor::Index&) { return Result<IndexFile>(IndexFile{}); },
+                 .encode_index = [](const tensor::Index&) { return Result<base::Fd>(base::Fd()); },
                  .memory_wait_ms = memory_wait_ms,
                  .descriptor_count_max = 32},
                 *catalog_, *catalog_thread_, *pool_, owner_.owner()) {

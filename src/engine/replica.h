@@ -65,7 +65,6 @@ struct Grant {
   uint64_t replica = 0;
   std::shared_ptr<const Content> content;
   int index_fd = -1;
-  uint64_t index_bytes = 0;
   uint64_t image_bytes = 0;
   int fill_map_fd = -1;  // -1, and no segments and no lease, when only the index was asked for
   uint64_t fill_map_bytes = 0;
@@ -76,12 +75,6 @@ struct Grant {
   uint64_t memory_bytes_max = 0;  // nothing larger can be loaded
 };
 using GrantDone = std::function<void(Result<Grant>)>;
-
-// The index as clients read it, in a sealed memfd.
-struct IndexFile {
-  base::Fd fd;
-  uint64_t size_bytes = 0;
-};
 
 // Somebody who asked for a replica that is being indexed or waits for room.
 struct Waiter {
@@ -112,7 +105,7 @@ struct Replica {
   std::vector<Waiter> waiters;  // while indexing and waiting
   std::string waits_for;        // while waiting; for people
   std::shared_ptr<const Content> content;
-  IndexFile index_file;
+  base::Fd index_fd;  // the index as clients read it
   memory::SegmentRun memory;
   Allocations allocations;    // on a device, in place of segments
   uint64_t device_bytes = 0;  // of those, also before they are made

@@ -90,7 +90,7 @@ bool makes_sense(const tensor::Index& index) {
 
 }  // namespace
 
-Result<EncodedIndex> encode_index(const tensor::Index& index) {
+Result<base::Fd> encode_index(const tensor::Index& index) {
   flatbuffers::FlatBufferBuilder builder(1 << 16);
   std::vector<flatbuffers::Offset<protocol::FileRow>> files;
   for (const auto& file : index.files) {
@@ -112,10 +112,10 @@ Result<EncodedIndex> encode_index(const tensor::Index& index) {
   }
   builder.Finish(protocol::CreateIndexRows(builder, builder.CreateVector(files), builder.CreateVector(tensors),
                                            builder.CreateVector(metadata)));
-  EncodedIndex encoded{base::Fd(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING)), builder.GetSize()};
-  if (!encoded.fd.valid()) return base::fail_errno(errno, "create memory for the index");
-  TRY(write_all(encoded.fd.get(), builder.GetBufferPointer(), builder.GetSize()));
-  if (::fcntl(encoded.fd.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {
+  base::Fd encoded(::memfd_create("tensord-index", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!encoded.valid()) return base::fail_errno(errno, "create memory for the index");
+  TRY(write_all(encoded.get(), builder.GetBufferPointer(), builder.GetSize()));
+  if (::fcntl(encoded.get(), F_ADD_SEALS, kSeals | F_SEAL_SEAL) != 0) {
     return base::fail_errno(errno, "seal the index");
   }
   return encoded;

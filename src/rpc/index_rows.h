@@ -11,13 +11,8 @@ namespace tensord::rpc {
 
 using base::Result;
 
-struct EncodedIndex {
-  base::Fd fd;  // sealed against every change
-  uint64_t size_bytes = 0;
-};
-
-// Thread safe.
-Result<EncodedIndex> encode_index(const tensor::Index& index);
+// Sealed against every change. Thread safe.
+Result<base::Fd> encode_index(const tensor::Index& index);
 
 // Code::corrupt when the descriptor is no sealed memfd of `size_bytes` or the table in it makes no sense.
 Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes);

@@ -31,9 +31,11 @@ tensor::Index sample() {
   return index;
 }
 
+uint64_t size_of(const base::Fd& fd) { return base::identify_file(fd.get(), "index").value().size_bytes; }
+
 base::Result<tensor::Index> round_trip(const tensor::Index& index) {
-  const EncodedIndex encoded = encode_index(index).value();
-  return decode_index(encoded.fd, encoded.size_bytes);
+  const base::Fd encoded = encode_index(index).value();
+  return decode_index(encoded, size_of(encoded));
 }
 
 bool refused(void (*spoil)(tensor::Index&)) {
@@ -88,8 +90,8 @@ TEST(IndexRows, tensors_outside_of_their_file_or_over_each_other_are_refused) {
 }
 
 TEST(IndexRows, memory_that_is_not_sealed_or_of_another_size_is_refused) {
-  const EncodedIndex encoded = encode_index(sample()).value();
-  EXPECT_FALSE(decode_index(encoded.fd, encoded.size_bytes + 1));
+  const base::Fd encoded = encode_index(sample()).value();
+  EXPECT_FALSE(decode_index(encoded, size_of(encoded) + 1));
   base::Fd open_memory(::memfd_create("open", MFD_CLOEXEC));
   ASSERT_EQ(::ftruncate(open_memory.get(), 64), 0);
   EXPECT_FALSE(decode_index(open_memory, 64));
@@ -97,9 +99,9 @@ TEST(IndexRows, memory_that_is_not_sealed_or_of_another_size_is_refused) {
 
 TEST(IndexRows, garbage_is_refused) {
   const tensor::Index index = sample();
-  const EncodedIndex encoded = encode_index(index).value();
-  std::vector<std::byte> bytes(encoded.size_bytes);
-  ASSERT_TRUE(base::read_exactly(encoded.fd.get(), 0, bytes, "index"));
+  const base::Fd encoded = encode_index(index).value();
+  std::vector<std::byte> bytes(size_of(encoded));
+  ASSERT_TRUE(base::read_exactly(encoded.get(), 0, bytes, "index"));
   for (size_t at = 0; at < bytes.size(); at += 4) {
     base::Fd fd(::memfd_create("garbage", MFD_CLOEXEC | MFD_ALLOW_SEALING));
     std::vector<std::byte> damaged = bytes;

@@ -197,14 +197,14 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
               " have ", bits, " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
-Reach reach_of(const Strided& region) {
+std::pair<Wide, Wide> reach_of(const Strided& region) {
   constexpr Wide kFarMax = Wide{1} << 64;  // 64 dimensions of it do not overflow
-  Reach reach{region.offset, Wide{region.offset} + region.element_bytes};
+  Wide lowest = region.offset, highest = lowest + region.element_bytes;
   for (size_t dimension = 0; dimension < region.shape.size(); ++dimension) {
     const Wide distance = static_cast<Wide>(region.shape[dimension] - 1) * region.strides[dimension];
-    (distance < 0 ? reach.lowest : reach.highest) += std::clamp(distance, -kFarMax, kFarMax);
+    (distance < 0 ? lowest : highest) += std::clamp(distance, -kFarMax, kFarMax);
   }
-  return reach;
+  return {lowest, highest};
 }
 
 Result<Strided> reinterpret(const Tensor& tensor, Dtype dtype, Strided region, uint64_t offset) {
@@ -214,7 +214,7 @@ Result<Strided> reinterpret(const Tensor& tensor, Dtype dtype, Strided region, u
                 ": elements of partial bytes, or too few strides");
   region.element_bytes = *element_bytes;
   if (region.element_count() == 0) return region;
-  if (const Reach reach = reach_of(region); reach.lowest < 0 || reach.highest > tensor.size_bytes) {
+  if (const auto [lowest, highest] = reach_of(region); lowest < 0 || highest > tensor.size_bytes) {
     return fail(Code::invalid_argument, "region of ", quoted(tensor.name), ": it leaves the tensor, which has ",
                 tensor.size_bytes, " bytes");
   }

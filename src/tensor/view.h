@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "tensor/index.h"
@@ -55,11 +56,8 @@ std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint3
 // dimension counted in bytes).
 Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t offset = 0);
 
-// The bytes that a region touches, from the lowest up to the highest, which is not one of them. Nothing overflows.
-struct Reach {
-  __int128 lowest = 0, highest = 0;
-};
-Reach reach_of(const Strided& region);  // of one that is not empty
+// The first byte that a region touches, and the one behind the last; of one that is not empty. Nothing overflows.
+std::pair<__int128, __int128> reach_of(const Strided& region);
 
 // Bytes of `tensor`, placed at `offset`, as elements of `dtype`: `region` counts from the tensor's first byte, its
 // element_bytes are not used. Code::invalid_argument for types of partial bytes and for regions that leave the tensor.

@@ -56,7 +56,7 @@ MEASUREMENTS = (
     Measurement("fresh_huge", "fresh memory, huge pages", "needs Linux 6.1; small ones are used"),
     Measurement("cache_pread", "page cache, pread and hash", _NO_DISK),
     Measurement("cache_stream", "page cache, streamed and hash", _NO_STORES),
-    Measurement("cache_mapped", "page cache, mapped", _NO_STORES),
+    Measurement("cache_mapped", "page cache, mapped and hash", _NO_STORES),
     Measurement(
         *("disk_direct", "disk, O_DIRECT", "needs a disk with ext4 or xfs", 1e9, ""),
         "an NVMe disk reads 3 GB/s and more",

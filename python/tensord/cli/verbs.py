@@ -61,7 +61,7 @@ def _stop(_: Given) -> Output:
 
 
 def _load(given: Given) -> Output:
-    with open_resident(absolute(given.operand), given.only, given.device) as checkpoint:
+    with open_resident(absolute(given.operand), given.only, given.device or "") as checkpoint:
         if given.pin:
             daemon.ask("pin", str(checkpoint.info()["replica"]))
         if given.wait:

@@ -11,34 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..copies import COPY, WORD_BYTES, LoadReport, Region, packed_names, starts_of
+from ..copies import COPY, ITEM_BYTES, WORD_BYTES, LoadReport, Region, packed_names, starts_of
 from ..devices import wait_for_streams
 from ..errors import Error, InvalidArgumentError, UnsupportedError
 from ..loading import Order, load_report, run_rows
-from ..tensors import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from ..client import Model
 
-_ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], dtype=np.int64)
 
-
-class Record(NamedTuple):
-    """One copy that a loader asked for. In elements, of the source's type and of the target's."""
-
-    name: bytes
-    source_number: int  # tensord_dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    target_number: int
-    target: torch.Tensor
+# One copy that a loader asked for: name, tensord_dtype of the source, its offset, shape and stride
+# in elements, tensord_dtype of the target, the target. A bare tuple: there are tens of thousands.
+Record = tuple[bytes, int, int, tuple[int, ...], tuple[int, ...], int, "torch.Tensor"]
+SHAPE: Final = 3  # where it is in it
+TARGET: Final = 6
 
 
 @dataclass(frozen=True)
@@ -75,14 +67,14 @@ class CopyTable:
         return CopyTable(
             list(names),
             sources,
-            np.fromiter(offsets, np.int64, count) * _ITEM_BYTES[sources],
+            np.fromiter(offsets, np.int64, count) * ITEM_BYTES[sources],
             numbers,
             np.fromiter([target.data_ptr() for target in targets], np.uint64, count),
             ~np.fromiter([target.is_cpu for target in targets], np.bool_, count),
             ranks,
             np.fromiter(chain.from_iterable(shapes), np.int64, flat),
-            source_strides * np.repeat(_ITEM_BYTES[sources], ranks),
-            target_strides * np.repeat(_ITEM_BYTES[numbers], ranks),
+            source_strides * np.repeat(ITEM_BYTES[sources], ranks),
+            target_strides * np.repeat(ITEM_BYTES[numbers], ranks),
             targets.__getitem__,
         )
 
@@ -130,7 +122,7 @@ class CopyTable:
         """Of each copy: where its target begins and ends, and how many bytes it writes; int64 [copies, 3]."""
         reach = per_copy_sum((self.extents - 1) * self.target_strides, self.ranks)
         begins = self.addresses.astype(np.int64)
-        item_bytes = _ITEM_BYTES[self.target_numbers]
+        item_bytes = ITEM_BYTES[self.target_numbers]
         counts = np.ones(len(self), dtype=np.int64)
         np.multiply.at(counts, np.repeat(np.arange(len(self)), self.ranks), self.extents)
         return np.stack((begins, begins + reach + item_bytes, counts * item_bytes), axis=1)

@@ -39,19 +39,17 @@ class Source:
     checkpoint, with the geometry it has itself.
     """
 
-    __slots__ = ("entry", "index", "name", "private", "recorder", "root", "written")
+    private: torch.Tensor | None = None
+    written = False
+    root: tuple[Geometry, Geometry, torch.dtype] | None = None
 
-    def __init__(self, recorder: Recorder, index: int, name: str, entry: Entry) -> None:
+    def __init__(self, recorder: Recorder, name: str, entry: Entry) -> None:
         self.recorder = recorder
-        self.index = index  # in the order in which the loader was given them
         self.name = name  # as the loader knows it
         self.entry = entry
-        self.private: torch.Tensor | None = None
-        self.written = False
-        self.root: tuple[Geometry, Geometry, torch.dtype] | None = None
 
     def clone(self, inner: Geometry, geometry: Geometry, dtype: torch.dtype) -> Source:
-        copy = Source(self.recorder, self.index, self.name, self.entry)
+        copy = Source(self.recorder, self.name, self.entry)
         copy.root = (inner, geometry, dtype)
         return copy
 
@@ -75,8 +73,7 @@ class Source:
 class LazyTensor(torch.Tensor):
     """Made by `lazy_tensor`. Behaves as a tensor of the recorder's device, without gradients."""
 
-    _source: Source
-    _geometry: Geometry  # torch's own, where Python reads it faster
+    _state: tuple[Source, Geometry, torch.dtype]  # what torch knows too, where Python reads it faster
     # Of what came out of clone() or contiguous(): where the same elements lie in the checkpoint's tensor.
     _inner: Geometry | None = None
 
@@ -96,10 +93,18 @@ class LazyTensor(torch.Tensor):
                 return source._source.recorder.copy(args[0], source)
         return apply(func, args, kwargs or {})
 
+    @property
+    def _source(self) -> Source:
+        return self._state[0]
+
+    @property
+    def _geometry(self) -> Geometry:
+        return self._state[1]
+
     # The views that loaders take most, without going through torch's dispatcher.
 
     def narrow(self, dim: Any, start: Any, length: Any) -> Any:
-        shape, stride, offset = self._geometry
+        source, (shape, stride, offset), dtype = self._state
         if (
             type(start) is int
             and type(length) is int
@@ -112,39 +117,37 @@ class LazyTensor(torch.Tensor):
         ):
             extents = list(shape)
             extents[dim] = length
-            return lazy_tensor(
-                self._source, (tuple(extents), stride, offset + start * stride[dim]), self.dtype
-            )
+            return lazy_tensor(source, (tuple(extents), stride, offset + start * stride[dim]), dtype)
         return super().narrow(dim, start, length)
 
     def unsqueeze(self, dim: int) -> Any:
         if dim == 0 and self._inner is None:
-            shape, stride, offset = self._geometry
+            source, (shape, stride, offset), dtype = self._state
             outer = shape[0] * stride[0] if shape else 1
-            return lazy_tensor(self._source, ((1, *shape), (outer, *stride), offset), self.dtype)
+            return lazy_tensor(source, ((1, *shape), (outer, *stride), offset), dtype)
         return super().unsqueeze(dim)
 
     def unbind(self, dim: int = 0) -> Any:
-        shape, stride, offset = self._geometry
+        source, (shape, stride, offset), dtype = self._state
         if dim == 0 and shape and self._inner is None:
             rest, steps, step = shape[1:], stride[1:], stride[0]
-            dtype, source = self.dtype, self._source
             return tuple(
                 [lazy_tensor(source, (rest, steps, offset + at * step), dtype) for at in range(shape[0])]
             )
         return super().unbind(dim)
 
     def t(self) -> Any:
-        shape, stride, offset = self._geometry
+        source, (shape, stride, offset), dtype = self._state
         if len(shape) == 2 and self._inner is None:
-            return lazy_tensor(self._source, (shape[::-1], stride[::-1], offset), self.dtype)
+            return lazy_tensor(source, (shape[::-1], stride[::-1], offset), dtype)
         return super().t()
 
     def __getitem__(self, index: Any) -> Any:
         if self._inner is None:
-            geometry = _indexed(self._geometry, index)
-            if geometry is not None:
-                return lazy_tensor(self._source, geometry, self.dtype)
+            source, geometry, dtype = self._state
+            indexed = _indexed(geometry, index)
+            if indexed is not None:
+                return lazy_tensor(source, indexed, dtype)
         return super().__getitem__(index)
 
     # What reaches for the bytes past the dispatcher.
@@ -189,8 +192,7 @@ def lazy_tensor(source: Source, geometry: Geometry, dtype: torch.dtype) -> LazyT
         dtype=dtype,
         device=source.recorder.device,
     )
-    made._source = source
-    made._geometry = geometry
+    made._state = (source, geometry, dtype)
     return made
 
 
@@ -249,14 +251,14 @@ def real(lazy: LazyTensor, why: str, *, write: bool = False) -> torch.Tensor:
 
 # ---- all other operations ----------------------------------------------------------------------------------
 
-_kinds: dict[Any, int] = {}
+kinds: dict[Any, int] = {}  # of the operations that were looked at
 
 
 def kind_of(func: Any) -> int:
     """What an operation does, from its schema."""
-    kind = _kinds.get(func)
+    kind = kinds.get(func)
     if kind is None:
-        kind = _kinds[func] = _find_kind(func)
+        kind = kinds[func] = _find_kind(func)
     return kind
 
 
@@ -265,6 +267,8 @@ def _find_kind(func: Any) -> int:
         return CLONE
     if torch.Tag.inplace_view in func.tags:
         return RESHAPE_IN_PLACE
+    if func is aten._unsafe_view.default:  # of a clone, in reshape()
+        return VIEW
     aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info]
     if any(alias.is_write for alias in aliases):
         return WRITE
@@ -307,8 +311,9 @@ def _view(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, 
         outer = func(_meta(lazy._geometry, dtype), *args, **kwargs)
         inner = outer if lazy._inner is None else func(_meta(lazy._inner, dtype), *args, **kwargs)
     except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
-        # It cannot be viewed so, where it lies; torch's own word on that, or its copy.
-        return func(real(lazy, _name_of(func)), *args, **kwargs)
+        # It cannot be viewed so, where it lies: torch's own word on it; of a clone, a view of a real one,
+        # which shares its memory with the clone's other views.
+        return func(real(lazy, _name_of(func), write=lazy._inner is not None), *args, **kwargs)
     if isinstance(outer, torch.Tensor):
         return _view_of(lazy, outer, inner)
     return type(outer)([_view_of(lazy, one, other) for one, other in zip(outer, inner)])
@@ -352,21 +357,21 @@ def _reshape_in_place(func: Any, lazy: LazyTensor, args: tuple[Any, ...], kwargs
         inner = _geometry_of(inner_meta)
     changed = lazy_tensor(lazy._source, _geometry_of(meta), lazy.dtype)
     torch.Tensor.data.__set__(lazy, changed)  # type: ignore[attr-defined]
-    lazy._geometry, lazy._inner = changed._geometry, inner
+    lazy._state, lazy._inner = changed._state, inner
     return lazy
 
 
 def _name_of(func: Any) -> str:
-    return str(func).removeprefix("aten.") if hasattr(str, "removeprefix") else str(func)
+    return str(func).removeprefix("aten.")
 
 
 def _read_or_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any) -> Any:
     """Hands the real tensors over; those that are written to are private ones from now on."""
-    written = [
-        args[at] if at < len(args) else kwargs.get(argument.name)
-        for at, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    written: list[Any] = []
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[at] if at < len(args) else kwargs.get(argument.name)
+            written += value if isinstance(value, (list, tuple)) else [value]
     why = _name_of(func)
     others: list[torch.Tensor] = []
     recorder: Recorder | None = None

@@ -23,6 +23,9 @@ from .summary import LoadSummary, summary_of
 # Which dimension is cut, or what tells the index out of (name, shape in the checkpoint, rank, world).
 Cut = Union[int, Callable[[str, tuple[int, ...], int, int], Any]]
 
+# Each memory of a module once, with all names it has.
+Places = list[tuple[list[str], torch.Tensor]]
+
 
 def load_model(
     module: torch.nn.Module,
@@ -74,14 +77,15 @@ def load_model(
         The module is on device meta.
     """
     begin = time.monotonic()
-    if not 0 <= rank < world:
-        raise InvalidArgumentError(f"load_model: there is no rank {rank} of {world}")
     places = _places(module)
-    known = {name for names, _ in places for name in names}
-    model = path_or_model if isinstance(path_or_model, Model) else _opened(path_or_model, only, rename, known)
-    sources = _sources(model, only, rename)
-    if strict:
-        _check_names(places, set(sources))
+    if isinstance(path_or_model, Model):
+        model = path_or_model
+        if strict:
+            _check_names(places, set(_sources(model, only, rename)))
+    else:
+        model = _opened(path_or_model, only, rename, places, strict=strict)
+        only = None  # it has no others
+    sources = _sources(model, only, rename, places)
     orders = _orders(model, places, sources, plan or {}, rank, world)
     report = load(model, orders, cast=cast, threads=0)
     return summary_of(
@@ -96,13 +100,15 @@ def load_model(
 
 def _orders(
     model: Model,
-    places: list[tuple[list[str], torch.Tensor]],
+    places: Places,
     sources: dict[str, Entry],
     plan: Mapping[str, Cut],
     rank: int,
     world: int,
 ) -> list[Order]:
     """What goes where. Raises InvalidArgumentError for shapes that differ."""
+    if not 0 <= rank < world:
+        raise InvalidArgumentError(f"load_model: there is no rank {rank} of {world}")
     cuts = [(pattern(text), cut) for text, cut in plan.items()]
     orders: list[Order] = []
     wrong: list[str] = []
@@ -124,7 +130,7 @@ def _orders(
     return orders
 
 
-def _places(module: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+def _places(module: torch.nn.Module) -> Places:
     """Each memory of the module once, with all names it has."""
     places: dict[Any, tuple[list[str], torch.Tensor]] = {}
     for name, tensor in persistent_state(module).items():
@@ -137,26 +143,30 @@ def _places(module: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
     return list(places.values())
 
 
-def _opened(path: Any, only: Only, rename: Rename, known: set[str]) -> Model:
+def _opened(path: Any, only: Only, rename: Rename, places: Places, *, strict: bool) -> Model:
     """A model of those tensors that have a place."""
     with open_model(path, "pt", resident="view") as listed:
-        sources = _sources(listed, only, rename)
-        wanted = [entry.name for name, entry in sources.items() if name in known]
+        if strict:
+            _check_names(places, set(_sources(listed, only, rename)))
+        wanted = [entry.name for entry in _sources(listed, only, rename, places).values()]
         total = len(listed)
     return open_model(path, "pt", only=None if len(wanted) in (0, total) else wanted)
 
 
-def _sources(model: Model, only: Only, rename: Rename) -> dict[str, Entry]:
-    """The checkpoint's tensors by the names that the module shall know them by."""
+def _sources(model: Model, only: Only, rename: Rename, places: Places | None = None) -> dict[str, Entry]:
+    """The checkpoint's tensors by the names that the module shall know them by; of `places` only those."""
+    known = None if places is None else {name for names, _ in places for name in names}
+    wanted = None if only is None else set(select(model.keys(), only))
     sources = {}
-    for name in select(model.keys(), only):
-        known_as = renamed(name, rename)
-        if known_as is not None:
-            sources[known_as] = model.entry(name)
+    for entry in model.entries():
+        if wanted is None or entry.name in wanted:
+            name = renamed(entry.name, rename)
+            if name is not None and (known is None or name in known):
+                sources[name] = entry
     return sources
 
 
-def _check_names(places: list[tuple[list[str], torch.Tensor]], sources: set[str]) -> None:
+def _check_names(places: Places, sources: set[str]) -> None:
     missing = [names[0] for names, _ in places if sources.isdisjoint(names)]
     surplus = sorted(sources - {name for names, _ in places for name in names})
     texts = [

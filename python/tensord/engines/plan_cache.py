@@ -20,10 +20,9 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,9 @@ import torch
 from .. import __version__
 from .._library import RANK_MAX
 from ..errors import InvalidTypeError
-from ..tensors import DTYPES, Entry
+from ..tensors import DTYPES
 from .copy_table import CopyTable, per_copy_sum
+from .offer import Offer
 from .recorder import Recorder, interval_of, is_memory, storage_of
 
 MAGIC = b"tensord plan 1\n"
@@ -56,12 +56,6 @@ _PER_DIMENSION = ("extents", "source_strides", "target_strides")
 _log = logging.getLogger("tensord")
 
 
-class Plan(NamedTuple):
-    """A cached plan against the memory of a module of now."""
-
-    table: CopyTable
-
-
 class _Unfit(Exception):
     """Why a plan is not used."""
 
@@ -80,8 +74,8 @@ class PlanCache:
 
     Parameters
     ----------
-    entries : list of (name, Entry)
-        What a loader is given, in order.
+    offer : Offer
+        What a loader is given.
     key : anything that JSON can say
         What else decides what a loader does: the engine's version, the model's configuration, ranks.
 
@@ -93,30 +87,35 @@ class PlanCache:
 
     def __init__(
         self,
-        entries: Sequence[tuple[str, Entry]],
+        offer: Offer,
         module: torch.nn.Module,
         key: Any,
         device: torch.device,
         *,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._entries = entries
+        self._offer = offer
         self._module = module
         self._state = module_state(module)
         self._attributes = plain_attributes(module)
-        self._digest = _digest_of(entries, module, key, device)
+        self._digest = _digest_of(offer, module, key, device)
         plans = state_folder() / "plans" if folder is None else Path(folder)
         self.path = plans / f"{self._digest}.plan"
         self.why = ""
 
     def watched(self) -> dict[int, str]:
         """Storages of the module's tensors, for a Guard."""
-        return {storage_of(tensor): name for name, tensor in self._state.items() if not tensor.is_meta}
+        watched: dict[int, str] = {}
+        for name, tensor in self._state.items():
+            if not tensor.is_meta:
+                watched.setdefault(storage_of(tensor), name)
+        return watched
 
-    def find(self) -> Plan | None:
+    def find(self) -> CopyTable | None:
+        """The plan, for the memory that the module has now."""
         try:
             header, arrays = _parse(_read(self.path), self._digest)
-            return Plan(self._bound(header, arrays))
+            return self._bound(header, arrays)
         except FileNotFoundError:
             self.why = "traced: there is no plan yet"
         except OSError as error:
@@ -144,7 +143,7 @@ class PlanCache:
         if any(one.is_meta for one in tensors):
             raise _Unfit("the module is on device meta")
         intervals = np.array([interval_of(one) for one in tensors], dtype=np.int64).reshape(-1, 3)
-        _check_ranges(arrays, len(self._entries), len(tensors))
+        _check_ranges(arrays, len(self._offer), len(tensors))
         item_bytes = np.array([one.element_size() for one in tensors], dtype=np.int64)
         at = arrays["parameters"]
         reach = per_copy_sum((arrays["extents"] - 1) * arrays["target_strides"], arrays["ranks"])
@@ -152,7 +151,7 @@ class PlanCache:
         if (arrays["offsets"] + reach > room).any():
             raise _Unfit("it writes beyond a parameter")
         addresses = intervals[at, 0] + arrays["offsets"]
-        encoded = [entry.encoded for _, entry in self._entries]
+        encoded = self._offer.encoded()
 
         def target_at(copy: int) -> torch.Tensor:
             tensor = tensors[int(at[copy])]
@@ -230,8 +229,8 @@ class PlanCache:
 
     def _arrays(self, tables: list[CopyTable]) -> dict[str, np.ndarray]:
         at_source: dict[bytes, int] = {}
-        for position, (_, entry) in enumerate(self._entries):
-            at_source.setdefault(entry.encoded, position)
+        for position, name in enumerate(self._offer.encoded()):
+            at_source.setdefault(name, position)
         names = [name for table in tables for name in table.names]
         if not names:
             raise _Unfit("nothing was copied")
@@ -297,19 +296,15 @@ def describe(state: dict[str, torch.Tensor], *, places: bool = False) -> list[An
     ]
 
 
-def _digest_of(
-    entries: Sequence[tuple[str, Entry]], module: torch.nn.Module, key: Any, device: torch.device
-) -> str:
+def _digest_of(offer: Offer, module: torch.nn.Module, key: Any, device: torch.device) -> str:
     try:
         said = json.dumps(key, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise InvalidTypeError(f"record: cache: a key is what JSON can say: {error}") from None
     kind = type(module)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(offer.digest())
     for text in (__version__, torch.__version__, said, kind.__module__, kind.__qualname__, str(device)):
         digest.update(f"{len(text)}:{text}".encode())
-    lines = [f"{name}\0{entry.name}\0{entry.dtype_text}{entry.shape}" for name, entry in entries]
-    digest.update("\0".join(lines).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:40]
 
 

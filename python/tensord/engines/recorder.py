@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import CASTS, LoadReport
-from ..tensors import DTYPES, U8, Entry, torch_type
-from .copy_table import CopyTable, Record, execute
-from .lazy import COPY, VIEW, LazyTensor, Source, kind_of, lazy_tensor, real
+from ..tensors import DTYPES, U8, Entry, row_major_strides, torch_dtype, torch_type
+from .copy_table import SHAPE, TARGET, CopyTable, Record, execute
+from .lazy import COPY, VIEW, Geometry, LazyTensor, Source, kind_of, kinds, lazy_tensor, real
 
 if TYPE_CHECKING:
     from ..client import Model
@@ -30,6 +30,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 
 _NUMBERS = _numbers()
+_TYPES = {dtype.number: torch_type(dtype.number) for dtype in DTYPES if dtype.bits}
 
 # By types of source and target: their numbers, or None where the library cannot convert.
 _pairs: dict[tuple[torch.dtype, torch.dtype], tuple[int, int] | None] = {}
@@ -91,16 +92,22 @@ class Recorder:
         self._looked_at = 0
         self._thread = threading.get_ident()
 
-    def tensor(self, index: int, name: str, entry: Entry, dtype: torch.dtype) -> LazyTensor:
-        """A lazy tensor of a whole tensor of the checkpoint."""
-        shape = entry.memory_shape
-        strides = []
-        step = 1
-        for extent in reversed(shape):
-            strides.append(step)
-            step *= extent or 1
-        strides.reverse()
-        return lazy_tensor(Source(self, index, name, entry), (shape, tuple(strides), 0), dtype)
+    def tensor(self, name: str, entry: Entry) -> LazyTensor:
+        """A lazy tensor of a whole tensor of the checkpoint.
+
+        Raises
+        ------
+        UnsupportedDtypeError
+        """
+        dtype = _TYPES.get(entry.number)
+        if dtype is None:
+            dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
+        shape = entry.shape if DTYPES[entry.number].bits >= 8 else entry.memory_shape
+        if len(shape) == 2:
+            geometry: Geometry = (shape, (shape[1] or 1, 1), 0)
+        else:
+            geometry = (shape, row_major_strides(shape, 1), 0)
+        return lazy_tensor(Source(self, name, entry), geometry, dtype)
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The real tensor, zero-copy where the device is the CPU; waits for its bytes."""
@@ -111,16 +118,16 @@ class Recorder:
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
         """``target.copy_(lazy)``."""
-        source = lazy._source
+        source, geometry, dtype = lazy._state
         kind = type(target)
-        types = (lazy.dtype, target.dtype)
+        types = (dtype, target.dtype)
         numbers = _pairs.get(types)
         if numbers is None:
             numbers = _pairs[types] = _pair_of(*types)
-        if source.written or numbers is None or not is_memory(kind):
+        if source.written or numbers is None or not (_is_memory.get(kind) or is_memory(kind)):
             why = "it was written to" if source.written else f"a copy into {target.dtype} {kind.__name__}"
             return self._copy_plain(target, lazy, why)
-        shape, stride, offset = lazy._geometry if lazy._inner is None else lazy._inner
+        shape, stride, offset = geometry if lazy._inner is None else lazy._inner
         if target.shape != shape:
             stride = _expanded(shape, stride, target, lazy)
             shape = tuple(target.shape)
@@ -129,7 +136,7 @@ class Recorder:
             return target
         if self.keeps_tables and threading.get_ident() != self._thread:
             self.foreign = "copies came from several threads"
-        record = Record(source.entry.encoded, numbers[0], offset, shape, stride, numbers[1], target)
+        record = (source.entry.encoded, numbers[0], offset, shape, stride, numbers[1], target)
         with self.lock:
             self.records.append(record)
             if self.is_finished:
@@ -150,7 +157,7 @@ class Recorder:
             records, self.records = self.records, []
             self._storages.clear()
             self._looked_at = 0
-            records = [record for record in records if 0 not in record.shape]
+            records = [record for record in records if 0 not in record[SHAPE]]
             if not records:
                 return
             table = CopyTable.of(records)
@@ -190,7 +197,7 @@ class Recorder:
 
     def _pending(self) -> set[int]:
         for record in self.records[self._looked_at :]:
-            self._storages.add(storage_of(record.target))
+            self._storages.add(storage_of(record[TARGET]))
         self._looked_at = len(self.records)
         return self._storages
 
@@ -268,7 +275,11 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched = watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kind_of(func) != VIEW and not (func is COPY and type(args[1]) is LazyTensor):
+        if kinds.get(func) == VIEW:
+            return func(*args, **(kwargs or {}))
+        if func is COPY and type(args[1]) is LazyTensor and type(args[0]) is not LazyTensor:
+            return args[1]._source.recorder.copy(args[0], args[1])
+        if kind_of(func) != VIEW:
             self._look(func, args)
             if kwargs:
                 self._look(func, kwargs.values())
@@ -278,7 +289,7 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recorder = self._recorder
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                if type(arg) is LazyTensor or arg.is_meta:
+                if type(arg) is LazyTensor or arg.is_meta or arg.numel() == 0:
                     continue
                 storage = storage_of(arg)
                 if storage in self._watched and recorder.foreign is None:

@@ -16,12 +16,12 @@ from ..client import Model
 from ..client import open as open_model
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..opening import PathLike
-from ..tensors import Entry, torch_dtype
-from .copy_table import execute
+from .copy_table import CopyTable, execute
 from .coverage import Coverage, CoverageReport, Intervals, persistent_state
 from .lazy import LazyTensor, real
-from .names import Only, Rename, renamed, select
-from .plan_cache import Plan, PlanCache, module_state
+from .names import Only, Rename
+from .offer import Offer
+from .plan_cache import PlanCache, module_state
 from .recorder import Guard, Recorder, has_memory, interval_of
 from .summary import LoadSummary, summary_of
 
@@ -54,27 +54,16 @@ class Stream:
         self.model = as_model(model)
         self.recorder = Recorder(self.model, torch.device("cpu" if device is None else device))
         self.model._open_handle()  # refuses a closed one
-        self._entries = self._chosen(only, rename)
+        self.offer = Offer(self.model, only, rename)
         self._begin: float | None = None
-        tensors = (_plain_tensors if plain else _lazy_tensors)(self.recorder, self._entries)
+        tensors = (_plain_tensors if plain else _lazy_tensors)(self.recorder, self.offer)
         # No reference to this: who lets go of it ends the generator, and has the copies run.
         self._iterator = _run_at_end(self.recorder, tensors, guard=guard)
-
-    def _chosen(self, only: Only, rename: Rename) -> list[tuple[str, Entry]]:
-        """In the order of the files, as the engines' own loaders go through them."""
-        entries = self.model.entries()
-        wanted = set(select([entry.name for entry in entries], only))
-        chosen = []
-        for entry in sorted(entries, key=lambda entry: (entry.file, entry.file_offset, entry.name)):
-            name = renamed(entry.name, rename) if entry.name in wanted else None
-            if name is not None:
-                chosen.append((name, entry))
-        return chosen
 
     @property
     def names(self) -> list[str]:
         """The names that a loader is given, in this order."""
-        return [name for name, _ in self._entries]
+        return self.offer.names
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self
@@ -106,7 +95,6 @@ class Stream:
             )
 
 
-Entries = Sequence[tuple[str, Entry]]
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -122,15 +110,14 @@ def _run_at_end(recorder: Recorder, tensors: Tensors, *, guard: bool) -> Tensors
                 recorder.finish()
 
 
-def _lazy_tensors(recorder: Recorder, entries: Entries) -> Tensors:
-    for index, (name, entry) in enumerate(entries):
-        dtype = torch_dtype(entry.number, name=entry.name, dtype_text=entry.dtype_text)
+def _lazy_tensors(recorder: Recorder, offer: Offer) -> Tensors:
+    for name, entry in offer.entries:
         recorder.tensor_count += 1
-        yield name, recorder.tensor(index, name, entry, dtype)
+        yield name, recorder.tensor(name, entry)
 
 
-def _plain_tensors(recorder: Recorder, entries: Entries) -> Tensors:
-    for name, entry in entries:
+def _plain_tensors(recorder: Recorder, offer: Offer) -> Tensors:
+    for name, entry in offer.entries:
         tensor = recorder.read(entry)
         recorder.tensor_count += 1
         recorder.plain_bytes += tensor.numel() * tensor.element_size()
@@ -160,8 +147,7 @@ class Recording(Stream):
     Attributes
     ----------
     replayed : bool
-        A cached plan was found: the iterator gives nothing, the copies run when it is asked, or at the end
-        of the block.
+        A cached plan was found, and its copies ran when the block was entered: the iterator gives nothing.
     coverage : CoverageReport or None
         Of ``module``, once the block is left.
     """
@@ -188,16 +174,12 @@ class Recording(Stream):
         self._leaves = tuple(leaves)
         self._before: Coverage | None = None
         self._stack = ExitStack()
-        self._plan: Plan | None = None
+        self.replayed = False
         self._cache: PlanCache | None = None
         self._cache_state = ""
         self._iterator = _run_at_end(self.recorder, self._tensors(), guard=False)
         if cache is not None and module is not None:
-            self._cache = PlanCache(self._entries, module, cache, self.recorder.device, folder=cache_folder)
-
-    @property
-    def replayed(self) -> bool:
-        return self._plan is not None
+            self._cache = PlanCache(self.offer, module, cache, self.recorder.device, folder=cache_folder)
 
     @property
     def report(self) -> LoadSummary:
@@ -208,30 +190,31 @@ class Recording(Stream):
         if module is not None:
             self._before = Coverage(module)
         if cache is not None:
-            self._plan = cache.find()
-            self._cache_state = "replayed" if self._plan is not None else cache.why
-            if self._plan is None:
+            plan = cache.find()
+            self.replayed = plan is not None and self._replay(plan, cache)
+            self._cache_state = "replayed" if self.replayed else cache.why
+            if not self.replayed:
                 self.recorder.keeps_tables = True
                 self._stack.enter_context(_entered(Guard(self.recorder, cache.watched())))
         return self
 
-    def _tensors(self) -> Tensors:
-        if self._plan is None or not self._replay(self._plan):
-            yield from _lazy_tensors(self.recorder, self._entries)
-
-    def _replay(self, plan: Plan) -> bool:
+    def _replay(self, plan: CopyTable, cache: PlanCache) -> bool:
         """False where the library refuses the plan: then it is dropped and the load traced."""
         recorder = self.recorder
-        with recorder.lock:
-            try:
-                recorder.reports += execute(self.model, plan.table)
-            except InvalidArgumentError as error:
-                assert self._cache is not None
-                self._cache.drop(error.message)
-                self._plan, self._cache_state = None, self._cache.why
-                return False
-            recorder.note_table(plan.table)
+        self._begin = time.monotonic()
+        try:
+            recorder.reports += execute(self.model, plan)
+        except (InvalidArgumentError, UnsupportedError) as error:
+            cache.drop(error.message)
+            self._begin = None
+            return False
+        recorder.note_table(plan)
+        recorder.is_finished = True
         return True
+
+    def _tensors(self) -> Tensors:
+        if not self.replayed:
+            yield from _lazy_tensors(self.recorder, self.offer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -245,9 +228,6 @@ class Recording(Stream):
                 if hasattr(error, "add_note"):
                     error.add_note(f"tensord: {dropped} recorded copies did not run")
             return
-        if self._plan is not None and not recorder.reports:
-            for _ in self:  # nobody asked for it
-                pass
         recorder.finish()
         if self.module is not None:
             self._adopt(self.module)
@@ -280,7 +260,7 @@ class Recording(Stream):
             self.coverage = self._before.check(self.recorder, leaves=self._leaves)
         else:
             self.coverage = self._before.report(self.recorder)
-        if self._cache is not None and self._plan is None:
+        if self._cache is not None and not self.replayed:
             self._cache_state = self._cache.keep(self.recorder)
         self.recorder.tables.clear()
 
@@ -289,7 +269,7 @@ class Recording(Stream):
         """Names of tensors that were given, and that no copy and no operation took."""
         recorder = self.recorder
         used, plain = recorder.used, recorder.plain
-        given = self._entries[: recorder.tensor_count]
+        given = self.offer.entries[: recorder.tensor_count]
         return [name for name, entry in given if entry.encoded not in used and name not in plain]
 
     def written(self) -> set[str]:
