@@ -77,4 +77,12 @@ TEST(FillMap, other_files_are_refused) {
   EXPECT_EQ(FillView::open(stranger).error().code, base::Code::corrupt);
 }
 
+TEST(FillMap, a_void_one_is_ready_no_more) {
+  FillMap map = FillMap::create(1, 10).value();
+  map.end_ready({});
+  const FillView view = FillView::open(descriptor_of(map)).value();
+  map.void_it();
+  EXPECT_EQ(view.state(), FillState::failed);
+}
+
 }  // namespace tensord::memory

@@ -187,4 +187,30 @@ TEST(SegmentPool, nobody_else_can_write_resize_or_unseal_a_segment) {
   ::munmap(own_copy, kMiB);
 }
 
+TEST(SegmentPool, adopted_segments_hold_what_they_held_and_are_not_used_again) {
+  const Segment before = make_segment(4 * kMiB, 1).value();
+  before.data()[5] = std::byte{7};
+  SegmentPool pool(4 * kMiB);
+  std::vector<Segment> segments;
+  segments.push_back(adopt_segment(base::duplicate(before.fd()).value(), 4 * kMiB).value());
+  SegmentRun run = pool.adopt(std::move(segments)).value();
+  EXPECT_EQ(run.data()[5], std::byte{7});
+  EXPECT_EQ(pool.in_use_bytes(), 4 * kMiB);
+  EXPECT_FALSE(pool.allocate(4 * kMiB, 1));
+  pool.free(std::move(run));
+  EXPECT_EQ(pool.in_use_bytes(), 0u);
+  EXPECT_EQ(pool.trim().size(), 1u);
+  EXPECT_EQ(pool.kept_bytes(), 0u);
+  EXPECT_EQ(pool.allocate(4 * kMiB, 1).value().data()[5], std::byte{0});
+}
+
+TEST(SegmentPool, what_could_change_or_shrink_is_not_adopted) {
+  const Segment sealed = make_segment(kMiB, 1).value();
+  const base::Fd open = make_memory_file("open", kMiB).value();
+  for (const auto& [fd, size_bytes] : {std::pair(open.get(), kMiB), std::pair(sealed.fd(), 2 * kMiB),
+                                       std::pair(sealed.fd(), uint64_t{0}), std::pair(STDIN_FILENO, kMiB)}) {
+    EXPECT_EQ(adopt_segment(base::duplicate(fd).value(), size_bytes).error().code, base::Code::corrupt);
+  }
+}
+
 }  // namespace tensord::memory
