@@ -391,8 +391,14 @@ def test_a_guard_runs_records_before_something_looks_at_them(path: Path) -> None
     def make() -> Any:
         return Module(a=(6, 10, torch.float32), b=(10, 6, torch.float32))
 
-    expected, found, mapped = make(), make(), make()
+    expected, found, mapped, recorded, unguarded = make(), make(), make(), make(), make()
     load(expected, plain(path))
+    with tensord.record(path, recorded) as weights:
+        load(recorded, weights)
+    assert compare(expected, recorded).is_equal
+    with tensord.record(path, unguarded, guard=False, strict=False) as weights:
+        load(unguarded, weights)
+    assert not compare(expected, unguarded).is_equal
     stream = engines.stream(path, guard=True)
     load(found, stream)
     assert compare(expected, found).is_equal

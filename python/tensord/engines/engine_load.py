@@ -22,7 +22,6 @@ from .coverage import missing_text
 from .names import Rename, matcher, renamed
 from .options import Options
 from .ranks import Ranks
-from .recorder import Guard
 from .recording import Recording, Stream
 from .summary import LoadSummary
 
@@ -156,11 +155,7 @@ class EngineLoad:
             leaves=self._leaves,
         )
         self._streams.append(recording)
-        weights = self._stack.enter_context(recording)
-        if self._cache is None or module is None:  # else the recording has one
-            # Loaders do read what they have just written: vLLM's for Mamba 2 makes A out of A_log in place.
-            self._stack.enter_context(Guard(recording.recorder, {}))
-        yield from weights
+        yield from self._stack.enter_context(recording)
 
     def update(self, files: Sequence[str], prefix: str = "", keep: Keep = None) -> Weights:
         """The tensors of a checkpoint, all of their bytes, for a loading that nobody tells the end of.

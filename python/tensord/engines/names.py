@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Union
 
-from ..errors import InvalidArgumentError, InvalidTypeError, UnknownTensorError
+from ..errors import InvalidTypeError, UnknownTensorError
 
 Only = Union[str, Sequence[str], Callable[[str], bool], None]
 Rename = Union[Callable[[str], Union[str, None]], Sequence[tuple[str, str]], None]
@@ -43,25 +44,7 @@ def select(names: Sequence[str], only: Only) -> list[str]:
 
 def pattern(text: str) -> re.Pattern[str]:
     """A shell-style pattern as `tensord.open` reads it: ``*``, ``?``, ``[a-z0]``, ``[!a-z]``."""
-    parts = []
-    at = 0
-    while at < len(text):
-        end = text.find("]", at + 2) if text[at] == "[" else -1
-        if text[at] == "*":
-            parts.append(".*")
-        elif text[at] == "?":
-            parts.append(".")
-        elif end > 0:
-            inside = text[at + 1 : end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            parts.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
-            at = end
-        else:
-            parts.append(re.escape(text[at]))
-        at += 1
-    try:
-        return re.compile("".join(parts), re.DOTALL)
-    except re.error as error:
-        raise InvalidArgumentError(f"{text!r} is no pattern: {error}") from None
+    return re.compile(fnmatch.translate(text))
 
 
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
