@@ -704,6 +704,15 @@ def test_names_are_chosen_and_changed(model: tensord.Model) -> None:
     assert no_up.names == ["GATE.WEIGHT"]
     with pytest.raises(tensord.UnknownTensorError, match="'nothing' is and matches no tensor"):
         engines.stream(model, only=["scale", "nothing"])
+    for wrong, kind, said in (
+        ({"only": 3}, tensord.InvalidTypeError, "only: names and patterns, or a callable, not 3"),
+        ({"rename": 3}, tensord.InvalidTypeError, "rename: a callable, or a list of"),
+        ({"rename": ["one"]}, tensord.InvalidTypeError, "rename: a callable, or a list of"),
+        ({"rename": [("(", "")]}, tensord.InvalidArgumentError, r"rename: '\(' is no regular expression"),
+        ({"rename": [("q", r"\1")]}, tensord.InvalidArgumentError, "is no replacement: invalid group"),
+    ):
+        with pytest.raises(kind, match=said):
+            engines.stream(model, **wrong)
 
 
 def test_the_order_is_that_of_the_files(path: Path, model: tensord.Model) -> None:

@@ -617,6 +617,13 @@ def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
     assert torch.equal(part[1000:2000] + 0, wanted[1000:2000])
 
 
+def test_the_parity_verb_compares_with_the_plain_way(qwen3: Path, daemon: Daemon) -> None:
+    report = daemon.ask("parity", "transformers", str(qwen3))
+    assert report["is_equal"]
+    (only,) = report["ranks"]
+    assert only["label"] == "Qwen3ForCausalLM" and only["tensor_count"] > 20 and not only["differences"]
+
+
 # ---- reading ahead ---------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ..client import Model
 from ..client import open as open_model
 from ..errors import TensordWarning
 from .coverage import missing_text
-from .names import Rename, matcher, renamed
+from .names import Rename, matcher, renamer
 from .options import Options
 from .ranks import Ranks
 from .recording import Recording, Stream
@@ -216,12 +216,12 @@ class EngineLoad:
         return model
 
     def _rename(self, prefix: str, keep: Keep) -> Callable[[str], str | None]:
-        pairs = list(self._options.rename.items())
+        renamed = renamer(list(self._options.rename.items()))
 
         def rename(name: str) -> str | None:
             if keep is not None and not keep(name):
                 return None
-            changed = renamed(name, pairs)
+            changed = renamed(name)
             return None if changed is None else prefix + changed
 
         return rename
