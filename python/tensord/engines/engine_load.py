@@ -22,7 +22,7 @@ from .coverage import missing_text
 from .names import Rename, matcher, renamer
 from .options import Options
 from .ranks import Ranks
-from .recording import Recording, Stream
+from .recording import Recording, Stream, record
 from .summary import LoadSummary
 
 Weights = Iterator[tuple[str, Any]]
@@ -145,7 +145,7 @@ class EngineLoad:
             return
         # A second checkpoint fills what the first one leaves: the first recording, left last, sees both.
         module = self.module if not self._streams else None
-        recording = Recording(
+        recording = record(
             model,
             module,
             rename=rename,

@@ -154,16 +154,15 @@ class Recording(Stream):
     def __init__(
         self,
         model: ModelOrPath,
-        module: torch.nn.Module | None = None,
-        *,
-        only: Only = None,
-        rename: Rename = None,
-        cache: Any = None,
-        strict: bool = True,
-        device: Any = None,
-        guard: bool = True,
-        leaves: Iterable[str] = (),
-        cache_folder: Any = None,
+        module: torch.nn.Module | None,
+        only: Only,
+        rename: Rename,
+        cache: Any,
+        strict: bool,
+        device: Any,
+        guard: bool,
+        leaves: Iterable[str],
+        cache_folder: Any,
     ) -> None:
         super().__init__(model, only=only, rename=rename, device=device)
         if cache is not None and module is None:
@@ -358,18 +357,7 @@ def record(
     tensor other than to view and copy it is done with the real tensor, as soon as its bytes are there. An
     exception in the block drops the copies that have not run.
     """
-    return Recording(
-        model,
-        module,
-        only=only,
-        rename=rename,
-        cache=cache,
-        strict=strict,
-        device=device,
-        guard=guard,
-        leaves=leaves,
-        cache_folder=cache_folder,
-    )
+    return Recording(model, module, only, rename, cache, strict, device, guard, leaves, cache_folder)
 
 
 def stream(
