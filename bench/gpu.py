@@ -737,6 +737,19 @@ CASES = {
 NEED_CHECKPOINT = ("resident", "first_load", "tp2", "attach", "peer_copy", "peers", "transformers")
 
 
+def write_results(path: Path | None, results: list[Result]) -> None:
+    """What was measured, and on what; nowhere where no path was given."""
+    document = {
+        "machine": platform.node(),
+        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "results": results,
+    }
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -755,15 +768,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(f"checkpoint written in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     results = [result for case in cases for result in CASES[case](options)]
-    document = {
-        "machine": platform.node(),
-        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "results": results,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1))
+    write_results(options.json, results)
 
 
 if __name__ == "__main__":

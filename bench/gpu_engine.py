@@ -11,10 +11,8 @@ compared byte by byte.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
-import platform
 import statistics
 import tempfile
 import time
@@ -38,6 +36,7 @@ from gpu import (
     say,
     slice_of,
     write_checkpoint,
+    write_results,
 )
 
 # Part of a fused parameter: its name, the parameter's, and where its rows begin and end, before they are cut.
@@ -209,14 +208,7 @@ def main() -> None:
                 }
             )
         )
-    document = {
-        "machine": platform.node(),
-        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
-        "torch": torch.__version__,
-        "results": cases,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1))
+    write_results(options.json, cases)
 
 
 if __name__ == "__main__":

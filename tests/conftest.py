@@ -36,6 +36,9 @@ COMMAND = (sys.executable, "-m", "tensord")
 # Only a hang reaches it.
 DEADLINE_SECONDS = 120
 
+# Jobs in the background of a script are started with SIGINT ignored; tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="of the random tests")

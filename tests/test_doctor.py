@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensord
 from conftest import Daemon, counted
@@ -41,8 +42,28 @@ def test_doctor_measures_and_explain_knows_what_is_possible(
     daemon.start()  # reads by them
     daemon.ask("load", str(path), "--wait")
     assert daemon.ask("explain", "last")["cached_bytes"] >= 8 * 6 * 4
+    if report["bytes_per_s"]["cache_mapped"] > 0:
+        daemon_takes_the_fastest_way(daemon, stored, make_file)
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "machine": "another"}))
     assert daemon.ask("explain", "last")["rates_known"] is False
+
+
+def daemon_takes_the_fastest_way(daemon: Daemon, stored: Path, make_file: Callable[..., Path]) -> None:
+    values = counted((3000, 700))
+    path = make_file({"w": values})
+    known = json.loads(stored.read_text())
+    for fastest in ("cache_pread", "cache_stream", "cache_mapped"):
+        rates = dict.fromkeys(("cache_pread", "cache_stream", "cache_mapped"), 1e9) | {fastest: 2e9}
+        stored.write_text(json.dumps({**known, "bytes_per_s": {**known["bytes_per_s"], **rates}}))
+        daemon.stop()
+        daemon.start()
+        with tensord.open(path, "np") as model:
+            assert np.array_equal(model["w"], values)
+        explained = daemon.ask("explain", "last")
+        assert explained["cached_bytes"] >= values.nbytes
+        is_mapped = "cached bytes come from a mapping of the file" in explained["notes"]
+        assert is_mapped == (fastest == "cache_mapped")
+    stored.write_text(json.dumps(known))
 
 
 def test_doctor_stores_what_it_measured_without_a_daemon(

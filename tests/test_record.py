@@ -391,8 +391,14 @@ def test_a_guard_runs_records_before_something_looks_at_them(path: Path) -> None
     def make() -> Any:
         return Module(a=(6, 10, torch.float32), b=(10, 6, torch.float32))
 
-    expected, found, mapped = make(), make(), make()
+    expected, found, mapped, recorded, unguarded = make(), make(), make(), make(), make()
     load(expected, plain(path))
+    with tensord.record(path, recorded) as weights:
+        load(recorded, weights)
+    assert compare(expected, recorded).is_equal
+    with tensord.record(path, unguarded, guard=False, strict=False) as weights:
+        load(unguarded, weights)
+    assert not compare(expected, unguarded).is_equal
     stream = engines.stream(path, guard=True)
     load(found, stream)
     assert compare(expected, found).is_equal
@@ -698,6 +704,15 @@ def test_names_are_chosen_and_changed(model: tensord.Model) -> None:
     assert no_up.names == ["GATE.WEIGHT"]
     with pytest.raises(tensord.UnknownTensorError, match="'nothing' is and matches no tensor"):
         engines.stream(model, only=["scale", "nothing"])
+    for wrong, kind, said in (
+        ({"only": 3}, tensord.InvalidTypeError, "only: names and patterns, or a callable, not 3"),
+        ({"rename": 3}, tensord.InvalidTypeError, "rename: a callable, or a list of"),
+        ({"rename": ["one"]}, tensord.InvalidTypeError, "rename: a callable, or a list of"),
+        ({"rename": [("(", "")]}, tensord.InvalidArgumentError, r"rename: '\(' is no regular expression"),
+        ({"rename": [("q", r"\1")]}, tensord.InvalidArgumentError, "is no replacement: invalid group"),
+    ):
+        with pytest.raises(kind, match=said):
+            engines.stream(model, **wrong)
 
 
 def test_the_order_is_that_of_the_files(path: Path, model: tensord.Model) -> None:

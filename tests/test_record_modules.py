@@ -279,6 +279,8 @@ def test_the_verb_says_what_is_missing(capfd: Any) -> None:
     assert "MODEL is required" in capfd.readouterr().err
     assert run(["parity", "jax", "x"]) == 2
     assert run(["parity", "torch", "x", "y"]) == 2
+    assert run(["parity", "vllm", "x"]) == 1
+    assert "vllm is not installed in " in capfd.readouterr().err
     capfd.readouterr()
     assert run(["--complete", "parity", ""]) == 0
     assert capfd.readouterr().out.split() == ["torch", "transformers", "vllm", "sglang"]

@@ -34,7 +34,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from tensord import _huggingface, _model_files, _read_ahead
+from tensord.engines import huggingface, model_files, read_ahead
 
 pytestmark = pytest.mark.usefixtures("daemon")
 
@@ -64,7 +64,7 @@ def assert_restored(from_pretrained: Any) -> None:
         assert module.safe_open is SAFE_OPEN
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType) and not module.__name__.startswith("tensord"):
-            assert all(value is not _huggingface.open_file for value in list(vars(module).values())), module
+            assert all(value is not huggingface.open_file for value in list(vars(module).values())), module
 
 
 def load_both(name: str, folder: Path, **options: Any) -> tuple[Any, Any, Any]:
@@ -237,7 +237,7 @@ def test_options_that_make_no_sense() -> None:
 
 
 def patched() -> bool:
-    return transformers.modeling_utils.safe_open is _huggingface.open_file
+    return transformers.modeling_utils.safe_open is huggingface.open_file
 
 
 def test_patch_may_be_entered_again_and_decorates() -> None:
@@ -415,14 +415,14 @@ def test_a_daemon_that_dies_in_mid_load(
     large: Path, make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch, fallback: bool
 ) -> None:
     daemon = make_daemon()
-    original = _model_files.open_model
+    original = model_files.open_model
 
     def open_and_kill(*words: Any, **options: Any) -> tensord.Model:
         model = original(*words, **options)
         daemon.stop(signal.SIGKILL)
         return model
 
-    monkeypatch.setattr(_model_files, "open_model", open_and_kill)
+    monkeypatch.setattr(model_files, "open_model", open_and_kill)
     if fallback:
         with (
             pytest.warns(tensord.TensordWarning, match="the daemon failed .*: read again, the plain way"),
@@ -552,7 +552,7 @@ def test_real_embeddings_make_sense(daemon: Daemon) -> None:
 def on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_huggingface, "Load", functools.partial(_model_files.Load, has_gpu=True))
+    monkeypatch.setattr(huggingface, "Load", functools.partial(model_files.Load, has_gpu=True))
 
 
 @pytest.mark.usefixtures("on_demand")
@@ -567,14 +567,14 @@ def test_models_that_stay_on_the_cpu_are_plain_and_zero_copy_beside_a_gpu(
 
 
 def test_an_on_demand_tensor_is_read_by_whatever_is_done_with_it(qwen3: Path) -> None:
-    load = _model_files.Load(has_gpu=True)
+    load = model_files.Load(has_gpu=True)
     file = load.open(qwen3 / "model.safetensors", "cpu")
     wanted = SAFE_OPEN(qwen3 / "model.safetensors", framework="pt").get_tensor("lm_head.weight")
     part = file.get_slice("lm_head.weight")
     lazy = part[3:90, ::2]
-    assert type(lazy) is _model_files.OnDemand
+    assert type(lazy) is model_files.OnDemand
     assert (lazy.shape, lazy.dtype, lazy.device.type) == ((87, 32), torch.float32, "cpu")
-    assert load.handed_bytes == 0 and _huggingface._address_of(lazy) == 0
+    assert load.handed_bytes == 0 and huggingface._address_of(lazy) == 0
     for use in (
         lambda tensor: tensor + 1,
         lambda tensor: torch.cat([tensor, tensor]),
@@ -598,14 +598,14 @@ def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
     make_daemon("--host-memory", "64MiB")
     wanted = SAFE_OPEN(folder / "model.safetensors", framework="pt").get_tensor("lm_head.weight")
     asked = []
-    original = _model_files.Load.copied
+    original = model_files.Load.copied
 
     def copied(self: Any, model: Any, entry: Any, items: Any, device: torch.device) -> Any:
         asked.append((entry.name, str(device)))
         return original(self, model, entry, items, torch.device("cpu"))
 
-    monkeypatch.setattr(_model_files.Load, "copied", copied)
-    load = _model_files.Load(has_gpu=True)
+    monkeypatch.setattr(model_files.Load, "copied", copied)
+    load = model_files.Load(has_gpu=True)
     with pytest.warns(tensord.TensordWarning, match="host_memory"):
         part = load.open(folder / "model.safetensors", "cpu").get_slice("lm_head.weight")
     for index in (..., slice(1000, 90_000), (slice(None), slice(16, 48))):
@@ -617,18 +617,25 @@ def test_an_on_demand_tensor_goes_to_a_gpu_without_a_detour(
     assert torch.equal(part[1000:2000] + 0, wanted[1000:2000])
 
 
+def test_the_parity_verb_compares_with_the_plain_way(qwen3: Path, daemon: Daemon) -> None:
+    report = daemon.ask("parity", "transformers", str(qwen3))
+    assert report["is_equal"]
+    (only,) = report["ranks"]
+    assert only["label"] == "Qwen3ForCausalLM" and only["tensor_count"] > 20 and not only["differences"]
+
+
 # ---- reading ahead ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_read_ahead, "FIRST_GROUP_BYTES", 80 << 10)
-    monkeypatch.setattr(_read_ahead, "GROUP_BYTES", 80 << 10)
+    monkeypatch.setattr(read_ahead, "FIRST_GROUP_BYTES", 80 << 10)
+    monkeypatch.setattr(read_ahead, "GROUP_BYTES", 80 << 10)
 
 
 def test_names_are_sorted_as_libraries_go_through_them() -> None:
     names = ["layers.10.w", "layers.9.w", "embed", "layers.9.a2", "layers.9.a10", "b"]
-    assert sorted(names, key=_read_ahead.in_order) == [
+    assert sorted(names, key=read_ahead.in_order) == [
         *("b", "embed", "layers.9.a2", "layers.9.a10", "layers.9.w", "layers.10.w")
     ]
 
@@ -654,9 +661,9 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 def test_each_tensor_is_read_once_and_in_groups(qwen3: Path) -> None:
     requests = Requests()
     with tensord.open(qwen3) as model:
-        ahead = _read_ahead.ReadAhead(model, requests)
-        entries = [model.entry(name) for name in sorted(model, key=_read_ahead.in_order)]
-        wanted = [entry for entry in entries if _read_ahead.is_grouped(entry)]
+        ahead = read_ahead.ReadAhead(model, requests)
+        entries = [model.entry(name) for name in sorted(model, key=read_ahead.in_order)]
+        wanted = [entry for entry in entries if read_ahead.is_grouped(entry)]
         for entry in wanted:
             assert torch.equal(ahead.take(entry, CPU), model[entry.name])
         assert ahead.take(wanted[0], CPU) is None
@@ -669,8 +676,8 @@ def test_each_tensor_is_read_once_and_in_groups(qwen3: Path) -> None:
 def test_threads_that_ask_at_once_get_their_tensors(qwen3: Path, seed: int) -> None:
     requests = Requests()
     with tensord.open(qwen3) as model:
-        ahead = _read_ahead.ReadAhead(model, requests)
-        wanted = [model.entry(name) for name in model if _read_ahead.is_grouped(model.entry(name))]
+        ahead = read_ahead.ReadAhead(model, requests)
+        wanted = [model.entry(name) for name in model if read_ahead.is_grouped(model.entry(name))]
         random.Random(seed).shuffle(wanted)
         with ThreadPoolExecutor(8) as threads:
             taken = list(threads.map(lambda entry: ahead.take(entry, CPU), wanted))
@@ -692,9 +699,9 @@ def test_what_was_read_ahead_for_another_device_is_read_again(qwen3: Path) -> No
             requests(model, entries, targets)
 
     with tensord.open(qwen3) as model:
-        ahead = _read_ahead.ReadAhead(model, copy)
-        entries = [model.entry(name) for name in sorted(model, key=_read_ahead.in_order)]
-        wanted = [entry for entry in entries if _read_ahead.is_grouped(entry)]
+        ahead = read_ahead.ReadAhead(model, copy)
+        entries = [model.entry(name) for name in sorted(model, key=read_ahead.in_order)]
+        wanted = [entry for entry in entries if read_ahead.is_grouped(entry)]
         for entry in wanted[:3]:
             assert ahead.take(entry, META).is_meta
         for entry in wanted[3:]:
@@ -706,16 +713,16 @@ def test_what_was_read_ahead_for_another_device_is_read_again(qwen3: Path) -> No
 def test_groups_grow_and_are_small_again_on_another_device(
     qwen3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_read_ahead, "FIRST_GROUP_BYTES", 70 << 10)
+    monkeypatch.setattr(read_ahead, "FIRST_GROUP_BYTES", 70 << 10)
     groups: list[tuple[torch.device, int]] = []
 
     def copy(_: tensord.Model, entries: Any, targets: Any) -> None:
         groups.append((targets[0].device, sum(entry.size_bytes for entry in entries)))
 
     with tensord.open(qwen3) as model:
-        ahead = _read_ahead.ReadAhead(model, copy)
-        names = sorted(model, key=_read_ahead.in_order)
-        wanted = [entry for entry in map(model.entry, names) if _read_ahead.is_grouped(entry)]
+        ahead = read_ahead.ReadAhead(model, copy)
+        names = sorted(model, key=read_ahead.in_order)
+        wanted = [entry for entry in map(model.entry, names) if read_ahead.is_grouped(entry)]
         for entry in wanted[:4]:
             ahead.take(entry, CPU)
         for entry in wanted[4:]:
@@ -732,10 +739,10 @@ def test_failures_of_a_group_reach_who_asks_for_its_tensors(qwen3: Path) -> None
     with tensord.open(qwen3) as model:
         names = [
             name
-            for name in sorted(model, key=_read_ahead.in_order)
-            if _read_ahead.is_grouped(model.entry(name))
+            for name in sorted(model, key=read_ahead.in_order)
+            if read_ahead.is_grouped(model.entry(name))
         ]
-        ahead = _read_ahead.ReadAhead(model, Requests(failing=names[7]))
+        ahead = read_ahead.ReadAhead(model, Requests(failing=names[7]))
         failures = 0
         for name in names:
             try:
@@ -761,7 +768,7 @@ def test_a_model_is_read_ahead_into_a_gpu(qwen3: Path, monkeypatch: pytest.Monke
     def on_the_cpu(*arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
         return empty(*arguments, **options, device="cpu" if str(device) == "cuda:0" else device)
 
-    monkeypatch.setattr(_huggingface, "Load", functools.partial(_model_files.Load, has_gpu=True))
+    monkeypatch.setattr(huggingface, "Load", functools.partial(model_files.Load, has_gpu=True))
     monkeypatch.setattr(torch._C._nn, "_parse_to", as_if_on_a_gpu)
     monkeypatch.setattr(torch, "empty", on_the_cpu)
     with tensord.transformers.patch(strict=True) as loads:

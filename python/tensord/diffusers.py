@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ._huggingface import LoadedModel, Patch
+from .engines.huggingface import LoadedModel, Patch, load
 
 __all__ = ["LoadedModel", "from_pretrained", "patch"]
 
@@ -43,16 +43,13 @@ def from_pretrained(
     Error
         See `tensord.open`; and UnsupportedError where ``strict`` refuses.
     """
-    with patch(strict=strict, fallback=fallback):
-        if hasattr(model, "from_pretrained"):
-            return model.from_pretrained(*arguments, **options)
-        return _class_of(model, options.get("subfolder")).from_pretrained(model, *arguments, **options)
+    return load(patch(strict=strict, fallback=fallback), _class_of, model, arguments, options)
 
 
-def _class_of(path: str | os.PathLike[str], subfolder: str | None) -> Any:
+def _class_of(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     diffusers = importlib.import_module("diffusers")
     with suppress(OSError, ValueError, AttributeError):
-        config = json.loads((Path(path) / (subfolder or "") / "config.json").read_bytes())
+        config = json.loads((Path(path) / (options.get("subfolder") or "") / "config.json").read_bytes())
         found = getattr(diffusers, str(config.get("_class_name")), None)
         if found is not None:
             return found

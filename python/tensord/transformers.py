@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ._huggingface import LoadedModel, Patch
+from .engines.huggingface import LoadedModel, Patch, load
 
 __all__ = ["LoadedModel", "from_pretrained", "patch"]
 
@@ -42,13 +42,11 @@ def from_pretrained(
     Error
         See `tensord.open`; and UnsupportedError where ``strict`` refuses.
     """
-    with patch(strict=strict, fallback=fallback):
-        if hasattr(model, "from_pretrained"):
-            return model.from_pretrained(*arguments, **options)
-        return _class_of(model, options).from_pretrained(model, *arguments, **options)
+    return load(patch(strict=strict, fallback=fallback), class_of, model, arguments, options)
 
 
-def _class_of(path: Any, options: dict[str, Any]) -> Any:
+def class_of(path: Any, options: dict[str, Any]) -> Any:
+    """The class that a checkpoint's configuration names; `options` are those of ``from_pretrained``."""
     transformers = importlib.import_module("transformers")
     config = options.get("config")
     if config is None:

@@ -26,7 +26,7 @@ class FileMap {
   bool valid() const { return data_ != nullptr; }
 
   // Calls read(bytes) for a range of the file; its pages belong to this process only meanwhile. False: pages could not be
-  // had, the file was cut or its disk failed; `read` then was not called, or saw zeros for them.
+  // had, the file was cut or its disk failed; `read` then was not called, or saw zeros for them. Not from within `read`.
   template <typename Read>
   bool read_range(uint64_t offset, uint64_t size_bytes, const Read& read) {
     const std::span<const std::byte> bytes(data_ + offset, size_bytes);

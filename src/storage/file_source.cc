@@ -55,6 +55,7 @@ class FileSource final : public Source {
       : pool_(pool), options_(std::move(options)) {
     for (SourceFile& file : files) files_.push_back(std::make_unique<File>(std::move(file)));
     if (!options_.direct_note.empty()) notes_.push_back(options_.direct_note);
+    if (options_.cached_path == CachedPath::mapped) notes_.push_back("cached bytes come from a mapping of the file");
   }
 
   ~FileSource() override {

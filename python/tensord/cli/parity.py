@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,11 @@ def examine(engine: str, path: str, tp: int) -> Output:
 
 
 def _pairs(engine: str, path: str, tp: int) -> Iterator[tuple[str, Any, Any]]:
+    if importlib.util.find_spec(engine) is None:
+        raise UnsupportedError(
+            f"parity {engine}: {engine} is not installed in {sys.prefix}; "
+            "install tensord beside it, and call that one's command"
+        )
     try:
         found = importlib.import_module(_MODULES[engine]).parity_modules
     except (ImportError, AttributeError) as error:

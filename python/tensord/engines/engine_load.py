@@ -19,11 +19,10 @@ from ..client import Model
 from ..client import open as open_model
 from ..errors import TensordWarning
 from .coverage import missing_text
-from .names import Rename, matcher, renamed
+from .names import Rename, matcher, renamer
 from .options import Options
 from .ranks import Ranks
-from .recorder import Guard
-from .recording import Recording, Stream
+from .recording import Recording, Stream, record
 from .summary import LoadSummary
 
 Weights = Iterator[tuple[str, Any]]
@@ -146,7 +145,7 @@ class EngineLoad:
             return
         # A second checkpoint fills what the first one leaves: the first recording, left last, sees both.
         module = self.module if not self._streams else None
-        recording = Recording(
+        recording = record(
             model,
             module,
             rename=rename,
@@ -156,11 +155,7 @@ class EngineLoad:
             leaves=self._leaves,
         )
         self._streams.append(recording)
-        weights = self._stack.enter_context(recording)
-        if self._cache is None or module is None:  # else the recording has one
-            # Loaders do read what they have just written: vLLM's for Mamba 2 makes A out of A_log in place.
-            self._stack.enter_context(Guard(recording.recorder, {}))
-        yield from weights
+        yield from self._stack.enter_context(recording)
 
     def update(self, files: Sequence[str], prefix: str = "", keep: Keep = None) -> Weights:
         """The tensors of a checkpoint, all of their bytes, for a loading that nobody tells the end of.
@@ -221,12 +216,12 @@ class EngineLoad:
         return model
 
     def _rename(self, prefix: str, keep: Keep) -> Callable[[str], str | None]:
-        pairs = list(self._options.rename.items())
+        renamed = renamer(list(self._options.rename.items()))
 
         def rename(name: str) -> str | None:
             if keep is not None and not keep(name):
                 return None
-            changed = renamed(name, pairs)
+            changed = renamed(name)
             return None if changed is None else prefix + changed
 
         return rename

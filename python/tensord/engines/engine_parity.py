@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UnavailableError, UnsupportedError
 from .parity import Snapshot, changed, poison, snapshot
+from .summary import LoadSummary
 
 RANK_SECONDS = 900.0  # only a hang reaches it
 END_SECONDS = 10.0
@@ -35,6 +36,9 @@ class Pair(NamedTuple):
     plain: dict[str, str] = {}  # noqa: RUF012  never written to
     cache: str = ""  # what became of the cached plan
     error: str = ""
+
+
+Reports = Callable[[], Sequence[LoadSummary]]
 
 
 def twice(module: Any, own: Callable[[], Any], ours: Callable[[], Any]) -> tuple[Snapshot, Snapshot]:
@@ -118,10 +122,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def failed(rank: int, model: str, error: BaseException) -> Pair:
-    """A pair that there is not, and why."""
-    traceback.print_exception(error)
-    return Pair(rank, model, "", {}, {}, error=f"{type(error).__name__}: {error}")
+def pair_of(
+    path: str, module: Any, own: Callable[[], Any], ours: Callable[[], Any], reports: Reports
+) -> Pair:
+    """Loads `module` twice. ``reports`` gives what the second load said of itself; the rank is set later."""
+    reference, loaded = twice(module, own, ours)
+    said = reports()[0]
+    counts = (said.tensor_count, said.record_count, said.plain, said.cache)
+    return Pair(0, path, type(module).__name__, reference, loaded, *counts)
+
+
+def of_models(rank: int, paths: Sequence[str], pair: Callable[[str], Pair]) -> Iterator[Pair]:
+    """One rank's pairs; where a model has none, why."""
+    for path in paths:
+        try:
+            yield pair(path)._replace(rank=rank)
+        except Exception as error:
+            traceback.print_exception(error)
+            yield Pair(rank, path, "", {}, {}, error=f"{type(error).__name__}: {error}")
 
 
 def of_one_model(pairs: Iterator[Pair]) -> Iterator[tuple[str, Snapshot, Snapshot]]:

@@ -15,7 +15,7 @@ from ..indexing import Item, parse
 from ..loading import Order, load
 from ..tensors import Entry
 from .coverage import NAMED_MAX, persistent_state
-from .names import Only, Rename, pattern, renamed, select
+from .names import Only, Rename, pattern, renamer, select
 from .recorder import interval_of
 from .recording import ModelOrPath
 from .summary import LoadSummary, summary_of
@@ -157,10 +157,11 @@ def _sources(model: Model, only: Only, rename: Rename, places: Places | None = N
     """The checkpoint's tensors by the names that the module shall know them by; of `places` only those."""
     known = None if places is None else {name for names, _ in places for name in names}
     wanted = None if only is None else set(select(model.keys(), only))
+    renamed = renamer(rename)
     sources = {}
     for entry in model.entries():
         if wanted is None or entry.name in wanted:
-            name = renamed(entry.name, rename)
+            name = renamed(entry.name)
             if name is not None and (known is None or name in known):
                 sources[name] = entry
     return sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Union
@@ -29,6 +30,8 @@ def select(names: Sequence[str], only: Only) -> list[str]:
         return list(names)
     if callable(only):
         return [name for name in names if only(name)]
+    if not isinstance(only, Iterable):
+        raise InvalidTypeError(f"only: names and patterns, or a callable, not {only!r}")
     known = set(names)
     chosen: set[str] = set()
     for one in [only] if isinstance(only, str) else only:
@@ -43,25 +46,7 @@ def select(names: Sequence[str], only: Only) -> list[str]:
 
 def pattern(text: str) -> re.Pattern[str]:
     """A shell-style pattern as `tensord.open` reads it: ``*``, ``?``, ``[a-z0]``, ``[!a-z]``."""
-    parts = []
-    at = 0
-    while at < len(text):
-        end = text.find("]", at + 2) if text[at] == "[" else -1
-        if text[at] == "*":
-            parts.append(".*")
-        elif text[at] == "?":
-            parts.append(".")
-        elif end > 0:
-            inside = text[at + 1 : end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            parts.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
-            at = end
-        else:
-            parts.append(re.escape(text[at]))
-        at += 1
-    try:
-        return re.compile("".join(parts), re.DOTALL)
-    except re.error as error:
-        raise InvalidArgumentError(f"{text!r} is no pattern: {error}") from None
+    return re.compile(fnmatch.translate(text))
 
 
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
@@ -71,18 +56,37 @@ def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: name in names or any(one.fullmatch(name) for one in compiled)
 
 
-def renamed(name: str, rename: Rename) -> str | None:
-    """A tensor's name as the loader shall know it; None: it is not given the tensor.
+def renamer(rename: Rename) -> Callable[[str], str | None]:
+    """What gives a tensor's name as the loader shall know it; None: it is not given the tensor.
 
     Parameters
     ----------
     rename : callable, or list of (pattern, replacement)
         Regular expressions as `re.sub` takes them, one after another.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
     """
     if rename is None:
-        return name
+        return str
     if callable(rename):
-        return rename(name)
-    for expression, replacement in rename:
-        name = re.sub(expression, replacement, name)
-    return name
+        return rename
+    try:
+        pairs = [(re.compile(expression), replacement) for expression, replacement in rename]
+    except re.error as error:
+        raise InvalidArgumentError(f"rename: {error.pattern!r} is no regular expression: {error}") from None
+    except (TypeError, ValueError):
+        raise InvalidTypeError(
+            f"rename: a callable, or a list of (regular expression, replacement), not {rename!r}"
+        ) from None
+
+    def renamed(name: str) -> str:
+        for expression, replacement in pairs:
+            try:
+                name = expression.sub(replacement, name)
+            except (re.error, IndexError) as error:
+                raise InvalidArgumentError(f"rename: {replacement!r} is no replacement: {error}") from None
+        return name
+
+    return renamed

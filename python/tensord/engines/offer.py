@@ -9,7 +9,7 @@ import numpy as np
 
 from ..client import Model
 from ..tensors import Entry
-from .names import Only, Rename, renamed, select
+from .names import Only, Rename, renamer, select
 
 
 class Offer:
@@ -26,9 +26,10 @@ class Offer:
     def _choose(self, only: Only, rename: Rename) -> None:
         known = self._model._all_names()
         wanted = None if only is None else set(select(known, only))
+        renamed = renamer(rename)
         positions, names = [], []
         for at in self.positions.tolist():
-            name = renamed(known[at], rename) if wanted is None or known[at] in wanted else None
+            name = renamed(known[at]) if wanted is None or known[at] in wanted else None
             if name is not None:
                 positions.append(at)
                 names.append(name)

@@ -7,9 +7,8 @@ from typing import Any
 
 from ..errors import UnavailableError
 
-RANK_WAIT_SECONDS = (
-    600.0  # only a rank that hangs makes the others wait so long; one that died is noticed at once
-)
+# Only a rank that hangs makes the others wait so long; one that died is noticed at once.
+RANK_WAIT_SECONDS = 600.0
 
 
 class OtherRankError(UnavailableError):

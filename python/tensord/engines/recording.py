@@ -155,15 +155,15 @@ class Recording(Stream):
     def __init__(
         self,
         model: ModelOrPath,
-        module: torch.nn.Module | None = None,
-        *,
-        only: Only = None,
-        rename: Rename = None,
-        cache: Any = None,
-        strict: bool = True,
-        device: Any = None,
-        leaves: Iterable[str] = (),
-        cache_folder: Any = None,
+        module: torch.nn.Module | None,
+        only: Only,
+        rename: Rename,
+        cache: Any,
+        strict: bool,
+        device: Any,
+        guard: bool,
+        leaves: Iterable[str],
+        cache_folder: Any,
     ) -> None:
         super().__init__(model, only=only, rename=rename, device=device)
         if cache is not None and module is None:
@@ -171,6 +171,7 @@ class Recording(Stream):
         self.module = module
         self.coverage: CoverageReport | None = None
         self._strict = strict
+        self._is_guarded = guard
         self._leaves = tuple(leaves)
         self._before: Coverage | None = None
         self._stack = ExitStack()
@@ -193,9 +194,10 @@ class Recording(Stream):
             plan = cache.find()
             self.replayed = plan is not None and self._replay(plan, cache)
             self._cache_state = "replayed" if self.replayed else cache.why
-            if not self.replayed:
-                self.recorder.keeps_tables = True
-                self._stack.enter_context(_entered(Guard(self.recorder, cache.watched())))
+            self.recorder.keeps_tables = not self.replayed
+        if not self.replayed and (cache is not None or self._is_guarded):
+            watched = {} if cache is None else cache.watched()
+            self._stack.enter_context(_entered(Guard(self.recorder, watched)))
         return self
 
     def _replay(self, plan: CopyTable, cache: PlanCache) -> bool:
@@ -300,6 +302,7 @@ def record(
     cache: Any = None,
     strict: bool = True,
     device: Any = None,
+    guard: bool = True,
     leaves: Iterable[str] = (),
     cache_folder: Any = None,
 ) -> Recording:
@@ -327,6 +330,11 @@ def record(
         Whether a parameter that was not written is an error.
     device : torch.device or str, optional
         Where the lazy tensors claim to be. None: the CPU.
+    guard : bool
+        Whether copies run before any other operation of this thread looks at what they are going to write:
+        some loaders compute with a parameter that they have just filled. It doubles what a tensor costs, to
+        about 60 us. False only for loaders that are known to do nothing of the kind: they would read memory
+        that is not filled yet.
     leaves : iterable of str
         Names and patterns of parameters and buffers that the loader leaves as they are.
     cache_folder : path, optional
@@ -350,17 +358,7 @@ def record(
     tensor other than to view and copy it is done with the real tensor, as soon as its bytes are there. An
     exception in the block drops the copies that have not run.
     """
-    return Recording(
-        model,
-        module,
-        only=only,
-        rename=rename,
-        cache=cache,
-        strict=strict,
-        device=device,
-        leaves=leaves,
-        cache_folder=cache_folder,
-    )
+    return Recording(model, module, only, rename, cache, strict, device, guard, leaves, cache_folder)
 
 
 def stream(

@@ -62,9 +62,8 @@ class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
         super().__init__(own)
         self._load: EngineLoad | None = None
         self.reports: list[LoadSummary] = []  # of the last load
-        self._asked: Any = (
-            None  # whose weights: of a start the model's configuration, of an update the source
-        )
+        # Whose weights: of a start the model's configuration, of an update the source.
+        self._asked: Any = None
         TESTED.say(log)
 
     def _new_load(self, model_config: Any) -> EngineLoad:

@@ -20,7 +20,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
 
-from .engine_parity import Pair, failed, twice
+from .engine_parity import Pair, of_models, pair_of
 from .sglang_loader import TensordLoader
 
 
@@ -38,19 +38,7 @@ class ParityLoader(TensordLoader):
         def ours() -> None:
             self.load_weights(model, weights, target_device)
 
-        reference, loaded = twice(model, own, ours)
-        said = self.reports[0]
-        self.pair = Pair(
-            0,
-            self._asked.model_path,
-            type(model).__name__,
-            reference,
-            loaded,
-            said.tensor_count,
-            said.record_count,
-            said.plain,
-            said.cache,
-        )
+        self.pair = pair_of(self._asked.model_path, model, own, ours, lambda: self.reports)
         self.postprocess_weights(model, target_device)
 
 
@@ -59,11 +47,7 @@ def rank_pairs(
 ) -> Iterator[Pair]:
     """One rank's pairs; `options` are ours, `engine` further arguments of SGLang's."""
     load_plugins()
-    for path in paths:
-        try:
-            yield _pair(rank, tp, address, path, options, engine)
-        except Exception as error:
-            yield failed(rank, path, error)
+    yield from of_models(rank, paths, lambda path: _pair(rank, tp, address, path, options, engine))
 
 
 def _pair(
@@ -88,4 +72,4 @@ def _pair(
     finally:
         destroy_model_parallel()
     assert loader.pair is not None
-    return loader.pair._replace(rank=rank)
+    return loader.pair

@@ -13,11 +13,8 @@ def parity_modules(path: str, *, tp: int = 1) -> Iterator[tuple[str, Any, Any]]:
     """One pair of modules; ranks of transformers are started by torchrun, not here."""
     if tp != 1:
         raise UnsupportedError("parity transformers: --tp is for engines that start their ranks themselves")
-    transformers = importlib.import_module("transformers")
     ours = importlib.import_module("tensord.transformers")
-    config = transformers.AutoConfig.from_pretrained(path)
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    kind = next((one for one in named if one is not None), transformers.AutoModel)
+    kind = ours.class_of(path, {})
     reference = kind.from_pretrained(path)
     with ours.patch():
         loaded = kind.from_pretrained(path)

@@ -86,9 +86,8 @@ class TensordLoader(DefaultModelLoader):  # type: ignore[misc]
         return EngineLoad(self.options, ranks(), log, module, **how)
 
     def load_weights(self, model: Any, model_config: Any) -> None:
-        is_deferred = any(
-            parameter.is_meta for parameter in model.parameters()
-        )  # quantised while it is loaded
+        # Meta: it is quantised while it is loaded.
+        is_deferred = any(parameter.is_meta for parameter in model.parameters())
         self._load = self._new_load(
             model,
             leaves=leaves(model),

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
-from .engine_parity import Pair, failed, twice
+from .engine_parity import Pair, of_models, pair_of
 from .vllm_loader import TensordLoader
 
 
@@ -33,19 +33,7 @@ class ParityLoader(TensordLoader):
         def ours() -> None:
             super(ParityLoader, self).load_weights(model, model_config)
 
-        reference, loaded = twice(model, own, ours)
-        said = self.reports[0]
-        self.pair = Pair(
-            0,
-            model_config.model,
-            type(model).__name__,
-            reference,
-            loaded,
-            said.tensor_count,
-            said.record_count,
-            said.plain,
-            said.cache,
-        )
+        self.pair = pair_of(model_config.model, model, own, ours, lambda: self.reports)
 
 
 def rank_pairs(
@@ -58,11 +46,7 @@ def rank_pairs(
         from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
         _set_torch_accelerator_to_noop()
-    for path in paths:
-        try:
-            yield _pair(rank, tp, address, path, options, engine)
-        except Exception as error:
-            yield failed(rank, path, error)
+    yield from of_models(rank, paths, lambda path: _pair(rank, tp, address, path, options, engine))
 
 
 def _pair(
@@ -91,4 +75,4 @@ def _pair(
         finally:
             destroy_model_parallel()
     assert loader.pair is not None
-    return loader.pair._replace(rank=rank)
+    return loader.pair

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ._read_ahead import ReadAhead, is_grouped
-from ._safe_open import Device, SafeSlice, safe_open, shape_of
-from .client import Model
-from .client import open as open_model
-from .errors import Error, ExhaustedError, InvalidIndexError, UnavailableError, UnsupportedDtypeError
-from .indexing import Item, parse
-from .loading import Order, load
-from .tensors import AnyTensor, Entry, torch_dtype
+from .._safe_open import Device, SafeSlice, safe_open, shape_of
+from ..client import Model
+from ..client import open as open_model
+from ..errors import Error, ExhaustedError, InvalidIndexError, UnavailableError, UnsupportedDtypeError
+from ..indexing import Item, parse
+from ..loading import Order, load
+from ..tensors import AnyTensor, Entry, torch_dtype
+from .read_ahead import ReadAhead, is_grouped
 
 # What is smaller goes to a GPU through the CPU: a request to the daemon takes longer than such a copy.
 ENGINE_BYTES_MIN = 1 << 20

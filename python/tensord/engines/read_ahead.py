@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from .client import Model
-from .errors import Error, UnsupportedDtypeError
-from .tensors import Entry, torch_dtype
+from ..client import Model
+from ..errors import Error, UnsupportedDtypeError
+from ..tensors import Entry, torch_dtype
 
 # Of one request: takes far longer than what a request costs beside its copies (about 1 ms), and is little
 # beside a GPU's memory.

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ._model_files import Load
-from .errors import (
+from ..errors import (
     Error,
     ExhaustedError,
     InvalidTypeError,
@@ -30,7 +29,8 @@ from .errors import (
     UnavailableError,
     UnsupportedError,
 )
-from .tensors import Entry, torch_type
+from ..tensors import Entry, torch_type
+from .model_files import Load
 
 # Whose `from_pretrained` is looked at: (library, module, class).
 MODEL_CLASSES = (
@@ -241,6 +241,16 @@ def _holders_of(wanted: Any, other: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 # ---- from_pretrained -------------------------------------------------------------------------------------
+
+
+def load(
+    patch: Patch, class_of: Callable[[Any, dict[str, Any]], Any], model: Any, arguments: Any, options: Any
+) -> Any:
+    """``model.from_pretrained(...)`` while `patch` is active; of a path, that of the class it names."""
+    with patch:
+        if hasattr(model, "from_pretrained"):
+            return model.from_pretrained(*arguments, **options)
+        return class_of(model, options).from_pretrained(model, *arguments, **options)
 
 
 def _watched(library: str, original: Callable[..., Any]) -> Callable[..., Any]:
