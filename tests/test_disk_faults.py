@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,48 @@ def test_a_daemon_ends_although_a_read_hangs(disk: Disk) -> None:
         assert "stopped while a read hangs" in disk.daemon.log()
         with pytest.raises(tensord.CancelledError, match="the daemon was stopped"):
             model.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A file system on a device of its own, and the file that is the device: where it is cut, reads fail."""
+    device, folder = tmp_path / "device", tmp_path / "disk"
+    folder.mkdir()
+    with device.open("wb") as file:
+        file.truncate(2 * SIZE_BYTES)
+    made = subprocess.run(["mkfs.ext4", "-q", device], capture_output=True, text=True)
+    if made.returncode == 0:
+        made = subprocess.run(["mount", "-o", "loop", device, folder], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no disk of its own can be made: {made.stderr.strip()}")
+    yield folder, device
+    subprocess.run(["umount", folder], check=True)
+
+
+READ_PATHS = {"io_uring": "io_uring", "pread": "pread", "buffered": "page cache"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts disks")
+@pytest.mark.parametrize("reads", READ_PATHS)
+def test_a_device_that_cannot_be_read_is_an_error(
+    reads: str,
+    small_disk: tuple[Path, Path],
+    make_daemon: Callable[..., Daemon],
+    make_file: Callable[..., Path],
+) -> None:
+    """The error of the block layer itself, by each way of reading."""
+    folder, device = small_disk
+    made = make_file({"w": counted((SIZE_BYTES,), "uint8")})
+    path = on_disk_alone(Path(shutil.copy(made, folder / "model.safetensors")))
+    os.truncate(device, FAULT_AT)
+    daemon = make_daemon("--disk-reads", reads)
+    with tensord.open(path, "np") as model, tensord.open(made, "np") as healthy:
+        with pytest.raises(tensord.UnavailableError, match=r"model\.safetensors.*Input/output error"):
+            model.wait()
+        assert np.array_equal(healthy["w"], counted((SIZE_BYTES,), "uint8"))
+    report = daemon.ask("explain", str(path))
+    assert report["state"] == "failed"
+    assert READ_PATHS[reads] in report["read_path"]
 
 
 def test_six_gibibytes_of_holes_are_read_by_many_threads(
