@@ -13,19 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensord
-from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
-from processes import is_sanitized, on_disk_alone, sparse_file, until
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted, is_sanitized
+from processes import on_disk_alone, sparse_file, until
 
 SIZE_BYTES = 48 << 20
 FAULT_AT = 33 << 20
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("shim") / "faulty_disk.so"
-    source = Path(__file__).with_name("faulty_disk.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source], check=True)
-    return built
 
 
 class Disk:
@@ -46,22 +38,18 @@ class Disk:
 @pytest.fixture(params=["buffered", "pread"])
 def disk(
     request: pytest.FixtureRequest,
-    binary: Path,
-    shim: Path,
+    faulty_binary: Callable[[Path], Path],
     tmp_path: Path,
     make_daemon: Callable[..., Daemon],
     make_file: Callable[..., Path],
 ) -> Disk:
-    if is_sanitized(binary):
-        pytest.skip("a sanitizer wants to be the first library of its process")
     path = make_file({"w": counted((SIZE_BYTES,), "uint8")}).rename(tmp_path / "model.faulty.safetensors")
     on_disk_alone(path)
     control = tmp_path / "control"
-    wrapped = tmp_path / "tensord"
-    wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={shim} FAULTY_DISK={control} exec {binary} "$@"\n')
-    wrapped.chmod(0o755)
     return Disk(
-        make_daemon("--disk-reads", request.param, "--drain-seconds", "1", binary=wrapped), control, path
+        make_daemon("--disk-reads", request.param, "--drain-seconds", "1", binary=faulty_binary(control)),
+        control,
+        path,
     )
 
 

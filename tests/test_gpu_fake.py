@@ -17,9 +17,9 @@ import fake_gpu
 import numpy as np
 import pytest
 import tensord
-from conftest import DEADLINE_SECONDS, Daemon
+from conftest import DEADLINE_SECONDS, Daemon, is_sanitized
 from fake_gpu import MIB, POISON, WEIGHTS, Array, Gpu, counts, holds_nothing, is_poisoned, needs_no_driver
-from processes import is_sanitized, until
+from processes import until
 
 pytestmark = needs_no_driver
 library, gpu, start, path = fake_gpu.library, fake_gpu.gpu, fake_gpu.start, fake_gpu.path
