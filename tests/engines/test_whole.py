@@ -120,7 +120,9 @@ def test_sglang_generates_what_it_does_by_its_own_loader(
     start, second_ours, back_ours, second_own, back_own = _sglang[name] = run.values("generate")
     assert start == back_ours == back_own
     assert second_ours == second_own != start
-    assert len(told(run)) == 3
+    # An update is told to the engine again while requests of before still run there.
+    updates = run.lines("Start update_weights. Load format=tensord")
+    assert len(told(run)) == 1 + len(updates) >= 3
 
 
 @pytest.mark.parametrize("name", BOTH)
