@@ -26,9 +26,12 @@ RELOAD_IS_PARTIAL = {
     "mixtral": "packed experts are not packed again",
     "deepseek_v3": "packed experts are not packed again",
     "gpt_oss": "packed experts are not packed again",
-    "qwen3-int8": "nothing but token 0",
     "qwen3-int4": "packed weights are not packed again",
 }
+
+# What vLLM generates on a CPU after this reload comes of whatever lies in memory, by its own loader as well:
+# mostly token 0, in one start of eight something else.
+RELOAD_IS_RANDOM = frozenset(("qwen3-int8",))
 
 LOADED = re.compile(r"tensord: [0-9.e+]+ [kMG]?B in ")
 
@@ -92,10 +95,13 @@ def test_vllm_generates_what_it_does_by_its_own_loader(
 ) -> None:
     wanted = asked_for(request, "test_vllm_generates_what_it_does_by_its_own_loader")
     own, second, ours = vllm_tokens(engines, make_models, wanted)[name]
-    assert ours == own
-    assert len(ours) == 3
+    assert len(ours) == len(own) == 3
     before, after, again = ours
+    assert before == own[0]
     assert after != before
+    if name in RELOAD_IS_RANDOM:
+        return
+    assert ours == own
     if name not in RELOAD_IS_PARTIAL:
         assert [after] == second
         assert again == before
@@ -154,7 +160,18 @@ def test_two_ranks_generate_the_same_and_read_once(
 
 
 def test_experts_over_two_ranks_generate_the_same(engines: Engines, make_models: Make) -> None:
+    """In SGLang. vLLM's kernel for experts on a CPU ends by SIGSEGV where they lie on two ranks, by its own
+    loader too; what it loads is compared in test_families."""
     (model,) = make_models("qwen3_moe")
     (expected, *_), _, _ = vllm_tokens(engines, make_models, ["qwen3_moe"])["qwen3_moe"]
-    assert engines.steps("vllm", model, load_format="tensord", tp=2, ep=True).values("generate") == [expected]
     assert engines.steps("sglang", model, load_format="tensord", tp=2, ep=2).values("generate") == [expected]
+
+
+def test_vllm_loads_a_draft_model_too(engines: Engines, make_models: Make) -> None:
+    model, draft = make_models("qwen3", "qwen3_tied")
+    config = {"model": str(draft), "num_speculative_tokens": 2, "method": "draft_model"}
+    task = {"model": str(model), "engine": {"speculative_config": config}}
+    run = engines.run("vllm", "vllm_steps.py", json.dumps([task, {**task, "load_format": "tensord"}]))
+    own, ours = run.values("generate")
+    assert own == ours
+    assert len(told(run)) == 2
