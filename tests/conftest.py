@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import random
 import shutil
@@ -204,6 +205,30 @@ def make_daemon(binary: Path, short_folder: Path) -> Iterator[Callable[..., Daem
         yield make
         for daemon in made:
             daemon.stop()
+
+
+def is_sanitized(binary: Path) -> bool:
+    """Whether its memory is not its own alone, but also that of a sanitizer."""
+    with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"__asan_init") >= 0 or content.find(b"__tsan_init") >= 0
+
+
+@pytest.fixture
+def faulty_binary(binary: Path, tmp_path: Path) -> Callable[[Path], Path]:
+    """A daemon's program whose reads fail or hang as the file it is called with says, see faulty_disk.c."""
+    if is_sanitized(binary):
+        pytest.skip("a sanitizer wants to be the first library of its process")
+    built = tmp_path / "faulty_disk.so"
+    source = Path(__file__).with_name("faulty_disk.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source], check=True)
+
+    def make(control: Path) -> Path:
+        wrapped = tmp_path / "tensord"
+        wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={built} FAULTY_DISK={control} exec {binary} "$@"\n')
+        wrapped.chmod(0o755)
+        return wrapped
+
+    return make
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------

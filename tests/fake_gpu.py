@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Daemon
-from processes import is_sanitized
 
 MIB = 1 << 20
 POISON = 0x5A
@@ -201,18 +200,12 @@ class SlowDisk:
 @pytest.fixture
 def slow(
     start: Callable[..., Daemon],
-    binary: Path,
+    faulty_disk: Path,
     tmp_path: Path,
     make_file: Callable[..., Path],
 ) -> tuple[SlowDisk, Daemon, Path, np.ndarray]:
-    if is_sanitized(binary):
-        pytest.skip("a sanitizer wants to be the first library of its process")
-    shim = tmp_path / "faulty_disk.so"
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-O1", "-o", shim, Path(__file__).with_name("faulty_disk.c")], check=True
-    )
     disk = SlowDisk(tmp_path / "control")
-    daemon = start("--disk-reads", "pread", LD_PRELOAD=shim, FAULTY_DISK=tmp_path / "control")
+    daemon = start("--disk-reads", "pread", LD_PRELOAD=faulty_disk, FAULTY_DISK=tmp_path / "control")
     content = np.random.default_rng(9).integers(0, 255, SLOW_BYTES, np.uint8)
     path = make_file({"w": content}).rename(tmp_path / "model.faulty.safetensors")
     return disk, daemon, path, content

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import select
 import signal
@@ -153,12 +152,6 @@ def has_ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-def is_sanitized(binary: Path) -> bool:
-    """Whether its memory is not its own alone, but also that of a sanitizer."""
-    with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"__asan_init") >= 0 or content.find(b"__tsan_init") >= 0
 
 
 # ---- loads that take their time --------------------------------------------------------------------------

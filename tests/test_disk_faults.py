@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensord
-from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
-from processes import is_sanitized, on_disk_alone, sparse_file, until
+from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted, is_sanitized
+from processes import on_disk_alone, sparse_file, until
 
 SIZE_BYTES = 48 << 20
 FAULT_AT = 33 << 20
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("shim") / "faulty_disk.so"
-    source = Path(__file__).with_name("faulty_disk.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source], check=True)
-    return built
 
 
 class Disk:
@@ -45,22 +38,18 @@ class Disk:
 @pytest.fixture(params=["buffered", "pread"])
 def disk(
     request: pytest.FixtureRequest,
-    binary: Path,
-    shim: Path,
+    faulty_binary: Callable[[Path], Path],
     tmp_path: Path,
     make_daemon: Callable[..., Daemon],
     make_file: Callable[..., Path],
 ) -> Disk:
-    if is_sanitized(binary):
-        pytest.skip("a sanitizer wants to be the first library of its process")
     path = make_file({"w": counted((SIZE_BYTES,), "uint8")}).rename(tmp_path / "model.faulty.safetensors")
     on_disk_alone(path)
     control = tmp_path / "control"
-    wrapped = tmp_path / "tensord"
-    wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={shim} FAULTY_DISK={control} exec {binary} "$@"\n')
-    wrapped.chmod(0o755)
     return Disk(
-        make_daemon("--disk-reads", request.param, "--drain-seconds", "1", binary=wrapped), control, path
+        make_daemon("--disk-reads", request.param, "--drain-seconds", "1", binary=faulty_binary(control)),
+        control,
+        path,
     )
 
 
@@ -140,6 +129,48 @@ def test_a_daemon_ends_although_a_read_hangs(disk: Disk) -> None:
         assert "stopped while a read hangs" in disk.daemon.log()
         with pytest.raises(tensord.CancelledError, match="the daemon was stopped"):
             model.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A file system on a device of its own, and the file that is the device: where it is cut, reads fail."""
+    device, folder = tmp_path / "device", tmp_path / "disk"
+    folder.mkdir()
+    with device.open("wb") as file:
+        file.truncate(2 * SIZE_BYTES)
+    made = subprocess.run(["mkfs.ext4", "-q", device], capture_output=True, text=True)
+    if made.returncode == 0:
+        made = subprocess.run(["mount", "-o", "loop", device, folder], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no disk of its own can be made: {made.stderr.strip()}")
+    yield folder, device
+    subprocess.run(["umount", folder], check=True)
+
+
+READ_PATHS = {"io_uring": "io_uring", "pread": "pread", "buffered": "page cache"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts disks")
+@pytest.mark.parametrize("reads", READ_PATHS)
+def test_a_device_that_cannot_be_read_is_an_error(
+    reads: str,
+    small_disk: tuple[Path, Path],
+    make_daemon: Callable[..., Daemon],
+    make_file: Callable[..., Path],
+) -> None:
+    """The error of the block layer itself, by each way of reading."""
+    folder, device = small_disk
+    made = make_file({"w": counted((SIZE_BYTES,), "uint8")})
+    path = on_disk_alone(Path(shutil.copy(made, folder / "model.safetensors")))
+    os.truncate(device, FAULT_AT)
+    daemon = make_daemon("--disk-reads", reads)
+    with tensord.open(path, "np") as model, tensord.open(made, "np") as healthy:
+        with pytest.raises(tensord.UnavailableError, match=r"model\.safetensors.*Input/output error"):
+            model.wait()
+        assert np.array_equal(healthy["w"], counted((SIZE_BYTES,), "uint8"))
+    report = daemon.ask("explain", str(path))
+    assert report["state"] == "failed"
+    assert READ_PATHS[reads] in report["read_path"]
 
 
 def test_six_gibibytes_of_holes_are_read_by_many_threads(

@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 import tensord
-from conftest import Daemon, counted
+from conftest import Daemon, counted, is_sanitized
 from processes import (
     Worker,
     descriptor_count,
-    is_sanitized,
     make_worker,
     sparse_file,
     status_kib,

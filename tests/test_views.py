@@ -153,6 +153,33 @@ def test_what_does_not_fit_is_streamed(
     assert "cannot be kept" in done.stderr
 
 
+def test_ranks_that_stream_at_once_share_what_they_read(
+    make_daemon: Callable[..., Daemon], make_worker: Callable[..., Worker], make_file: Callable[..., Path]
+) -> None:
+    """One read for both as long as neither falls behind by more than what host_memory keeps of it."""
+    daemon = make_daemon("--host-memory", "48MiB")
+    tensors = weights(60)
+    path = make_file(tensors)
+    payload_bytes = sum(value.nbytes for value in tensors.values())
+    ranks = [make_worker(daemon) for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        columns = f"np.s_[:, {512 * number}:{512 * (number + 1)}]"
+        rank.ask(f"m = tensord.open({str(path)!r}, 'np', resident='view')")
+        rank.ask("t = {n: np.zeros((512, 512), 'float32') for n in m}")
+        rank.ask(f"o = [(n, {columns}, t[n]) for n in t]")
+    for rank in ranks:
+        rank.tell("m.load_into(o); result = [float(t[n].sum(dtype='float64')) for n in sorted(t)]")
+    for number, rank in enumerate(ranks):
+        worked, sums = rank.hear()
+        assert worked, sums
+        part = slice(512 * number, 512 * (number + 1))
+        np.testing.assert_allclose(
+            sums, [tensors[name][:, part].sum(dtype="float64") for name in sorted(tensors)]
+        )
+    loaded_bytes = daemon.ask("status")["loaded_bytes"]
+    assert payload_bytes <= loaded_bytes < 1.5 * payload_bytes  # 2: each read it all
+
+
 def test_all_targets_are_checked_before_the_first_batch(
     make_daemon: Callable[..., Daemon], make_file: Callable[..., Path]
 ) -> None:

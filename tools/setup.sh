@@ -11,7 +11,7 @@ debian=(
   g++ cmake ninja-build ccache git ca-certificates clang-format-14
   libflatbuffers-dev flatbuffers-compiler nlohmann-json3-dev
   libsqlite3-dev liburing-dev libxxhash-dev libexpected-dev libtomlplusplus-dev libspdlog-dev libfmt-dev
-  libgtest-dev libbenchmark-dev
+  libgtest-dev libbenchmark-dev e2fsprogs mount
 )
 debian_clang=(clang-14 libclang-rt-14-dev clang-tidy-14)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +122,54 @@ def test_a_rank_that_fails_takes_the_other_with_it(
     if fault == "FAIL":
         assert run.lines("this rank was told to fail")
         assert run.lines("OtherRankError")
+
+
+@BOTH
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_daemon_that_is_killed_during_the_load(
+    engine: str,
+    fallback: bool,
+    engines: Engines,
+    make_models: Make,
+    make_daemon: Callable[..., Any],
+    faulty_binary: Callable[[Path], Path],
+    tmp_path: Path,
+) -> None:
+    (model,) = make_models("qwen3")
+    slow = Path(shutil.copytree(model, tmp_path / "qwen3.faulty.safetensors"))
+    for shard in slow.glob("*.safetensors"):  # on the disk alone: what is cached is not read from there
+        with shard.open("rb") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    (tmp_path / "control").write_text(
+        f"stall {(slow / 'model-00003-of-00012.safetensors').stat().st_size - 1}"
+    )
+    daemon = make_daemon("--disk-reads", "pread", binary=faulty_binary(tmp_path / "control"))
+
+    def kill_in_the_midst() -> None:
+        while not any(replica["leases"] for replica in daemon.ask("ls")["replicas"]):
+            time.sleep(0.05)
+        daemon.stop(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_in_the_midst)
+    killer.start()
+    options = {"fallback": fallback, "autostart": False}
+    begin = time.monotonic()
+    run = engines.steps(
+        engine,
+        slow,
+        load_format="tensord",
+        options=options,
+        fails=not fallback,
+        variables=daemon.environment,
+    )
+    killer.join()
+    assert time.monotonic() - begin < 300
+    if not fallback:
+        assert run.status != 0
+        assert not run.values("generate")
+        assert run.lines("UnavailableError")
+        return
+    assert run.lines("tensord: loading failed, so the engine's own loader takes over: UnavailableError")
+    (expected,) = engines.steps(engine, model).values("generate")
+    assert run.values("generate") == [expected]

@@ -1,15 +1,21 @@
-"""Whole engines: greedy tokens in float32 are those of the engines' own loaders, and the same in both."""
+"""Whole engines: greedy tokens in float32 are those of the engines' own loaders, and the same in both.
+
+None of them generates with experts over two ranks on a CPU, by its own loader either: vLLM's kernel ends by
+SIGSEGV, SGLang's has no index for experts elsewhere. What they load then is compared in test_families.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Engines, Run
+from conftest import ENVIRONMENTS, Engines, Run
 
 Daemon = Any  # of ../conftest.py
 
@@ -26,9 +32,12 @@ RELOAD_IS_PARTIAL = {
     "mixtral": "packed experts are not packed again",
     "deepseek_v3": "packed experts are not packed again",
     "gpt_oss": "packed experts are not packed again",
-    "qwen3-int8": "nothing but token 0",
     "qwen3-int4": "packed weights are not packed again",
 }
+
+# What vLLM generates on a CPU after this reload comes of whatever lies in memory, by its own loader as well:
+# mostly token 0, in one start of eight something else.
+RELOAD_IS_RANDOM = frozenset(("qwen3-int8",))
 
 LOADED = re.compile(r"tensord: [0-9.e+]+ [kMG]?B in ")
 
@@ -92,10 +101,13 @@ def test_vllm_generates_what_it_does_by_its_own_loader(
 ) -> None:
     wanted = asked_for(request, "test_vllm_generates_what_it_does_by_its_own_loader")
     own, second, ours = vllm_tokens(engines, make_models, wanted)[name]
-    assert ours == own
-    assert len(ours) == 3
+    assert len(ours) == len(own) == 3
     before, after, again = ours
+    assert before == own[0]
     assert after != before
+    if name in RELOAD_IS_RANDOM:
+        return
+    assert ours == own
     if name not in RELOAD_IS_PARTIAL:
         assert [after] == second
         assert again == before
@@ -120,7 +132,9 @@ def test_sglang_generates_what_it_does_by_its_own_loader(
     start, second_ours, back_ours, second_own, back_own = _sglang[name] = run.values("generate")
     assert start == back_ours == back_own
     assert second_ours == second_own != start
-    assert len(told(run)) == 3
+    # An update is told to the engine again while requests of before still run there.
+    updates = run.lines("Start update_weights. Load format=tensord")
+    assert len(told(run)) == 1 + len(updates) >= 3
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -151,8 +165,28 @@ def test_two_ranks_generate_the_same_and_read_once(
     assert fresh.ask("status")["loaded_bytes"] == replica["total_bytes"]
 
 
-def test_experts_over_two_ranks_generate_the_same(engines: Engines, make_models: Make) -> None:
-    (model,) = make_models("qwen3_moe")
-    (expected, *_), _, _ = vllm_tokens(engines, make_models, ["qwen3_moe"])["qwen3_moe"]
-    assert engines.steps("vllm", model, load_format="tensord", tp=2, ep=True).values("generate") == [expected]
-    assert engines.steps("sglang", model, load_format="tensord", tp=2, ep=2).values("generate") == [expected]
+def test_vllm_loads_a_draft_model_too(engines: Engines, make_models: Make) -> None:
+    model, draft = make_models("qwen3", "qwen3_tied")
+    config = {"model": str(draft), "num_speculative_tokens": 2, "method": "draft_model"}
+    task = {"model": str(model), "engine": {"speculative_config": config}}
+    run = engines.run("vllm", "vllm_steps.py", json.dumps([task, {**task, "load_format": "tensord"}]))
+    own, ours = run.values("generate")
+    assert own == ours
+    assert len(told(run)) == 2
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parity_is_a_command(engine: str, ranks: int, engines: Engines, make_models: Make) -> None:
+    (model,) = make_models("qwen3")
+    python = ENVIRONMENTS / engine / "bin" / "python"
+    done = subprocess.run(
+        [python, "-m", "tensord", "parity", engine, model, "--tp", str(ranks), "--json"],
+        env={**os.environ, **engines.environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0
+    report = json.loads(done.stdout[done.stdout.index('{"engine"') :])
+    assert report["is_equal"]
+    assert [rank["differences"] for rank in report["ranks"]] == [[]] * ranks

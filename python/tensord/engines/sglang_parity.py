@@ -19,6 +19,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import get_device
 
 from .engine_parity import Pair, of_models, pair_of
 from .sglang_loader import TensordLoader
@@ -53,8 +54,9 @@ def rank_pairs(
 def _pair(
     rank: int, tp: int, address: str, path: str, options: dict[str, Any], engine: dict[str, Any]
 ) -> Pair:
+    chosen = {"device": get_device(), **engine}  # SGLang itself resolves it later
     settings = ServerArgs(
-        model_path=path, tp_size=tp, load_format="tensord", disable_cuda_graph=True, **engine
+        model_path=path, tp_size=tp, load_format="tensord", disable_cuda_graph=True, **chosen
     )
     publish(settings, role="weight_cache_daemon", ranks=SpawnRanks(world_rank=rank, gpu_id=rank))
     model_config = ModelConfig(model_path=path, dtype=settings.dtype)

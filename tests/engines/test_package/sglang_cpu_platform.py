@@ -25,6 +25,9 @@ def __getattr__(name: str) -> Any:
         _enum = PlatformEnum.OOT
         capabilities = PlatformCapabilities()
 
+        def get_device(self, device_id: int = 0) -> str:
+            return "cpu"
+
         def get_default_attention_backend(self) -> str:
             return "torch_native"
 
