@@ -214,17 +214,23 @@ def is_sanitized(binary: Path) -> bool:
 
 
 @pytest.fixture
-def faulty_binary(binary: Path, tmp_path: Path) -> Callable[[Path], Path]:
-    """A daemon's program whose reads fail or hang as the file it is called with says, see faulty_disk.c."""
+def faulty_disk(binary: Path, tmp_path: Path) -> Path:
+    """What a daemon preloads so that its reads fail or hang where $FAULTY_DISK says, see faulty_disk.c."""
     if is_sanitized(binary):
         pytest.skip("a sanitizer wants to be the first library of its process")
     built = tmp_path / "faulty_disk.so"
     source = Path(__file__).with_name("faulty_disk.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source], check=True)
+    return built
+
+
+@pytest.fixture
+def faulty_binary(binary: Path, faulty_disk: Path, tmp_path: Path) -> Callable[[Path], Path]:
+    """A daemon's program on such a disk, whose control file it is called with."""
 
     def make(control: Path) -> Path:
         wrapped = tmp_path / "tensord"
-        wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={built} FAULTY_DISK={control} exec {binary} "$@"\n')
+        wrapped.write_text(f'#!/bin/sh\nLD_PRELOAD={faulty_disk} FAULTY_DISK={control} exec {binary} "$@"\n')
         wrapped.chmod(0o755)
         return wrapped
 

@@ -12,14 +12,13 @@ import numpy as np
 import processes
 import pytest
 import tensord
-from conftest import Daemon, counted
+from conftest import Daemon, counted, is_sanitized
 from processes import (
     Worker,
     bytes_read_by,
     descriptor_count,
     fault_count,
     has_ended,
-    is_sanitized,
     sparse_file,
     status_kib,
     stopped,
