@@ -62,6 +62,7 @@ def test_tensors_lie_in_gpu_memory(start: Callable[..., Daemon], gpu: Gpu, path:
     daemon = start()
     with tensord.open(path, "np", device=device) as model:
         check_all(model)
+        model.wait()
         assert model.info()["on_device"] and model.info()["artifact"]
         there = DEVICES[1] if device in (1, DEVICES[1]) else DEVICES[0]
         model.wait()
