@@ -36,7 +36,7 @@ from ..tensors import U8
 from . import daemon
 from .output import os_error
 from .sample import MIB, PAGE_BYTES, Sample, sample_of
-from .scratch import scratch_daemon
+from .scratch import removed_at_end, scratch_daemon
 
 ROUNDS_SECONDS = 14.0
 
@@ -107,10 +107,10 @@ def measured(path: str, effort: Effort = ENOUGH) -> dict[str, Any]:
     state_folder = Path(daemon.state_folder())
     try:
         state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = tempfile.TemporaryDirectory(prefix="tensord-doctor-")
+        private = tempfile.mkdtemp(prefix="tensord-doctor-")
     except OSError as error:
-        raise os_error(f"make a folder for `tensord doctor`, {error.filename}", error) from None
-    with private as folder, scratch_daemon(Path(folder) / "first") as status:
+        raise os_error(f"make folder {error.filename}", error) from None
+    with removed_at_end(private) as folder, scratch_daemon(Path(folder) / "first") as status:
         share_bytes = status["limits"]["host_memory"] // MEMORY_SHARE
         with sample_of(path or str(state_folder), effort.size_bytes, share_bytes) as sample:
             bench = Bench(Path(folder), status["machine"], sample)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from ..errors import ExhaustedError, InvalidArgumentError
 from .checkpoint import Checkpoint, Tensor
 from .output import os_error
+from .scratch import removed_at_end
 from .table import size_text
 
 MIB = 1 << 20
@@ -42,7 +44,7 @@ class Sample(NamedTuple):
 
 @contextmanager
 def sample_of(path: str, size_bytes: int, size_bytes_max: int) -> Iterator[Sample]:
-    """About `size_bytes`, less where they would be more than `size_bytes_max`.
+    """About `size_bytes`, less where they would be more than `size_bytes_max`; of a file at least half.
 
     Parameters
     ----------
@@ -78,15 +80,14 @@ def sample_of(path: str, size_bytes: int, size_bytes_max: int) -> Iterator[Sampl
 
 @contextmanager
 def _scratch_sample(folder: str, size_bytes: int) -> Iterator[Sample]:
-    with ExitStack() as stack:
+    path = os.path.join(folder, f"tensord-doctor-{uuid.uuid4().hex}.safetensors")  # noqa: PTH118
+    with removed_at_end(path), ExitStack() as stack:
         try:
-            file = stack.enter_context(
-                tempfile.NamedTemporaryFile(dir=folder, prefix="tensord-doctor-", suffix=".safetensors")
-            )
+            file = stack.enter_context(Path(path).open("xb"))
             names = _write(file, size_bytes // TENSOR_BYTES)
         except OSError as error:
             raise os_error(f"write a scratch file in {folder}", error) from None
-        yield Sample(file.name, names, len(names) * TENSOR_BYTES, file.fileno())
+        yield Sample(path, names, len(names) * TENSOR_BYTES, file.fileno())
 
 
 def _write(file: IO[bytes], count: int) -> list[str]:
@@ -142,7 +143,7 @@ def _given_sample(path: str, size_bytes: int, size_bytes_max: int) -> Iterator[S
             raise os_error(f"read {name}", error) from None
         if not chosen:
             raise InvalidArgumentError(
-                f"{path} is too small: {size_text(size_bytes)} are needed, in tensors of "
+                f"{path} is too small: {size_text(size_bytes // 2)} are needed, in tensors of "
                 f"{size_text(TENSOR_BYTES_MIN)} to {size_text(size_bytes_max)}"
             )
         names = [tensor.name for tensor in chosen]
@@ -150,7 +151,7 @@ def _given_sample(path: str, size_bytes: int, size_bytes_max: int) -> Iterator[S
 
 
 def _read(fd: int, tensors: Sequence[Tensor], size_bytes: int, size_bytes_max: int) -> list[Tensor]:
-    """Those that make up the size, or that could be read in the time; none where there are too few."""
+    """Those that make up the size, or half of it, or that could be read in the time; else none."""
     chosen: list[Tensor] = []
     total = 0
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # else nothing tells that the disk is slow
@@ -164,4 +165,4 @@ def _read(fd: int, tensors: Sequence[Tensor], size_bytes: int, size_bytes_max: i
         total += tensor.size_bytes
         if total >= size_bytes or time.monotonic() > deadline:
             return chosen
-    return []
+    return chosen if total >= size_bytes // 2 else []

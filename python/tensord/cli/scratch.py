@@ -1,4 +1,4 @@
-"""Daemons of this process's own, which end with it and leave nothing behind."""
+"""Daemons and files of this process's own, which are gone when it ends, however it ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ..errors import UnavailableError
@@ -109,33 +109,34 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-# ---- signals -----------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
-
-class _Ended(BaseException):
-    """A signal came that ends the process."""
+# A process of its own: it ends when the pipe to it is closed, which the end of this process does in any case.
+_REMOVE = """\
+import os, shutil, sys
+sys.stdin.read()
+path = sys.argv[1]
+if os.path.isdir(path):
+    shutil.rmtree(path, ignore_errors=True)
+elif os.path.exists(path):
+    os.unlink(path)
+"""
 
 
 @contextmanager
-def ended_in_order() -> Iterator[None]:
-    """A signal that ends the process does so when the block has let go of what it made: of the first one an
-    exception is made inside of it, those that follow are ignored until then. For the main thread."""
-    came: list[int] = []
+def removed_at_end(path: str) -> Iterator[str]:
+    """A file or a folder: it is gone behind the block, and also where this process is killed in it.
 
-    def end(number: int, _: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)
-        came.append(number)
-        raise _Ended
-
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {one: signal.getsignal(one) for one in wanted if signal.getsignal(one) != signal.SIG_IGN}
+    Raises
+    ------
+    UnavailableError
+        There can be no process that removes it.
+    """
     try:
-        for one in before:
-            signal.signal(one, end)
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-        if came:
-            signal.raise_signal(came[0])
+        remover = subprocess.Popen(
+            [sys.executable, "-ISc", _REMOVE, path], stdin=subprocess.PIPE, start_new_session=True
+        )
+    except OSError as error:
+        raise os_error(f"see to it that {path} is removed", error) from None
+    with remover:  # closes the pipe, and waits
+        yield path
