@@ -151,8 +151,9 @@ QUICK = measuring.Effort(size_bytes=16 << 20, round_count=1)
 
 
 @pytest.fixture
-def own(binary: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(binary: Path, short_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what this process measures has its state, and its private folders for as long as it measures."""
+    assert tmp_path.is_dir()  # made before, since pytest's folders lie in tempfile.tempdir too
     folder = Path(tempfile.mkdtemp(dir=short_folder))
     monkeypatch.setenv("TENSORD_BINARY", str(binary))
     monkeypatch.setenv("TENSORD_STATE_DIR", str(folder / "state"))
