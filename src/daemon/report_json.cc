@@ -145,12 +145,15 @@ json waiting_value(const engine::Engine& engine) {
 }  // namespace
 
 std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
+  const uint64_t memory_limit = doctor::cgroup_memory_limit();
   return dump({{"pid", ::getpid()},
                {"version", facts.version},
                {"protocol", facts.protocol},
                {"socket", facts.socket},
                {"runtime_dir", facts.runtime_dir},
                {"state_dir", facts.state_dir},
+               {"machine", doctor::this_machine()},
+               {"memory_limit", memory_limit == UINT64_MAX ? json() : json(memory_limit)},
                {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
                {"limits",
                 {{"host_memory", engine.memory().limit_bytes()},

@@ -17,7 +17,7 @@
 
 namespace tensord::doctor {
 
-// Bytes a second, by the names in measure.cc.
+// Bytes a second, by the names in cli/doctor.py of the Python package.
 struct Rates {
   std::map<std::string, double, std::less<>> bytes_per_s;
   // 0 where it was not measured or cannot be had.

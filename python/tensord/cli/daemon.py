@@ -5,17 +5,16 @@ What few verbs need is imported where they need it: a verb is to begin at once.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
 import struct
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .. import _library
-from ..errors import DeniedError, Error, InternalError, InvalidArgumentError, UnavailableError, error_named
+from ..errors import DeniedError, Error, InternalError, InvalidArgumentError, UnavailableError
 from .output import os_error
 
 # How long `stop` waits for the daemon to end: it lets running loads and answers come to an end first.
@@ -106,6 +105,15 @@ def runtime_folder() -> str:
     return f"/tmp/tensord-{os.geteuid()}"
 
 
+def state_folder() -> str:
+    """As base/folders.cc has it."""
+    folder = os.environ.get("TENSORD_STATE_DIR")
+    home = os.environ.get("XDG_STATE_HOME")
+    if folder:
+        return folder
+    return f"{home or os.path.expanduser('~/.local/state')}/tensord"  # noqa: PTH111
+
+
 def _socket_path() -> str:
     path = f"{runtime_folder()}/socket"
     size = len(os.fsencode(path))
@@ -173,21 +181,3 @@ def become(*words: str) -> NoReturn:
         os.execv(path, [path, *words])
     except OSError as error:
         raise os_error(f"run {path}", error) from None
-
-
-def measured(path: str) -> Any:
-    """What `tensord measure` says of this machine; takes 5 to 20 s. `path` may be empty: the state folder."""
-    import subprocess
-
-    words = [program(), "measure", *([path] if path else [])]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
-    try:
-        report = json.loads(done.stdout)
-    except ValueError:
-        raise InternalError(
-            f"`{' '.join(words)}` ended with status {done.returncode} and no report"
-        ) from None
-    error = report.get("error")
-    if error is not None:
-        raise error_named(error["code"], error["message"])
-    return report

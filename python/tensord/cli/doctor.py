@@ -1,4 +1,4 @@
-"""``tensord doctor``: what the figures of `tensord measure` are worth, and what the system allows."""
+"""``tensord doctor``: what the figures of measuring.py are worth, and what the system allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import daemon, gpus
+from . import gpus
 from .output import STDERR, Output, complain, document, os_error
 from .table import Table, rate_text, size_text
 
@@ -29,7 +29,7 @@ class Check(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What a rate of `tensord measure` means."""
+    """What a rate means."""
 
     name: str
     meaning: str
@@ -85,8 +85,7 @@ def _verdict(one: Measurement, rates: Mapping[str, float]) -> Check:
 
 
 def look_around(problems: Mapping[str, str], memory_limit_bytes: int | None) -> list[Check]:
-    """What the system allows: huge pages, io_uring, limits. `problems` and the limit are those of
-    `tensord measure`."""
+    """What the system allows: huge pages, io_uring, limits. `problems` and the limit are measuring.py's."""
     return list(_facts(problems, memory_limit_bytes))
 
 
@@ -175,10 +174,12 @@ def _file_system_bytes(path: str) -> int:
 
 
 def examine(path: str) -> Output:
-    """Needs no daemon. `path`: whose disk is measured; empty: the state folder's."""
+    """Needs no daemon. `path`: a folder, whose disk is measured, or a file; empty: the state folder."""
     if os.isatty(STDERR):
         complain("measuring, this takes 5 to 20 s\n")
-    report = daemon.measured(path)
+    from . import measuring
+
+    report = measuring.measured(path)
     report["saved"] = keep(report)
     checks = judge(report["bytes_per_s"]) + look_around(report["problems"], report["memory_limit_bytes"])
     return told(report, checks + gpu_checks())
