@@ -91,14 +91,10 @@ struct F16 {
       const uint32_t rebased = magnitude - 0x38000000u;  // exponent bias 127 - 15
       return static_cast<uint16_t>(sign | (rebased + 0xfff + ((rebased >> 13) & 1)) >> 13);
     }
-    if (magnitude < 0x33000000u) return sign;  // below 2^-25: half of the smallest subnormal
-    const uint32_t exponent = magnitude >> 23;
-    const uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000;
-    const uint32_t shift = 126 - exponent;  // the unit of a subnormal is 2^-24
-    const uint32_t kept = mantissa >> shift;
-    const uint32_t rest = mantissa & ((1u << shift) - 1);
-    const uint32_t half = 1u << (shift - 1);
-    return static_cast<uint16_t>(sign | (kept + (rest > half || (rest == half && (kept & 1)))));
+    // Subnormal, in units of 2^-24: that is what an F32 between 0.5 and 1 is counted in, so that the sum is rounded.
+    constexpr float kHalf = 0.5f;
+    const float sum = std::bit_cast<float>(magnitude) + kHalf;
+    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(sum) - std::bit_cast<uint32_t>(kHalf)));
   }
   TENSORD_AVX2 static __m256 widen_8(const std::byte* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
