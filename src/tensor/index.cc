@@ -48,6 +48,12 @@ std::vector<uint32_t> in_file_order(std::span<const Tensor> tensors) {
   return order;
 }
 
+const Tensor* sort_by_name(std::vector<Tensor>& tensors) {
+  if (!std::ranges::is_sorted(tensors, {}, &Tensor::name)) std::ranges::stable_sort(tensors, {}, &Tensor::name);
+  const auto twin = std::ranges::adjacent_find(tensors, {}, &Tensor::name);
+  return twin == tensors.end() ? nullptr : &*twin;
+}
+
 Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts) {
   CHECK(files.size() == parts.size());
   Index index;
@@ -70,13 +76,9 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
     }
     if (index.metadata.empty()) index.metadata = std::move(parts[i].metadata);
   }
-  const auto by_name = [](const Tensor& a, const Tensor& b) { return a.name < b.name; };
-  if (parts.size() > 1) std::stable_sort(index.tensors.begin(), index.tensors.end(), by_name);
-  const auto twin = std::adjacent_find(index.tensors.begin(), index.tensors.end(),
-                                       [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
-  if (twin != index.tensors.end()) {
+  if (const Tensor* twin = sort_by_name(index.tensors)) {
     return fail(Code::corrupt, "tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path, " and ",
-                files[std::next(twin)->file].path);
+                files[(twin + 1)->file].path);
   }
   index.files = std::move(files);
   return index;
