@@ -1,13 +1,9 @@
 #include "memory/segment_pool.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <numeric>
 
 #include "base/bytes.h"
@@ -20,8 +16,6 @@ using base::Code;
 using base::fail;
 
 namespace {
-// FUTURE_WRITE leaves the mapping that is there writable and refuses every later one, and write().
-constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
 // Who has the segments that cannot be written to: no replica is of this uid (chown(2)).
 constexpr uid_t kNobody = static_cast<uid_t>(-1);
 
@@ -61,30 +55,15 @@ uint64_t SegmentRun::size_bytes() const {
 }
 
 Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
-  TRY_ASSIGN(base::Fd fd, make_memory_file("tensord-segment", size_bytes));
-  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
-  void* data = ::mmap(address, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd.get(), 0);
-  if (data == MAP_FAILED) {
-    const int error = errno;
-    ::munmap(address, size_bytes);
-    return base::fail_errno(error, "map a memory segment");
-  }
-  Segment segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), owner);
-  if (::fcntl(segment.fd(), F_ADD_SEALS, kSeals) != 0) {
-    return base::fail_errno(errno, "seal a memory segment");
-  }
-  return segment;
+  TRY_ASSIGN(SharedMemory memory, make_shared_memory("tensord-segment", size_bytes, alignment_of(size_bytes)));
+  return Segment(std::move(memory), owner);
 }
 
 Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
-  struct stat status;
-  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 || size_bytes == 0 ||
-      static_cast<uint64_t>(status.st_size) != size_bytes)
-    return fail(Code::corrupt, "a kept segment is no sealed memory file of ", size_bytes, " bytes");
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map a kept segment");
-  return Segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), kNobody);
+  TRY_ASSIGN(Mapped mapped, map_shared_memory(fd, "a kept segment"));
+  if (mapped.size_bytes() != size_bytes)
+    return fail(Code::corrupt, "a kept segment has ", mapped.size_bytes(), " bytes, not ", size_bytes);
+  return Segment({std::move(fd), std::move(mapped)}, kNobody);
 }
 
 namespace {
