@@ -125,30 +125,12 @@ Copy2D Nest::record() const {
   return record;
 }
 
-uint64_t Nest::record_count() const {
-  if (loop_count <= 1 + kOuterMax) return 1;
-  std::array<uint64_t, kRankMax> counts;
-  for (size_t at = 1; at < loop_count; ++at) counts[at - 1] = loops[at].count;
-  std::sort(counts.begin(), counts.begin() + loop_count - 1);
-  uint64_t count = 1;
-  for (size_t at = 0; at < loop_count - 1 - kOuterMax; ++at) {
-    if (__builtin_mul_overflow(count, counts[at], &count)) return std::numeric_limits<uint64_t>::max();
-  }
-  return count;
-}
-
 Status Nest::append_to(std::vector<Copy2D>& records) const {
-  if (record_count() > kRecordsMax - std::min(records.size(), kRecordsMax)) {
-    return fail(Code::unsupported, "plan a copy: it needs more than ", kRecordsMax, " records");
-  }
-  append_all_to(records);
-  return {};
-}
-
-void Nest::append_all_to(std::vector<Copy2D>& records) const {
   if (loop_count <= 1 + kOuterMax) {
+    if (records.size() >= kRecordsMax)
+      return fail(Code::unsupported, "plan a copy: it needs more than ", kRecordsMax, " records");
     records.push_back(record());
-    return;
+    return {};
   }
   // The loops with the fewest iterations outside of the rows make the fewest records.
   Nest rest = *this;
@@ -156,9 +138,10 @@ void Nest::append_all_to(std::vector<Copy2D>& records) const {
                                          [](const Repeat& a, const Repeat& b) { return a.count < b.count; });
   const Repeat loop = rest.take(static_cast<size_t>(shortest - rest.loops.begin()));
   for (uint64_t index = 0; index < loop.count; ++index) {
-    rest.append_all_to(records);
+    TRY(rest.append_to(records));
     rest.advance(loop, 1);
   }
+  return {};
 }
 
 std::optional<Extent> source_reach(const Nest& nest) {

@@ -29,13 +29,11 @@ struct Nest {
   void simplify();
 
   // Appends the simplified nest as records: one, or several where there are more loops than a record holds.
-  // Code::unsupported, and nothing appended, beyond kRecordsMax.
+  // Code::unsupported beyond kRecordsMax.
   Status append_to(std::vector<Copy2D>& records) const;
 
  private:
   Copy2D record() const;
-  uint64_t record_count() const;
-  void append_all_to(std::vector<Copy2D>& records) const;
 };
 
 // The bytes that a nest reads, or writes; nullopt when that leaves the 64-bit address space.

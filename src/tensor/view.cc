@@ -142,13 +142,8 @@ std::optional<Strided> in_bytes(Picked picked, uint32_t bits, uint64_t offset) {
 }  // namespace
 
 uint64_t Strided::element_count() const {
-  uint64_t count = 1;
-  bool overflows = false;
-  for (const uint64_t extent : shape) {
-    if (extent == 0) return 0;
-    overflows |= __builtin_mul_overflow(count, extent, &count);
-  }
-  return overflows ? std::numeric_limits<uint64_t>::max() : count;
+  if (std::ranges::find(shape, 0u) != shape.end()) return 0;
+  return tensor::element_count(shape).value_or(std::numeric_limits<uint64_t>::max());
 }
 
 std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit) {
