@@ -66,10 +66,9 @@ struct Bench {
     tensor::Copy2D rows{.row_bytes = row_bytes, .row_count = size_bytes / source_pitch};
     rows.source_pitch = static_cast<int64_t>(source_pitch);
     rows.target_pitch = static_cast<int64_t>(row_bytes);
-    const memory::CopySource from[] = {{source->data(), size_bytes}};
-    const memory::CopyTarget to[] = {{target->data(), size_bytes}};
     const int64_t begin_ns = base::monotonic_ns();
-    const auto copied = memory::execute({{rows}}, from, to, {.thread_count = copy_threads});
+    const auto copied = memory::execute({{rows}}, {source->data(), size_bytes}, {target->data(), size_bytes},
+                                        {.thread_count = copy_threads});
     const auto took_ns = static_cast<double>(base::monotonic_ns() - begin_ns + 1);
     return copied ? static_cast<double>(copied->target_bytes) * 1e9 / took_ns : 0;
   }

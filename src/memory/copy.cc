@@ -53,8 +53,7 @@ uint64_t cast_bytes(const Copy2D& record, uint64_t size_bytes) {
   return size_bytes / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
 }
 
-void run_task(const Copy2D& record, const Task& task, const CopySource& source, const CopyTarget& target,
-              Stores stores) {
+void run_task(const Copy2D& record, const Task& task, const std::byte* source, std::byte* target, Stores stores) {
   Plane plane;
   plane.stores = stores;
   plane.source_dtype = record.source_dtype;
@@ -72,9 +71,8 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
     const Place place = place_of(record, index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
-    plane.source =
-        source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
-    plane.target = target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
+    plane.source = source + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
+    plane.target = target + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
     copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
   }
 }
@@ -82,11 +80,10 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
 // One call of execute(). Its threads pull tasks until there are none.
 class Execution {
  public:
-  Execution(const CopyPlan& plan, std::span<const CopySource> sources, std::span<const CopyTarget> targets,
-            const CopyOptions& options)
+  Execution(const CopyPlan& plan, const std::byte* source, std::byte* target, const CopyOptions& options)
       : plan_(plan),
-        sources_(sources),
-        targets_(targets),
+        source_(source),
+        target_(target),
         options_(options),
         target_bytes_(plan.target_bytes()),
         thread_count_(choose_thread_count()),
@@ -162,14 +159,14 @@ class Execution {
     if (options_.ready) {
       const int64_t begin_ns = base::monotonic_ns();
       const tensor::Extent extent = source_extent(record, task);
-      const Status status = options_.ready(record.source, extent.begin, extent.end - extent.begin);
+      const Status status = options_.ready(extent.begin, extent.end - extent.begin);
       mine.wait_ns += base::monotonic_ns() - begin_ns;
       TRY(status);
       if (stopped_) return {};
     }
     if (!began_.load(std::memory_order_relaxed)) began_ = true;
     const int64_t begin_ns = options_.keep_spans ? base::monotonic_ns() : 0;
-    run_task(record, task, sources_[record.source], targets_[record.target], stores_);
+    run_task(record, task, source_, target_, stores_);
     ++mine.task_count;
     if (options_.keep_spans) {
       mine.spans.push_back(
@@ -185,8 +182,8 @@ class Execution {
   }
 
   const CopyPlan& plan_;
-  const std::span<const CopySource> sources_;
-  const std::span<const CopyTarget> targets_;
+  const std::byte* const source_;
+  std::byte* const target_;
   const CopyOptions& options_;
   const uint64_t target_bytes_;
   const uint32_t thread_count_;
@@ -212,13 +209,10 @@ Status check_cancel(const int32_t* cancel) {
   return fail(Code::cancelled, "copy: cancelled by the caller");
 }
 
-Result<CopyReport> execute(const CopyPlan& plan, std::span<const CopySource> sources,
-                           std::span<const CopyTarget> targets, const CopyOptions& options) {
+Result<CopyReport> execute(const CopyPlan& plan, std::span<const std::byte> source, std::span<std::byte> target,
+                           const CopyOptions& options) {
   CHECK(options.task_bytes_max > 0);
-  for (const Copy2D& record : plan.records) {
-    CHECK(record.is_empty() || (record.source < sources.size() && record.target < targets.size()));
-  }
-  return Execution(plan, sources, targets, options).run();
+  return Execution(plan, source.data(), target.data(), options).run();
 }
 
 }  // namespace tensord::memory

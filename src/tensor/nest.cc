@@ -155,7 +155,7 @@ std::optional<Extent> target_reach(const Nest& nest) {
 }
 
 void sort_records(std::vector<Copy2D>& records) {
-  const auto key = [](const Copy2D& a) { return std::tuple(a.source, a.source_offset, a.target, a.target_offset); };
+  const auto key = [](const Copy2D& a) { return std::pair(a.source_offset, a.target_offset); };
   const auto before = [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); };
   if (!std::is_sorted(records.begin(), records.end(), before)) std::stable_sort(records.begin(), records.end(), before);
 }

@@ -40,7 +40,7 @@ struct Nest {
 std::optional<Extent> source_reach(const Nest& nest);
 std::optional<Extent> target_reach(const Nest& nest);
 
-// Canonical order: by source, source_offset, target, target_offset.
+// Canonical order: by source_offset, then target_offset.
 void sort_records(std::vector<Copy2D>& records);
 
 }  // namespace tensord::tensor

@@ -32,21 +32,17 @@ Status check_form(size_t number, const Copy2D& record) {
   return {};
 }
 
-Status check_bounds(size_t number, std::string_view side, uint32_t memory, std::span<const uint64_t> sizes,
-                    uint64_t offset, std::optional<Extent> extent) {
-  if (memory >= sizes.size()) return refuse(number, "names ", side, " ", memory, " of ", sizes.size());
-  if (!extent) {
-    return refuse(number, "leaves the address space of ", side, " ", memory, " from offset ", offset);
-  }
-  if (extent->end <= sizes[memory]) return {};
-  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory, ", which has ",
-                sizes[memory]);
+Status check_bounds(size_t number, std::string_view side, uint64_t size_bytes, uint64_t offset,
+                    std::optional<Extent> extent) {
+  if (!extent) return refuse(number, "leaves the address space of the ", side, " from offset ", offset);
+  if (extent->end <= size_bytes) return {};
+  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of the ", side, ", which has ",
+                size_bytes);
 }
 
 // What one record writes: rows of row_bytes under loops with positive pitches, smallest innermost.
 struct Writes {
   uint32_t record = 0;
-  uint32_t target = 0;
   Extent extent;
   uint64_t row_bytes = 0;
   struct Loop {
@@ -79,7 +75,6 @@ Writes writes_of(uint32_t number, const Copy2D& record) {
   nest.simplify();
   Writes writes;
   writes.record = number;
-  writes.target = record.target;
   writes.extent = *target_reach(nest);
   writes.row_bytes = nest.head.row_bytes;
   writes.loop_count = nest.loop_count;
@@ -96,14 +91,11 @@ class Overlap {
   explicit Overlap(const RecordName& name) : name_(name) {}
   Status examine(std::span<Writes> all) {
     for (const Writes& one : all) TRY(examine_self(one));
-    const auto before = [](const Writes& a, const Writes& b) {
-      return a.target != b.target ? a.target < b.target : a.extent.begin < b.extent.begin;
-    };
+    const auto before = [](const Writes& a, const Writes& b) { return a.extent.begin < b.extent.begin; };
     if (!std::is_sorted(all.begin(), all.end(), before)) std::sort(all.begin(), all.end(), before);
     for (size_t begin = 0; begin < all.size();) {
       size_t end = begin + 1;
-      for (uint64_t reach = all[begin].extent.end;
-           end < all.size() && all[end].target == all[begin].target && all[end].extent.begin < reach; ++end) {
+      for (uint64_t reach = all[begin].extent.end; end < all.size() && all[end].extent.begin < reach; ++end) {
         reach = std::max(reach, all[end].extent.end);
       }
       if (end - begin > 1) TRY(examine_cluster(all.subspan(begin, end - begin)));
@@ -213,11 +205,11 @@ class Overlap {
 
   tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) const {
     if (a.record == b.record) {
-      return refuse(a.record, name_(a.record), "writes byte ", offset, " of target ", a.target, " more than once");
+      return refuse(a.record, name_(a.record), "writes byte ", offset, " of the target more than once");
     }
     const auto [first, second] = std::minmax(a.record, b.record);
     return refuse(first, name_(first), "and record ", second, " ", name_(second), "both write byte ", offset,
-                  " of target ", a.target);
+                  " of the target");
   }
 
   Status spend(uint64_t amount) {
@@ -235,8 +227,7 @@ class Overlap {
 
 }  // namespace
 
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  const RecordName& name) {
+Status check_plan(const CopyPlan& plan, uint64_t source_bytes, uint64_t target_bytes, const RecordName& name) {
   if (plan.records.size() > ~uint32_t{0}) return fail(Code::unsupported, "check plan: more than 2^32 records");
   std::vector<Writes> writes;
   writes.reserve(plan.records.size());
@@ -245,8 +236,8 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, 
     TRY(check_form(number, record));
     if (record.is_empty()) continue;
     const Nest nest(record);
-    TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset, source_reach(nest)));
-    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset, target_reach(nest)));
+    TRY(check_bounds(number, "source", source_bytes, record.source_offset, source_reach(nest)));
+    TRY(check_bounds(number, "target", target_bytes, record.target_offset, target_reach(nest)));
     writes.push_back(writes_of(static_cast<uint32_t>(number), record));
   }
   return Overlap(name).examine(writes);
