@@ -30,23 +30,6 @@ namespace {
 // Tasks that a thread takes at a time: with 64, taking them costs little beside 100,000 copies of one byte each.
 constexpr size_t kPullMax = 64;
 
-// Where iteration `index` of a record's outer loops begins.
-struct Place {
-  int64_t source = 0;
-  int64_t target = 0;
-};
-Place place_of(const Copy2D& record, uint64_t index) {
-  Place place;
-  for (size_t at = 0; at < record.outer_count; ++at) {
-    const tensor::Repeat& loop = record.outer[at];
-    const auto step = static_cast<int64_t>(index % loop.count);
-    place.source += step * loop.source_pitch;
-    place.target += step * loop.target_pitch;
-    index /= loop.count;
-  }
-  return place;
-}
-
 // The bytes that `size_bytes` of whole elements of the source become.
 uint64_t cast_bytes(const Copy2D& record, uint64_t size_bytes) {
   if (!record.casts()) return size_bytes;
@@ -67,12 +50,13 @@ void run_task(const Copy2D& record, const Task& task, const std::byte* source, s
   plane.target_line_pitch = record.outer[0].target_pitch;
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
   const uint64_t target_byte = cast_bytes(record, task.byte_begin);
-  const auto row_begin = static_cast<int64_t>(task.row_begin);
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
-    const Place place = place_of(record, index);
+    const Copy2D::Place place = record.place(index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
-    plane.source = source + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
-    plane.target = target + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
+    plane.source =
+        source + (place.source_offset + task.row_begin * static_cast<uint64_t>(record.source_pitch) + task.byte_begin);
+    plane.target =
+        target + (place.target_offset + task.row_begin * static_cast<uint64_t>(record.target_pitch) + target_byte);
     copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
   }
 }

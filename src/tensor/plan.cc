@@ -17,6 +17,17 @@ uint64_t Copy2D::outer_iterations() const {
   return count;
 }
 
+Copy2D::Place Copy2D::place(uint64_t iteration) const {
+  Place place{source_offset, target_offset};
+  for (size_t at = 0; at < outer_count; ++at) {
+    const uint64_t step = iteration % outer[at].count;
+    place.source_offset += step * static_cast<uint64_t>(outer[at].source_pitch);  // negative ones wrap, and back
+    place.target_offset += step * static_cast<uint64_t>(outer[at].target_pitch);
+    iteration /= outer[at].count;
+  }
+  return place;
+}
+
 uint64_t Copy2D::target_row_bytes() const {
   if (!casts()) return row_bytes;
   return row_bytes / dtype_bytes(source_dtype).value_or(1) * dtype_bytes(target_dtype).value_or(1);

@@ -57,6 +57,11 @@ struct Copy2D {
   bool casts() const { return source_dtype != target_dtype; }
   bool is_empty() const;              // moves nothing, wherever it points
   uint64_t outer_iterations() const;  // product of the outer counts
+  // Where one of these iterations begins, on either side; outer[0] counts fastest.
+  struct Place {
+    uint64_t source_offset = 0, target_offset = 0;
+  };
+  Place place(uint64_t iteration) const;
   uint64_t target_row_bytes() const;
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
