@@ -30,26 +30,20 @@ namespace {
 // Tasks that a thread takes at a time: with 64, taking them costs little beside 100,000 copies of one byte each.
 constexpr size_t kPullMax = 64;
 
-// The bytes that `size_bytes` of whole elements of the source become.
-uint64_t cast_bytes(const Copy2D& record, uint64_t size_bytes) {
-  if (!record.casts()) return size_bytes;
-  return size_bytes / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
-}
-
 void run_task(const Copy2D& record, const Task& task, const std::byte* source, std::byte* target, Stores stores) {
   Plane plane;
   plane.stores = stores;
   plane.source_dtype = record.source_dtype;
   plane.target_dtype = record.target_dtype;
   plane.row_bytes = task.byte_count;
-  plane.target_row_bytes = cast_bytes(record, task.byte_count);
+  plane.target_row_bytes = record.cast_bytes(task.byte_count);
   plane.row_count = task.row_count;
   plane.source_row_pitch = record.source_pitch;
   plane.target_row_pitch = record.target_pitch;
   plane.source_line_pitch = record.outer[0].source_pitch;
   plane.target_line_pitch = record.outer[0].target_pitch;
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
-  const uint64_t target_byte = cast_bytes(record, task.byte_begin);
+  const uint64_t target_byte = record.cast_bytes(task.byte_begin);
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
     const Copy2D::Place place = record.place(index);
     plane.line_count = std::min(end - index, line_count - index % line_count);

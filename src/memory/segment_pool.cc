@@ -148,19 +148,15 @@ void SegmentPool::keep(Segment segment) {
 }
 
 std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
-  std::vector<Segment> oldest;
   std::stable_partition(kept_.begin(), kept_.end(), [](const Segment& one) { return one.owner() == kNobody; });
-  size_t kept_count = kept_.size();
-  auto first_to_stay = kept_.begin();
-  while ((first_to_stay != kept_.end() && first_to_stay->owner() == kNobody) || kept_bytes_ > free_bytes() ||
-         kept_count > kept_count_max) {
-    CHECK(first_to_stay != kept_.end());
-    kept_bytes_ -= first_to_stay->size_bytes();
-    --kept_count;
-    oldest.push_back(std::move(*first_to_stay));
-    ++first_to_stay;
-  }
-  kept_.erase(kept_.begin(), first_to_stay);
+  auto stay = kept_.begin();
+  const auto goes = [&] {
+    const auto kept_count = static_cast<size_t>(kept_.end() - stay);
+    return stay->owner() == kNobody || kept_bytes_ > free_bytes() || kept_count > kept_count_max;
+  };
+  for (; stay != kept_.end() && goes(); ++stay) kept_bytes_ -= stay->size_bytes();
+  std::vector<Segment> oldest(std::make_move_iterator(kept_.begin()), std::make_move_iterator(stay));
+  kept_.erase(kept_.begin(), stay);
   return oldest;
 }
 

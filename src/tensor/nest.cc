@@ -15,8 +15,6 @@ namespace {
 
 using Wide = __int128;
 
-uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
-
 // Whether `outer` goes on where the last iteration of `inner` ends, on both sides.
 bool continues(const Repeat& inner, const Repeat& outer) {
   uint64_t count;
@@ -43,6 +41,8 @@ std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const
 }
 
 }  // namespace
+
+uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
 
 Nest::Nest(const Copy2D& record) : head(record) {
   add({record.row_count, record.source_pitch, record.target_pitch});

@@ -11,6 +11,8 @@
 
 namespace tensord::tensor {
 
+uint64_t magnitude(int64_t pitch);
+
 struct Nest {
   Copy2D head;  // its loop fields (row_count, pitches, outer) are unused
   std::array<Repeat, kRankMax> loops;

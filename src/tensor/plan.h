@@ -62,7 +62,8 @@ struct Copy2D {
     uint64_t source_offset = 0, target_offset = 0;
   };
   Place place(uint64_t iteration) const;
-  uint64_t target_row_bytes() const;
+  uint64_t cast_bytes(uint64_t source_bytes) const;  // what so many bytes of whole elements become
+  uint64_t target_row_bytes() const { return cast_bytes(row_bytes); }
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
   auto operator<=>(const Copy2D&) const = default;
