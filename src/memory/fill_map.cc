@@ -31,13 +31,9 @@ uint64_t map_bytes(uint64_t block_count) {
   return base::align_up(kHeaderBytes + (block_count + 63) / 64 * sizeof(uint64_t), kHeaderBytes);
 }
 
-// The futex lives in shared memory, so the process-private variants do not apply.
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_ms) {
-  const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1'000'000};
-  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &timeout, nullptr, 0);
-}
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+// The word lives in shared memory, so the process-private operations do not apply.
+void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* timeout) {
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 }  // namespace
 
@@ -83,7 +79,7 @@ void FillMap::end(FillState state) {
 
 void FillMap::wake() {
   header().sequence.fetch_add(1, std::memory_order_release);
-  futex_wake_all(header().sequence);
+  futex(header().sequence, FUTEX_WAKE, INT_MAX, nullptr);
 }
 
 Result<FillView> FillView::open(const base::Fd& fd) {
@@ -143,7 +139,8 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
       }
       nap_ms = std::min(nap_ms, left_ms);
     }
-    futex_wait(header().sequence, sequence, nap_ms);
+    const timespec nap{0, nap_ms * base::kNsPerMs};  // below a second
+    futex(header().sequence, FUTEX_WAIT, sequence, &nap);
     if (!reached() && state() == FillState::filling) TRY(go_on());
   }
 }

@@ -24,6 +24,22 @@ constexpr uid_t kNobody = static_cast<uid_t>(-1);
 uint64_t alignment_of(uint64_t size_bytes) {
   return std::clamp(std::bit_floor(size_bytes), kSegmentBytesMin, kSegmentBytesMax);
 }
+
+// Moves the segments to consecutive addresses.
+Status place(SegmentRun& run) {
+  if (run.segments.empty()) return {};
+  const uint64_t size_bytes = run.size_bytes();
+  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
+  std::byte* const end = address + size_bytes;
+  for (Segment& segment : run.segments) {
+    if (const Status moved = segment.move_to(address); !moved) {
+      ::munmap(address, static_cast<size_t>(end - address));
+      return base::pass_on(moved);
+    }
+    address += segment.size_bytes();
+  }
+  return {};
+}
 }  // namespace
 
 std::vector<uint64_t> segment_sizes(uint64_t image_bytes) {
@@ -66,23 +82,6 @@ Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
   return Segment({std::move(fd), std::move(mapped)}, kNobody);
 }
 
-namespace {
-Status place(SegmentRun& run) {
-  if (run.segments.empty()) return {};
-  const uint64_t size_bytes = run.size_bytes();
-  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
-  std::byte* const end = address + size_bytes;
-  for (Segment& segment : run.segments) {
-    if (const Status moved = segment.move_to(address); !moved) {
-      ::munmap(address, static_cast<size_t>(end - address));
-      return base::pass_on(moved);
-    }
-    address += segment.size_bytes();
-  }
-  return {};
-}
-}  // namespace
-
 Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Segment& segment) {
     return segment.size_bytes() == size_bytes && segment.owner() == owner;
@@ -103,18 +102,19 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
                 " of host_memory ", base::human_bytes(limit_bytes_), " are in use");
   }
   SegmentRun run;
-  // What is kept are pages: fresh segments have none.
-  const auto give_up = [&](const base::Error& error) {
+  const auto fill = [&]() -> Status {
+    for (const uint64_t size : segment_sizes(image_bytes)) {
+      TRY_ASSIGN(Segment segment, take(size, owner));
+      run.segments.push_back(std::move(segment));
+    }
+    return place(run);
+  };
+  if (const Status filled = fill(); !filled) {
+    // What is kept are pages: fresh segments have none.
     std::erase_if(run.segments, [](const Segment& segment) { return segment.touched_bytes() == 0; });
     for (Segment& segment : run.segments) keep(std::move(segment));
-    return tl::unexpected(error);
-  };
-  for (const uint64_t size : segment_sizes(image_bytes)) {
-    auto segment = take(size, owner);
-    if (!segment) return give_up(segment.error());
-    run.segments.push_back(std::move(*segment));
+    return base::pass_on(filled);
   }
-  if (const Status placed = place(run); !placed) return give_up(placed.error());
   in_use_bytes_ += size_bytes;
   return run;
 }

@@ -109,7 +109,6 @@ class SegmentPool {
   uint64_t in_use_bytes() const { return in_use_bytes_; }
   uint64_t kept_bytes() const { return kept_bytes_; }
   uint64_t free_bytes() const { return limit_bytes_ - std::min(limit_bytes_, in_use_bytes_); }  // kept or not
-  size_t kept_count() const { return kept_.size(); }
 
  private:
   Result<Segment> take(uint64_t size_bytes, uid_t owner);

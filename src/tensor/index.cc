@@ -58,7 +58,6 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
   CHECK(files.size() == parts.size());
   Index index;
   uint64_t sum_bytes = 0;
-  size_t tensor_count = 0;
   for (size_t i = 0; i < files.size(); ++i) {
     const auto sum = base::checked_add(sum_bytes, files[i].size_bytes);
     if (!sum || *sum > kIndexBytesMax) {
@@ -66,14 +65,10 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
                   base::human_bytes(kIndexBytesMax), ", the most that can be mapped");
     }
     sum_bytes = *sum;
-    tensor_count += parts[i].tensors.size();
-  }
-  index.tensors.reserve(tensor_count);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    for (Tensor& tensor : parts[i].tensors) {
-      tensor.file = static_cast<uint32_t>(i);
-      index.tensors.push_back(std::move(tensor));
-    }
+    std::vector<Tensor>& tensors = parts[i].tensors;
+    for (Tensor& tensor : tensors) tensor.file = static_cast<uint32_t>(i);
+    index.tensors.insert(index.tensors.end(), std::make_move_iterator(tensors.begin()),
+                         std::make_move_iterator(tensors.end()));
     if (index.metadata.empty()) index.metadata = std::move(parts[i].metadata);
   }
   if (const Tensor* twin = sort_by_name(index.tensors)) {
