@@ -127,9 +127,7 @@ Result<tensor::CopyPlan> compile(const tensor::Index& index, std::span<const Req
                       .target_dtype = tensor::Dtype::bf16});
   }
   TRY_ASSIGN(tensor::CopyPlan plan, tensor::compile(wanted));
-  const uint64_t source_sizes[] = {index.files[0].size_bytes};
-  const uint64_t target_sizes[] = {target_bytes};
-  TRY(tensor::check_plan(plan, source_sizes, target_sizes));
+  TRY(tensor::check_plan(plan, index.files[0].size_bytes, target_bytes));
   if (plan.target_bytes() != target_bytes) return base::fail(base::Code::internal, "the plan leaves gaps");
   return plan;
 }

@@ -56,7 +56,6 @@ struct FileIdentity {
   uint64_t inode = 0;
   uint64_t size_bytes = 0;
   int64_t mtime_ns = 0;
-  bool operator==(const FileIdentity&) const = default;
   auto operator<=>(const FileIdentity&) const = default;
 };
 

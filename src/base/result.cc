@@ -1,7 +1,9 @@
 #include "base/result.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 
 namespace tensord::base {
 
@@ -19,36 +21,29 @@ Code code_from(uint32_t number) {
 }
 
 namespace {
-Code code_of(int errno_value) {
-  switch (errno_value) {
-    case ENOENT:
-    case ENOTDIR:
-      return Code::not_found;
-    case EACCES:
-    case EROFS:
-    case EPERM:
-      return Code::denied;
-    case ENOMEM:
-    case ENOSPC:
-    case EDQUOT:
-    case EMFILE:
-    case ENFILE:
-      return Code::exhausted;
-    case EINVAL:
-    case EISDIR:
-    case ELOOP:
-    case ENAMETOOLONG:
-    case ENXIO:
-      return Code::invalid_argument;
-    default:
-      return Code::unavailable;
-  }
-}
+using CodeRow = std::pair<int, Code>;
+constexpr CodeRow kCodes[] = {{ENOENT, Code::not_found},
+                              {ENOTDIR, Code::not_found},
+                              {EACCES, Code::denied},
+                              {EROFS, Code::denied},
+                              {EPERM, Code::denied},
+                              {ENOMEM, Code::exhausted},
+                              {ENOSPC, Code::exhausted},
+                              {EDQUOT, Code::exhausted},
+                              {EMFILE, Code::exhausted},
+                              {ENFILE, Code::exhausted},
+                              {EINVAL, Code::invalid_argument},
+                              {EISDIR, Code::invalid_argument},
+                              {ELOOP, Code::invalid_argument},
+                              {ENAMETOOLONG, Code::invalid_argument},
+                              {ENXIO, Code::invalid_argument}};
 }  // namespace
 
 Error errno_error(std::string_view what, int errno_value) {
+  const auto row = std::ranges::find(kCodes, errno_value, &CodeRow::first);
   char text[128];
-  return Error{code_of(errno_value), std::string(what) + ": " + strerror_r(errno_value, text, sizeof text)};
+  return Error{row != std::end(kCodes) ? row->second : Code::unavailable,
+               std::string(what) + ": " + strerror_r(errno_value, text, sizeof text)};
 }
 
 }  // namespace tensord::base

@@ -46,9 +46,7 @@ bool can_stream() { return stream_lines() != nullptr; }
 
 void stream_rows(const StreamedRows& rows) {
   CopyLines* const copy_lines = stream_lines();
-  const std::byte* source = rows.source;
-  std::byte* target = rows.target;
-  for (uint64_t row = 0; row < rows.row_count; ++row) {
+  rows.each([&](std::byte* target, const std::byte* source) {
     // Up to the first whole line of the target, its whole lines, and what is left.
     const uint64_t head = std::min(-reinterpret_cast<uint64_t>(target) % kLineBytes, rows.row_bytes);
     const uint64_t lines = (rows.row_bytes - head) / kLineBytes * kLineBytes;
@@ -56,9 +54,7 @@ void stream_rows(const StreamedRows& rows) {
     if (head > 0) std::memcpy(target, source, head);
     copy_lines(target + head, source + head, lines);
     if (tail > 0) std::memcpy(target + head + lines, source + head + lines, tail);
-    source += rows.source_pitch;
-    target += rows.target_pitch;
-  }
+  });
 }
 
 void end_streaming() { _mm_sfence(); }

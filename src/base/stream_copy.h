@@ -23,6 +23,14 @@ struct StreamedRows {
   uint64_t row_count;
   int64_t source_pitch;
   int64_t target_pitch;
+
+  // Calls copy(target, source) for each row.
+  template <typename Copy>
+  void each(const Copy& copy) const {
+    const std::byte* from = source;
+    std::byte* to = target;
+    for (uint64_t row = 0; row < row_count; ++row, from += source_pitch, to += target_pitch) copy(to, from);
+  }
 };
 
 // Only where can_stream(). Threads that synchronize with this one after end_streaming() see what it wrote. Ending after

@@ -2,6 +2,8 @@
 
 #include <cstdio>
 
+#include "base/bytes.h"
+
 namespace tensord::base {
 
 void append_text(std::string& out, double part) {
@@ -16,9 +18,7 @@ std::string quoted(std::string_view name) {
   for (const char c : name.substr(0, kShownMax)) {
     const auto byte = static_cast<unsigned char>(c);
     if (byte < 0x20 || byte == 0x7f) {
-      char escape[8];
-      std::snprintf(escape, sizeof escape, "\\x%02x", byte);
-      out += escape;
+      out += "\\x" + to_hex(&byte, 1);
     } else {
       if (c == '\'' || c == '\\') out += '\\';
       out += c;

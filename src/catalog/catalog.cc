@@ -5,10 +5,11 @@
 #include <sqlite3.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <span>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 
 #include "base/check.h"
@@ -25,7 +26,7 @@ namespace {
 
 constexpr int64_t kSchemaVersion = 1;
 // "TSND": whose file it is (sqlite.org/fileformat2.html, offset 68).
-constexpr uint64_t kApplicationId = 0x5453'4e44;
+constexpr int64_t kApplicationId = 0x5453'4e44;
 
 constexpr const char* kSchema = R"(
   CREATE TABLE files(
@@ -40,6 +41,8 @@ constexpr const char* kSchema = R"(
     UNIQUE(device, inode)) STRICT;
 )";
 
+constexpr const char* kReadSchema =
+    "SELECT count(*), application_id, user_version FROM sqlite_schema, pragma_application_id, pragma_user_version";
 constexpr const char* kFindFile =
     "SELECT path, layout_digest, leaves FROM files"
     " WHERE device = ?1 AND inode = ?2 AND size_bytes = ?3 AND mtime_ns = ?4";
@@ -48,49 +51,35 @@ constexpr const char* kInsertFile =
     " VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7)";
 constexpr const char* kForgetFiles =
     "DELETE FROM files WHERE number <= (SELECT number FROM files ORDER BY number DESC LIMIT 1 OFFSET ?1)";
-template <auto function>
+
 struct Release {
-  template <typename T>
-  void operator()(T* handle) const {
-    function(handle);
-  }
+  void operator()(sqlite3* database) const { sqlite3_close_v2(database); }
+  void operator()(sqlite3_stmt* statement) const { sqlite3_finalize(statement); }
 };
 
+using CodeRow = std::pair<int, Code>;
+constexpr CodeRow kCodes[] = {
+    {SQLITE_FULL, Code::exhausted},   {SQLITE_NOMEM, Code::exhausted},    {SQLITE_TOOBIG, Code::exhausted},
+    {SQLITE_PERM, Code::denied},      {SQLITE_AUTH, Code::denied},        {SQLITE_READONLY, Code::denied},
+    {SQLITE_BUSY, Code::unavailable}, {SQLITE_LOCKED, Code::unavailable}, {SQLITE_PROTOCOL, Code::unavailable}};
+
 Code code_of(int extended, int errno_value) {
-  switch (extended & 0xff) {
-    case SQLITE_FULL:
-    case SQLITE_NOMEM:
-    case SQLITE_TOOBIG:
-      return Code::exhausted;
-    case SQLITE_PERM:
-    case SQLITE_AUTH:
-    case SQLITE_READONLY:
-      return Code::denied;
-    case SQLITE_BUSY:
-    case SQLITE_LOCKED:
-    case SQLITE_PROTOCOL:
-      return Code::unavailable;
-    case SQLITE_IOERR:
-    case SQLITE_CANTOPEN:
-      return base::errno_error("", errno_value).code;
-    default:
-      return Code::corrupt;  // also statements that fit no table: the schema is not the one of its version
-  }
+  const int primary = extended & 0xff;
+  if (primary == SQLITE_IOERR || primary == SQLITE_CANTOPEN) return base::errno_error("", errno_value).code;
+  const auto row = std::ranges::find(kCodes, primary, &CodeRow::first);
+  // Corrupt are also statements that fit no table: the schema is not the one of its version.
+  return row != std::end(kCodes) ? row->second : Code::corrupt;
 }
 
-constexpr std::string_view hint_of(Code code) {
-  switch (code) {
-    case Code::exhausted:
-      return "; free space there";
-    case Code::denied:
-      return "; it must be writable by this user";
-    case Code::unavailable:
-      return "; another process may hold it";
-    case Code::corrupt:
-      return "; it can be deleted, the next loads fill it again";
-    default:
-      return "";
-  }
+using HintRow = std::pair<Code, std::string_view>;
+constexpr HintRow kHints[] = {{Code::exhausted, "; free space there"},
+                              {Code::denied, "; it must be writable by this user"},
+                              {Code::unavailable, "; another process may hold it"},
+                              {Code::corrupt, "; it can be deleted, the next loads fill it again"}};
+
+std::string_view hint_of(Code code) {
+  const auto row = std::ranges::find(kHints, code, &HintRow::first);
+  return row != std::end(kHints) ? row->second : "";
 }
 
 }  // namespace
@@ -98,7 +87,7 @@ constexpr std::string_view hint_of(Code code) {
 // An open database and the words for its failures.
 struct Connection {
   std::string path;
-  std::unique_ptr<sqlite3, Release<sqlite3_close_v2>> database;
+  std::unique_ptr<sqlite3, Release> database;
 
   tl::unexpected<Error> failed(std::string_view what, Code code, std::string_view why) const {
     return fail(code, text("catalog ", path, ": ", what, ": ", why, hint_of(code)));
@@ -147,12 +136,22 @@ class Query {
     return {};
   }
 
-  // The columns of the row, left to right; Code::corrupt where one does not fit its target.
-  template <typename... Targets>
-  Status read(Targets&... targets) const {
-    int column = 0;
-    if ((take(column++, targets) && ...)) return {};
-    return connection_.failed(what_, Code::corrupt, "the record is damaged");
+  // Columns of the row, from 0. What is damaged becomes some number or text.
+  int64_t integer(int column) const { return sqlite3_column_int64(statement_.get(), column); }
+  std::string bytes(int column) const {
+    const auto* data = static_cast<const char*>(sqlite3_column_blob(statement_.get(), column));
+    return std::string(data != nullptr ? data : "",
+                       static_cast<size_t>(sqlite3_column_bytes(statement_.get(), column)));
+  }
+  tl::unexpected<Error> damaged() const { return connection_.failed(what_, Code::corrupt, "the record is damaged"); }
+  // Code::corrupt where they are no whole ones.
+  Result<std::vector<tensor::Digest>> digests(int column) const {
+    const std::string raw = bytes(column);
+    std::vector<tensor::Digest> out(raw.size() / sizeof(tensor::Digest));
+    if (sqlite3_column_type(statement_.get(), column) != SQLITE_BLOB || out.size() * sizeof out[0] != raw.size())
+      return damaged();
+    if (!out.empty()) std::memcpy(out.data(), raw.data(), raw.size());
+    return out;
   }
 
  private:
@@ -163,15 +162,9 @@ class Query {
     return bound(
         sqlite3_bind_text64(statement_.get(), ++bound_count_, value.data(), value.size(), SQLITE_STATIC, SQLITE_UTF8));
   }
-  bool bind_raw(const void* data, size_t size_bytes) {
-    if (data == nullptr) data = "";  // an empty one must not become NULL
-    return bound(sqlite3_bind_blob64(statement_.get(), ++bound_count_, data, size_bytes, SQLITE_STATIC));
-  }
-  bool bind(const tensor::Digest& digest) { return bind_raw(&digest, sizeof digest); }
-  template <typename T>
-  bool bind(const std::vector<T>& values) {
-    static_assert(std::has_unique_object_representations_v<T>);
-    return bind_raw(values.data(), values.size() * sizeof(T));
+  bool bind(std::span<const tensor::Digest> values) {
+    const void* data = values.empty() ? "" : static_cast<const void*>(values.data());  // else it would become NULL
+    return bound(sqlite3_bind_blob64(statement_.get(), ++bound_count_, data, values.size_bytes(), SQLITE_STATIC));
   }
   bool bind(const base::FileIdentity& file) {
     return bind(file.device) && bind(file.inode) && bind(file.size_bytes) && bind(static_cast<uint64_t>(file.mtime_ns));
@@ -181,71 +174,37 @@ class Query {
     return code == SQLITE_OK;
   }
 
-  bool is(int type, int column) const { return sqlite3_column_type(statement_.get(), column) == type; }
-  std::string_view raw(int column) const {
-    const auto* data = static_cast<const char*>(sqlite3_column_blob(statement_.get(), column));
-    return {data, static_cast<size_t>(sqlite3_column_bytes(statement_.get(), column))};
-  }
-  bool take(int column, uint64_t& target) const {
-    if (!is(SQLITE_INTEGER, column)) return false;
-    target = static_cast<uint64_t>(sqlite3_column_int64(statement_.get(), column));
-    return true;
-  }
-  bool take(int column, std::string& target) const {
-    if (!is(SQLITE_TEXT, column)) return false;
-    target = raw(column);
-    return true;
-  }
-  template <typename T>
-  bool take(int column, std::vector<T>& target) const {
-    if (!is(SQLITE_BLOB, column) || raw(column).size() % sizeof(T) != 0) return false;
-    target.resize(raw(column).size() / sizeof(T));
-    if (!target.empty()) std::memcpy(target.data(), raw(column).data(), raw(column).size());
-    return true;
-  }
-  bool take(int column, tensor::Digest& target) const {
-    if (!is(SQLITE_BLOB, column) || raw(column).size() != sizeof target) return false;
-    std::memcpy(&target, raw(column).data(), sizeof target);
-    return true;
-  }
-
   const Connection& connection_;
   const std::string_view what_;
-  std::unique_ptr<sqlite3_stmt, Release<sqlite3_finalize>> statement_;
+  std::unique_ptr<sqlite3_stmt, Release> statement_;
   int bound_count_ = 0;
   bool ready_ = false;
 };
-
-// The only column of the only row.
-template <typename T>
-Status read_value(const Connection& connection, std::string_view what, const char* sql, T& value) {
-  Query query(connection, what, sql);
-  TRY(query.run());
-  return query.read(value);
-}
 
 // Writes the schema into an empty database and refuses one that is not ours.
 Status adopt(const Connection& connection) {
   constexpr std::string_view kWhat = "open";
   constexpr std::string_view kRead = "read the schema";
-  uint64_t table_count = 0, application = 0, version = 0;
-  TRY(read_value(connection, kRead, "SELECT count(*) FROM sqlite_schema", table_count));
-  if (table_count == 0) {
-    TRY(connection.execute("write the schema", text(kSchema, "PRAGMA application_id = ", kApplicationId,
-                                                    "; PRAGMA user_version = ", kSchemaVersion)));
+  int64_t table_count = 0, application = 0, version = 0;
+  {
+    Query query(connection, kRead, kReadSchema);
+    TRY(query.run());
+    table_count = query.integer(0), application = query.integer(1), version = query.integer(2);
   }
-  TRY(read_value(connection, kRead, "PRAGMA application_id", application));
-  TRY(read_value(connection, kRead, "PRAGMA user_version", version));
+  if (table_count == 0) {
+    return connection.execute("write the schema", text(kSchema, "PRAGMA application_id = ", kApplicationId,
+                                                       "; PRAGMA user_version = ", kSchemaVersion));
+  }
   if (application != kApplicationId) {
     return connection.failed(kWhat, Code::corrupt, "it is a database of another program");
   }
-  if (static_cast<int64_t>(version) > kSchemaVersion) {
+  if (version > kSchemaVersion) {
     return connection.failed(kWhat, Code::unsupported,
                              text("version ", version, " is of a newer tensord, this one knows ", kSchemaVersion,
                                   "; use that tensord or another state folder"));
   }
-  if (static_cast<int64_t>(version) < kSchemaVersion) {
-    return connection.failed(kWhat, Code::corrupt, text("there never was a version ", static_cast<int64_t>(version)));
+  if (version < kSchemaVersion) {
+    return connection.failed(kWhat, Code::corrupt, text("there never was a version ", version));
   }
   return connection.execute(kRead, kFindFile);  // all columns are there
 }
@@ -266,7 +225,9 @@ Status distrust(const Connection& connection) {
 Status use_wal(const Connection& connection, int busy_timeout_ms) {
   std::string mode;
   for (int waited_ms = 0;; ++waited_ms) {
-    const Status set = read_value(connection, "set up", "PRAGMA journal_mode = WAL", mode);
+    Query query(connection, "set up", "PRAGMA journal_mode = WAL");
+    const Status set = query.run();
+    mode = query.bytes(0);
     if (set) break;
     if (set.error().code != Code::unavailable || waited_ms >= busy_timeout_ms) return set;
     sqlite3_sleep(1);
@@ -311,8 +272,11 @@ Result<std::optional<FileRecord>> Catalog::find_file(const base::FileIdentity& i
   Query query(*connection_, "find a file", kFindFile, identity);
   TRY_ASSIGN(const bool found, query.step());
   if (!found) return std::nullopt;
-  FileRecord file{.identity = identity};
-  TRY(query.read(file.path, file.layout_digest, file.leaves));
+  FileRecord file{.identity = identity, .path = query.bytes(0)};
+  TRY_ASSIGN(const std::vector<tensor::Digest> layout_digest, query.digests(1));
+  TRY_ASSIGN(file.leaves, query.digests(2));
+  if (layout_digest.size() != 1) return query.damaged();
+  file.layout_digest = layout_digest[0];
   return file;
 }
 
@@ -323,7 +287,7 @@ Status Catalog::remember(const std::vector<FileRecord>& files) {
   };
   return connection_->transact(what, [&]() -> Status {
     for (const FileRecord& file : files) {
-      TRY(run(kInsertFile, file.identity, file.path, file.layout_digest, file.leaves));
+      TRY(run(kInsertFile, file.identity, file.path, std::span(&file.layout_digest, 1), std::span(file.leaves)));
     }
     return run(kForgetFiles, file_count_max_);
   });

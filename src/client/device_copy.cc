@@ -18,21 +18,6 @@ constexpr uint64_t kOuterIterationsMax = 1 << 16;
 constexpr size_t kRowsPerRequest = 200'000;       // 11 MB
 constexpr size_t kDescriptorsPerRequest = 1'900;  // a frame carries 2,048
 
-// Calls `take(source_offset, target_offset)` for each iteration of a record's outer loops.
-template <typename Take>
-void for_each_outer(const Copy2D& record, const Take& take) {
-  for (uint64_t iteration = 0; iteration < record.outer_iterations(); ++iteration) {
-    uint64_t rest = iteration, source = record.source_offset, target = record.target_offset;
-    for (size_t loop = 0; loop < record.outer_count; ++loop) {
-      const tensor::Repeat& outer = record.outer[loop];
-      source += rest % outer.count * static_cast<uint64_t>(outer.source_pitch);  // negative ones wrap, and back
-      target += rest % outer.count * static_cast<uint64_t>(outer.target_pitch);
-      rest /= outer.count;
-    }
-    take(source, target);
-  }
-}
-
 // What goes to one device, in requests that fit a frame.
 class DeviceRequests {
  public:
@@ -148,18 +133,13 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
   std::map<int, DeviceRequests> devices;
   for (const Copy2D& record : plan.records) {
     const uint64_t extent = (record.row_count - 1) * static_cast<uint64_t>(record.target_pitch) + record.row_bytes;
-    Status added;
-    for_each_outer(record, [&](uint64_t source_offset, uint64_t target_offset) {
-      const auto place = exports.find(target + target_offset, extent);
-      if (!place || !*place) {
-        added = place ? fail(Code::invalid_argument, "a target is no GPU memory any more") : base::pass_on(place);
-        return;
-      }
-      auto& requests =
-          devices.try_emplace((*place)->device, exports.devices().at((*place)->device), replica).first->second;
-      if (added) added = requests.add(record, source_offset, **place);
-    });
-    TRY(added);
+    for (uint64_t iteration = 0; iteration < record.outer_iterations(); ++iteration) {
+      const auto [source_offset, target_offset] = record.place(iteration);
+      TRY_ASSIGN(const std::optional<gpu::Exports::Place> place, exports.find(target + target_offset, extent));
+      if (!place) return fail(Code::invalid_argument, "a target is no GPU memory any more");
+      auto& requests = devices.try_emplace(place->device, exports.devices().at(place->device), replica).first->second;
+      TRY(requests.add(record, source_offset, *place));
+    }
   }
   std::vector<std::optional<Result<DeviceCopied>>> results(devices.size());
   std::vector<std::thread> threads;

@@ -419,9 +419,7 @@ Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const 
   Prepared prepared;
   TRY_ASSIGN(prepared.plan, tensor::compile(wanted));
   if (!all.empty()) prepared.target = {reinterpret_cast<std::byte*>(all.begin), all.end - all.begin};
-  const uint64_t source_bytes[] = {windows_.image_bytes};
-  const uint64_t target_bytes[] = {prepared.target.size_bytes};
-  TRY(tensor::check_plan(prepared.plan, source_bytes, target_bytes,
+  TRY(tensor::check_plan(prepared.plan, windows_.image_bytes, prepared.target.size(),
                          [&](size_t record) { return origin_of(prepared.plan.records[record], wanted); }));
   return prepared;
 }
@@ -474,7 +472,7 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
     for (const size_t at : split.to_host) to_host.push_back(orders[at]);
     TRY_ASSIGN(host, copy_to_host(to_host, options));
   }
-  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
+  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data());
   Result<DeviceCopied> copied;
   std::map<int, base::Error> refused;
   if (!split.to_device.empty()) {
@@ -517,13 +515,12 @@ Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const C
   memory::CopyOptions run{
       .thread_count = options.thread_count, .cancel = options.cancel, .keep_spans = connection_->keep_spans()};
   if (fill_->state() != memory::FillState::ready) {
-    run.ready = [this, &options](uint32_t, uint64_t offset, uint64_t size_bytes) {
+    run.ready = [this, &options](uint64_t offset, uint64_t size_bytes) {
       return wait_for(offset, size_bytes, -1, options.cancel);
     };
   }
-  const memory::CopySource sources[] = {{mapping_->data(), mapping_->size_bytes()}};
-  const memory::CopyTarget targets[] = {prepared.target};
-  TRY_ASSIGN(report.copy, memory::execute(prepared.plan, sources, targets, run));
+  TRY_ASSIGN(report.copy,
+             memory::execute(prepared.plan, {mapping_->data(), mapping_->size_bytes()}, prepared.target, run));
   report.copy_ns = base::monotonic_ns() - begin_ns - report.plan_ns;
   report_use(report);
   return report;

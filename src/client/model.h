@@ -182,7 +182,7 @@ class Model {
   Result<LoadReport> copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   struct Prepared {
     tensor::CopyPlan plan;
-    memory::CopyTarget target;  // the stretch of addresses that holds all orders' targets
+    std::span<std::byte> target;  // the stretch of addresses that holds all orders' targets
   };
   Result<Prepared> prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
   Status wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms,

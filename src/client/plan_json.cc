@@ -23,7 +23,7 @@ namespace {
 constexpr uint64_t kPackedAlignment = 8;
 constexpr uint64_t kPackedBytesMax = uint64_t{1} << 62;
 
-json record_json(const char* kind, const Copy2D& record) {
+json record_json(const char* kind, size_t file, const Copy2D& record) {
   json outer = json::array();
   for (size_t loop = 0; loop < record.outer_count; ++loop) {
     outer.push_back({{"count", record.outer[loop].count},
@@ -31,7 +31,7 @@ json record_json(const char* kind, const Copy2D& record) {
                      {"target_pitch", record.outer[loop].target_pitch}});
   }
   return {{"kind", kind},
-          {"source", record.source},
+          {"source", file},
           {"source_offset", record.source_offset},
           {"source_pitch", record.source_pitch},
           {"target_offset", record.target_offset},
@@ -47,7 +47,7 @@ Result<std::string> plan_json(const Index& index, const std::vector<std::string>
   json files = json::array(), items = json::array(), records = json::array(), fills = json::array();
   for (const tensor::IndexFile& file : index.files)
     files.push_back({{"path", file.path}, {"size_bytes", file.size_bytes}});
-  std::vector<tensor::Wanted> wanted;  // sources are the index's files, target 0 is the packed buffer
+  std::vector<std::vector<tensor::Wanted>> wanted(index.files.size());  // by the file that is their source
   uint64_t target_bytes = 0;
   for (const std::string& words : views) {
     TRY_ASSIGN(const tensor::ViewItem item, tensor::parse_view_item(words));
@@ -66,19 +66,19 @@ Result<std::string> plan_json(const Index& index, const std::vector<std::string>
                      {"shape", region.shape},
                      {"target_offset", target_bytes},
                      {"size_bytes", size_bytes}});
-    wanted.push_back({.label = tensor->name,
-                      .source = tensor->file,
-                      .from = std::move(region),
-                      .to = tensor::whole(packed, target_bytes)});
+    wanted[tensor->file].push_back(
+        {.label = tensor->name, .from = std::move(region), .to = tensor::whole(packed, target_bytes)});
     const uint64_t end = target_bytes + size_bytes;
     target_bytes = base::align_up(end, kPackedAlignment);
     if (target_bytes > kPackedBytesMax)
       return base::fail(Code::invalid_argument, "the views do not fit one buffer: at ", base::quoted(words));
     if (end < target_bytes)
-      fills.push_back(record_json("fill", {.target_offset = end, .row_bytes = target_bytes - end}));
+      fills.push_back(record_json("fill", 0, {.target_offset = end, .row_bytes = target_bytes - end}));
   }
-  TRY_ASSIGN(const tensor::CopyPlan plan, tensor::compile(wanted));
-  for (const Copy2D& record : plan.records) records.push_back(record_json("copy", record));
+  for (size_t file = 0; file < wanted.size(); ++file) {
+    TRY_ASSIGN(const tensor::CopyPlan plan, tensor::compile(wanted[file]));
+    for (const Copy2D& record : plan.records) records.push_back(record_json("copy", file, record));
+  }
   records.insert(records.end(), fills.begin(), fills.end());
   const json document = {{"files", std::move(files)},
                          {"items", std::move(items)},

@@ -30,51 +30,27 @@ namespace {
 // Tasks that a thread takes at a time: with 64, taking them costs little beside 100,000 copies of one byte each.
 constexpr size_t kPullMax = 64;
 
-// Where iteration `index` of a record's outer loops begins.
-struct Place {
-  int64_t source = 0;
-  int64_t target = 0;
-};
-Place place_of(const Copy2D& record, uint64_t index) {
-  Place place;
-  for (size_t at = 0; at < record.outer_count; ++at) {
-    const tensor::Repeat& loop = record.outer[at];
-    const auto step = static_cast<int64_t>(index % loop.count);
-    place.source += step * loop.source_pitch;
-    place.target += step * loop.target_pitch;
-    index /= loop.count;
-  }
-  return place;
-}
-
-// The bytes that `size_bytes` of whole elements of the source become.
-uint64_t cast_bytes(const Copy2D& record, uint64_t size_bytes) {
-  if (!record.casts()) return size_bytes;
-  return size_bytes / *dtype_bytes(record.source_dtype) * *dtype_bytes(record.target_dtype);
-}
-
-void run_task(const Copy2D& record, const Task& task, const CopySource& source, const CopyTarget& target,
-              Stores stores) {
+void run_task(const Copy2D& record, const Task& task, const std::byte* source, std::byte* target, Stores stores) {
   Plane plane;
   plane.stores = stores;
   plane.source_dtype = record.source_dtype;
   plane.target_dtype = record.target_dtype;
   plane.row_bytes = task.byte_count;
-  plane.target_row_bytes = cast_bytes(record, task.byte_count);
+  plane.target_row_bytes = record.cast_bytes(task.byte_count);
   plane.row_count = task.row_count;
   plane.source_row_pitch = record.source_pitch;
   plane.target_row_pitch = record.target_pitch;
   plane.source_line_pitch = record.outer[0].source_pitch;
   plane.target_line_pitch = record.outer[0].target_pitch;
   const uint64_t line_count = record.outer_count > 0 ? record.outer[0].count : 1;
-  const uint64_t target_byte = cast_bytes(record, task.byte_begin);
-  const auto row_begin = static_cast<int64_t>(task.row_begin);
+  const uint64_t target_byte = record.cast_bytes(task.byte_begin);
   for (uint64_t index = task.outer_begin, end = index + task.outer_count; index < end; index += plane.line_count) {
-    const Place place = place_of(record, index);
+    const Copy2D::Place place = record.place(index);
     plane.line_count = std::min(end - index, line_count - index % line_count);
     plane.source =
-        source.data + record.source_offset + task.byte_begin + (place.source + row_begin * record.source_pitch);
-    plane.target = target.data + record.target_offset + target_byte + (place.target + row_begin * record.target_pitch);
+        source + (place.source_offset + task.row_begin * static_cast<uint64_t>(record.source_pitch) + task.byte_begin);
+    plane.target =
+        target + (place.target_offset + task.row_begin * static_cast<uint64_t>(record.target_pitch) + target_byte);
     copy_plane(plane, record.is_transposed() && plane.line_count > 1 ? PlaneOrder::tiles : PlaneOrder::lines);
   }
 }
@@ -82,11 +58,10 @@ void run_task(const Copy2D& record, const Task& task, const CopySource& source, 
 // One call of execute(). Its threads pull tasks until there are none.
 class Execution {
  public:
-  Execution(const CopyPlan& plan, std::span<const CopySource> sources, std::span<const CopyTarget> targets,
-            const CopyOptions& options)
+  Execution(const CopyPlan& plan, const std::byte* source, std::byte* target, const CopyOptions& options)
       : plan_(plan),
-        sources_(sources),
-        targets_(targets),
+        source_(source),
+        target_(target),
         options_(options),
         target_bytes_(plan.target_bytes()),
         thread_count_(choose_thread_count()),
@@ -162,14 +137,14 @@ class Execution {
     if (options_.ready) {
       const int64_t begin_ns = base::monotonic_ns();
       const tensor::Extent extent = source_extent(record, task);
-      const Status status = options_.ready(record.source, extent.begin, extent.end - extent.begin);
+      const Status status = options_.ready(extent.begin, extent.end - extent.begin);
       mine.wait_ns += base::monotonic_ns() - begin_ns;
       TRY(status);
       if (stopped_) return {};
     }
     if (!began_.load(std::memory_order_relaxed)) began_ = true;
     const int64_t begin_ns = options_.keep_spans ? base::monotonic_ns() : 0;
-    run_task(record, task, sources_[record.source], targets_[record.target], stores_);
+    run_task(record, task, source_, target_, stores_);
     ++mine.task_count;
     if (options_.keep_spans) {
       mine.spans.push_back(
@@ -185,8 +160,8 @@ class Execution {
   }
 
   const CopyPlan& plan_;
-  const std::span<const CopySource> sources_;
-  const std::span<const CopyTarget> targets_;
+  const std::byte* const source_;
+  std::byte* const target_;
   const CopyOptions& options_;
   const uint64_t target_bytes_;
   const uint32_t thread_count_;
@@ -212,13 +187,10 @@ Status check_cancel(const int32_t* cancel) {
   return fail(Code::cancelled, "copy: cancelled by the caller");
 }
 
-Result<CopyReport> execute(const CopyPlan& plan, std::span<const CopySource> sources,
-                           std::span<const CopyTarget> targets, const CopyOptions& options) {
+Result<CopyReport> execute(const CopyPlan& plan, std::span<const std::byte> source, std::span<std::byte> target,
+                           const CopyOptions& options) {
   CHECK(options.task_bytes_max > 0);
-  for (const Copy2D& record : plan.records) {
-    CHECK(record.is_empty() || (record.source < sources.size() && record.target < targets.size()));
-  }
-  return Execution(plan, sources, targets, options).run();
+  return Execution(plan, source.data(), target.data(), options).run();
 }
 
 }  // namespace tensord::memory

@@ -26,15 +26,6 @@ inline constexpr uint64_t kInlineBytes = 4 << 20;
 inline constexpr int kCopyThreadsMax = 256;
 int usable_core_count();  // that this process may run on
 
-struct CopySource {
-  const std::byte* data = nullptr;
-  uint64_t size_bytes = 0;
-};
-struct CopyTarget {
-  std::byte* data = nullptr;
-  uint64_t size_bytes = 0;
-};
-
 // One run of copies, for traces.
 struct CopySpan {
   int64_t begin_ns = 0;  // base::monotonic_ns
@@ -54,9 +45,9 @@ struct CopyReport {
 
 struct CopyOptions {
   int thread_count = 0;  // 0: one per core this process may run on
-  // Called before a task reads bytes [offset, offset + size_bytes) of a source; may block until they are there. Called
+  // Called before a task reads bytes [offset, offset + size_bytes) of the source; may block until they are there. Called
   // from several threads at once. Tasks come in the plan's order, so that copying follows a filling replica.
-  std::function<Status(uint32_t source, uint64_t offset, uint64_t size_bytes)> ready;
+  std::function<Status(uint64_t offset, uint64_t size_bytes)> ready;
   const int32_t* cancel = nullptr;  // any thread may set it; checked between tasks: Code::cancelled
   bool keep_spans = false;
   uint64_t task_bytes_max = kTaskBytes;
@@ -65,11 +56,11 @@ struct CopyOptions {
 // Code::cancelled once `cancel` points to another number than 0.
 Status check_cancel(const int32_t* cancel);
 
-// `plan` must have passed check_plan with the sizes of these sources and targets (CHECK on numbers only). Threads are
-// started and ended within the call; after it returns, whatever the result, nothing touches the targets. The first
+// `plan` must have passed check_plan with the sizes of source and target. Threads are
+// started and ended within the call; after it returns, whatever the result, nothing touches the target. The first
 // error wins, and says in Error::target whether any task had begun to write. Casts are fused with the copy; transposes
 // of elements run in cache-sized tiles; no allocation grows with the payload. Source and target must not overlap.
-Result<CopyReport> execute(const tensor::CopyPlan& plan, std::span<const CopySource> sources,
-                           std::span<const CopyTarget> targets, const CopyOptions& options);
+Result<CopyReport> execute(const tensor::CopyPlan& plan, std::span<const std::byte> source, std::span<std::byte> target,
+                           const CopyOptions& options);
 
 }  // namespace tensord::memory

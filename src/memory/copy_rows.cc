@@ -23,29 +23,22 @@ struct Rows : base::StreamedRows {
 
 // False, and nothing is copied, unless the rows are of this size.
 template <size_t kBytes>
-bool copy_fixed(Rows rows) {
+bool copy_fixed(const Rows& rows) {
   if (rows.row_bytes != kBytes) return false;
-  for (uint64_t at = 0; at < rows.row_count; ++at) {
-    std::memcpy(rows.target, rows.source, kBytes);
-    rows.source += rows.source_pitch;
-    rows.target += rows.target_pitch;
-  }
+  rows.each([](std::byte* target, const std::byte* source) { std::memcpy(target, source, kBytes); });
   return true;
 }
 
 // Rows of kHalf to 2 x kHalf bytes: two copies that may overlap in the middle, instead of a call.
 template <size_t kHalf>
-void copy_between(Rows rows) {
-  const uint64_t second = rows.row_bytes - kHalf;
-  for (uint64_t at = 0; at < rows.row_count; ++at) {
+void copy_between(const Rows& rows) {
+  rows.each([second = rows.row_bytes - kHalf](std::byte* target, const std::byte* source) {
     std::array<std::byte, kHalf> low, high;
-    std::memcpy(low.data(), rows.source, kHalf);
-    std::memcpy(high.data(), rows.source + second, kHalf);
-    std::memcpy(rows.target, low.data(), kHalf);
-    std::memcpy(rows.target + second, high.data(), kHalf);
-    rows.source += rows.source_pitch;
-    rows.target += rows.target_pitch;
-  }
+    std::memcpy(low.data(), source, kHalf);
+    std::memcpy(high.data(), source + second, kHalf);
+    std::memcpy(target, low.data(), kHalf);
+    std::memcpy(target + second, high.data(), kHalf);
+  });
 }
 
 void copy_rows(const Rows& rows) {
@@ -64,13 +57,9 @@ void copy_rows(const Rows& rows) {
   if (rows.row_bytes < 16) return copy_between<8>(rows);
   if (rows.row_bytes < 32) return copy_between<16>(rows);
   if (rows.row_bytes < 64) return copy_between<32>(rows);
-  const std::byte* source = rows.source;
-  std::byte* target = rows.target;
-  for (uint64_t at = 0; at < rows.row_count; ++at) {
-    std::memcpy(target, source, rows.row_bytes);
-    source += rows.source_pitch;
-    target += rows.target_pitch;
-  }
+  rows.each([row_bytes = rows.row_bytes](std::byte* target, const std::byte* source) {
+    std::memcpy(target, source, row_bytes);
+  });
 }
 
 // The largest power of two whose square of rows fits the stage.
@@ -170,11 +159,8 @@ void cast_packed(const Plane& plane, const std::byte* source, std::byte* target,
 void cast_rows(const Plane& plane, const Rows& rows) {
   if (rows.row_bytes * 2 > kStageBytes) {
     const CastPath path = rows.stores == Stores::streamed ? CastPath::streamed : CastPath::fastest;
-    for (uint64_t at = 0; at < rows.row_count; ++at) {
-      const auto step = static_cast<int64_t>(at);
-      cast_packed(plane, rows.source + step * rows.source_pitch, rows.target + step * rows.target_pitch, rows.row_bytes,
-                  path);
-    }
+    rows.each(
+        [&](std::byte* target, const std::byte* source) { cast_packed(plane, source, target, rows.row_bytes, path); });
     return base::end_streaming();
   }
   alignas(64) std::array<std::byte, kStageBytes> gathered;

@@ -1,15 +1,11 @@
 #include "memory/fill_map.h"
 
-#include <fcntl.h>
 #include <linux/futex.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <climits>
 #include <cstring>
 
@@ -26,7 +22,6 @@ using base::fail;
 namespace {
 constexpr uint64_t kHeaderBytes = 4096;
 constexpr int64_t kAliveCheckMs = 100;
-constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK;
 
 std::atomic<uint64_t>* bit_words(std::byte* data) {
   return reinterpret_cast<std::atomic<uint64_t>*>(data + kHeaderBytes);
@@ -36,26 +31,17 @@ uint64_t map_bytes(uint64_t block_count) {
   return base::align_up(kHeaderBytes + (block_count + 63) / 64 * sizeof(uint64_t), kHeaderBytes);
 }
 
-// The futex lives in shared memory, so the process-private variants do not apply.
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_ms) {
-  const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1'000'000};
-  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &timeout, nullptr, 0);
-}
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+// The word lives in shared memory, so the process-private operations do not apply.
+void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* timeout) {
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 }  // namespace
 
 Result<FillMap> FillMap::create(uint64_t block_count, uint64_t total_bytes) {
   FillMap map;
-  const uint64_t size_bytes = map_bytes(block_count);
-  TRY_ASSIGN(map.fd_, make_memory_file("tensord-fill", size_bytes));
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, map.fd_.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map a fill map");
-  map.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
-  if (::fcntl(map.fd_.get(), F_ADD_SEALS, kSeals | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0) {
-    return base::fail_errno(errno, "seal a fill map");
-  }
+  TRY_ASSIGN(SharedMemory memory, make_shared_memory("tensord-fill", map_bytes(block_count), kHeaderBytes));
+  map.fd_ = std::move(memory.fd);
+  map.mapped_ = std::move(memory.mapped);
   FillHeader& header = map.header();
   header.magic = FillHeader::kMagic;
   header.total_bytes = total_bytes;
@@ -72,8 +58,7 @@ void FillMap::mark_block(uint64_t block, uint64_t size_bytes) {
 
 void FillMap::end_ready(const tensor::Digest& artifact_id) {
   std::copy(artifact_id.bytes.begin(), artifact_id.bytes.end(), header().artifact_id);
-  header().state.store(static_cast<uint32_t>(FillState::ready), std::memory_order_release);
-  wake();
+  end(FillState::ready);
 }
 
 void FillMap::end_failed(const base::Error& error) {
@@ -82,33 +67,26 @@ void FillMap::end_failed(const base::Error& error) {
   const size_t size = std::min(error.message.size(), sizeof(FillHeader::error_message) - 1);
   std::memcpy(header().error_message, error.message.data(), size);
   header().error_message[size] = '\0';
-  header().state.store(static_cast<uint32_t>(FillState::failed), std::memory_order_release);
-  wake();
+  end(FillState::failed);
 }
 
-void FillMap::void_it() {
-  header().state.store(static_cast<uint32_t>(FillState::failed), std::memory_order_release);
+void FillMap::void_it() { end(FillState::failed); }
+
+void FillMap::end(FillState state) {
+  header().state.store(static_cast<uint32_t>(state), std::memory_order_release);
   wake();
 }
 
 void FillMap::wake() {
   header().sequence.fetch_add(1, std::memory_order_release);
-  futex_wake_all(header().sequence);
+  futex(header().sequence, FUTEX_WAKE, INT_MAX, nullptr);
 }
 
 Result<FillView> FillView::open(const base::Fd& fd) {
-  struct stat status;
-  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 ||
-      status.st_size < static_cast<off_t>(kHeaderBytes)) {
-    return fail(Code::corrupt, "the daemon's fill map is not a sealed memory file");
-  }
-  const auto size_bytes = static_cast<uint64_t>(status.st_size);
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map the fill map");
   FillView view;
-  view.mapped_ = Mapped(static_cast<std::byte*>(data), size_bytes);
-  if (view.header().magic != FillHeader::kMagic || view.block_count() > size_bytes * 8 ||
+  TRY_ASSIGN(view.mapped_, map_shared_memory(fd, "the daemon's fill map"));
+  const uint64_t size_bytes = view.mapped_.size_bytes();
+  if (size_bytes < kHeaderBytes || view.header().magic != FillHeader::kMagic || view.block_count() > size_bytes * 8 ||
       map_bytes(view.block_count()) != size_bytes) {
     return fail(Code::corrupt, "the daemon's fill map has a header that makes no sense");
   }
@@ -161,7 +139,8 @@ Status FillView::wait_until(const std::function<bool()>& reached, int64_t timeou
       }
       nap_ms = std::min(nap_ms, left_ms);
     }
-    futex_wait(header().sequence, sequence, nap_ms);
+    const timespec nap{0, nap_ms * base::kNsPerMs};  // below a second
+    futex(header().sequence, FUTEX_WAIT, sequence, &nap);
     if (!reached() && state() == FillState::filling) TRY(go_on());
   }
 }

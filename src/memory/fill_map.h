@@ -84,6 +84,7 @@ class FillMap : public FillView {
 
  private:
   FillMap() = default;
+  void end(FillState state);
   void wake();
 
   base::Fd fd_;

@@ -32,10 +32,18 @@ class Mapped {
   uint64_t size_bytes_ = 0;
 };
 
-// A memfd that can be sealed.
-Result<base::Fd> make_memory_file(const char* name, uint64_t size_bytes);
-
 // Addresses without memory behind them, from a multiple of `alignment` (a power of two, of pages) on.
 Result<std::byte*> reserve_addresses(uint64_t size_bytes, uint64_t alignment);
+
+// A memfd with the only mapping for writing that there can be: sealed so that nobody else maps it so, shrinks or grows it.
+struct SharedMemory {
+  base::Fd fd;
+  Mapped mapped;
+};
+// Mapped from a multiple of `alignment` on.
+Result<SharedMemory> make_shared_memory(const char* name, uint64_t size_bytes, uint64_t alignment);
+
+// The same memory in another process, for reading. Code::corrupt, naming `what`, unless it is sealed as above.
+Result<Mapped> map_shared_memory(const base::Fd& fd, const char* what);
 
 }  // namespace tensord::memory

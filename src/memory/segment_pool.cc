@@ -1,13 +1,9 @@
 #include "memory/segment_pool.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <numeric>
 
 #include "base/bytes.h"
@@ -20,8 +16,6 @@ using base::Code;
 using base::fail;
 
 namespace {
-// FUTURE_WRITE leaves the mapping that is there writable and refuses every later one, and write().
-constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
 // Who has the segments that cannot be written to: no replica is of this uid (chown(2)).
 constexpr uid_t kNobody = static_cast<uid_t>(-1);
 
@@ -29,6 +23,22 @@ constexpr uid_t kNobody = static_cast<uid_t>(-1);
 // thousands of small ones lie close together and share page tables.
 uint64_t alignment_of(uint64_t size_bytes) {
   return std::clamp(std::bit_floor(size_bytes), kSegmentBytesMin, kSegmentBytesMax);
+}
+
+// Moves the segments to consecutive addresses.
+Status place(SegmentRun& run) {
+  if (run.segments.empty()) return {};
+  const uint64_t size_bytes = run.size_bytes();
+  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
+  std::byte* const end = address + size_bytes;
+  for (Segment& segment : run.segments) {
+    if (const Status moved = segment.move_to(address); !moved) {
+      ::munmap(address, static_cast<size_t>(end - address));
+      return base::pass_on(moved);
+    }
+    address += segment.size_bytes();
+  }
+  return {};
 }
 }  // namespace
 
@@ -61,48 +71,16 @@ uint64_t SegmentRun::size_bytes() const {
 }
 
 Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
-  TRY_ASSIGN(base::Fd fd, make_memory_file("tensord-segment", size_bytes));
-  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
-  void* data = ::mmap(address, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd.get(), 0);
-  if (data == MAP_FAILED) {
-    const int error = errno;
-    ::munmap(address, size_bytes);
-    return base::fail_errno(error, "map a memory segment");
-  }
-  Segment segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), owner);
-  if (::fcntl(segment.fd(), F_ADD_SEALS, kSeals) != 0) {
-    return base::fail_errno(errno, "seal a memory segment");
-  }
-  return segment;
+  TRY_ASSIGN(SharedMemory memory, make_shared_memory("tensord-segment", size_bytes, alignment_of(size_bytes)));
+  return Segment(std::move(memory), owner);
 }
 
 Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
-  struct stat status;
-  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 || size_bytes == 0 ||
-      static_cast<uint64_t>(status.st_size) != size_bytes)
-    return fail(Code::corrupt, "a kept segment is no sealed memory file of ", size_bytes, " bytes");
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map a kept segment");
-  return Segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), kNobody);
+  TRY_ASSIGN(Mapped mapped, map_shared_memory(fd, "a kept segment"));
+  if (mapped.size_bytes() != size_bytes)
+    return fail(Code::corrupt, "a kept segment has ", mapped.size_bytes(), " bytes, not ", size_bytes);
+  return Segment({std::move(fd), std::move(mapped)}, kNobody);
 }
-
-namespace {
-Status place(SegmentRun& run) {
-  if (run.segments.empty()) return {};
-  const uint64_t size_bytes = run.size_bytes();
-  TRY_ASSIGN(std::byte * address, reserve_addresses(size_bytes, alignment_of(size_bytes)));
-  std::byte* const end = address + size_bytes;
-  for (Segment& segment : run.segments) {
-    if (const Status moved = segment.move_to(address); !moved) {
-      ::munmap(address, static_cast<size_t>(end - address));
-      return base::pass_on(moved);
-    }
-    address += segment.size_bytes();
-  }
-  return {};
-}
-}  // namespace
 
 Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Segment& segment) {
@@ -124,18 +102,19 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
                 " of host_memory ", base::human_bytes(limit_bytes_), " are in use");
   }
   SegmentRun run;
-  // What is kept are pages: fresh segments have none.
-  const auto give_up = [&](const base::Error& error) {
+  const auto fill = [&]() -> Status {
+    for (const uint64_t size : segment_sizes(image_bytes)) {
+      TRY_ASSIGN(Segment segment, take(size, owner));
+      run.segments.push_back(std::move(segment));
+    }
+    return place(run);
+  };
+  if (const Status filled = fill(); !filled) {
+    // What is kept are pages: fresh segments have none.
     std::erase_if(run.segments, [](const Segment& segment) { return segment.touched_bytes() == 0; });
     for (Segment& segment : run.segments) keep(std::move(segment));
-    return tl::unexpected(error);
-  };
-  for (const uint64_t size : segment_sizes(image_bytes)) {
-    auto segment = take(size, owner);
-    if (!segment) return give_up(segment.error());
-    run.segments.push_back(std::move(*segment));
+    return base::pass_on(filled);
   }
-  if (const Status placed = place(run); !placed) return give_up(placed.error());
   in_use_bytes_ += size_bytes;
   return run;
 }
@@ -169,19 +148,15 @@ void SegmentPool::keep(Segment segment) {
 }
 
 std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
-  std::vector<Segment> oldest;
   std::stable_partition(kept_.begin(), kept_.end(), [](const Segment& one) { return one.owner() == kNobody; });
-  size_t kept_count = kept_.size();
-  auto first_to_stay = kept_.begin();
-  while ((first_to_stay != kept_.end() && first_to_stay->owner() == kNobody) || kept_bytes_ > free_bytes() ||
-         kept_count > kept_count_max) {
-    CHECK(first_to_stay != kept_.end());
-    kept_bytes_ -= first_to_stay->size_bytes();
-    --kept_count;
-    oldest.push_back(std::move(*first_to_stay));
-    ++first_to_stay;
-  }
-  kept_.erase(kept_.begin(), first_to_stay);
+  auto stay = kept_.begin();
+  const auto goes = [&] {
+    const auto kept_count = static_cast<size_t>(kept_.end() - stay);
+    return stay->owner() == kNobody || kept_bytes_ > free_bytes() || kept_count > kept_count_max;
+  };
+  for (; stay != kept_.end() && goes(); ++stay) kept_bytes_ -= stay->size_bytes();
+  std::vector<Segment> oldest(std::make_move_iterator(kept_.begin()), std::make_move_iterator(stay));
+  kept_.erase(kept_.begin(), stay);
   return oldest;
 }
 

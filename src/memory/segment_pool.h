@@ -39,26 +39,24 @@ struct AttachmentSlot {
   std::shared_ptr<Attachment> attachment GUARDED_BY(mutex);
 };
 
-// One memfd, mapped for writing here; sealed so that nobody else can map it so, shrink or grow it. Unmapped and closed
-// when it goes.
+// Memory that is unmapped and closed when it goes.
 class Segment {
  public:
-  Segment(base::Fd fd, Mapped mapped, uid_t owner) : fd_(std::move(fd)), mapped_(std::move(mapped)), owner_(owner) {}
+  Segment(SharedMemory memory, uid_t owner) : memory_(std::move(memory)), owner_(owner) {}
 
-  int fd() const { return fd_.get(); }
-  std::byte* data() const { return mapped_.data(); }
-  uint64_t size_bytes() const { return mapped_.size_bytes(); }
+  int fd() const { return memory_.fd.get(); }
+  std::byte* data() const { return memory_.mapped.data(); }
+  uint64_t size_bytes() const { return memory_.mapped.size_bytes(); }
   uid_t owner() const { return owner_; }
   // So many bytes from its beginning have their pages; the rest costs its first touch.
   uint64_t touched_bytes() const { return touched_bytes_; }
   void set_touched(uint64_t bytes) { touched_bytes_ = bytes; }
   const std::shared_ptr<AttachmentSlot>& slot() const { return slot_; }
 
-  Status move_to(std::byte* address) { return mapped_.move_to(address); }
+  Status move_to(std::byte* address) { return memory_.mapped.move_to(address); }
 
  private:
-  base::Fd fd_;
-  Mapped mapped_;
+  SharedMemory memory_;
   uid_t owner_ = 0;
   uint64_t touched_bytes_ = 0;
   std::shared_ptr<AttachmentSlot> slot_ = std::make_shared<AttachmentSlot>();
@@ -111,7 +109,6 @@ class SegmentPool {
   uint64_t in_use_bytes() const { return in_use_bytes_; }
   uint64_t kept_bytes() const { return kept_bytes_; }
   uint64_t free_bytes() const { return limit_bytes_ - std::min(limit_bytes_, in_use_bytes_); }  // kept or not
-  size_t kept_count() const { return kept_.size(); }
 
  private:
   Result<Segment> take(uint64_t size_bytes, uid_t owner);

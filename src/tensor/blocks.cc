@@ -17,49 +17,44 @@ class BlockCutter {
 
   void begin_window(const Window& window) {
     close();
-    window_ = window;
-    cursor_ = window.file_offset;
+    open_ = {.image_offset = window.image_offset, .file_offset = window.file_offset, .file = window.file};
+    open_.leaf_begin = leaf_count();
   }
 
   // Bytes of no tensor up to `file_end`: cut wherever a block is full.
   void add_untyped(uint64_t file_end) {
-    while (cursor_ < file_end) {
-      if (open_bytes_ == kBlockBytes) close();
-      const uint64_t piece = std::min(file_end - cursor_, kBlockBytes - open_bytes_);
-      open_bytes_ += piece;
-      cursor_ += piece;
+    while (open_.file_offset + open_.size_bytes < file_end) {
+      if (open_.size_bytes == kBlockBytes) close();
+      open_.size_bytes = std::min(file_end - open_.file_offset, kBlockBytes);
     }
   }
 
   void add_tensor(uint32_t tensor, uint64_t size_bytes) {
     for (uint64_t done = 0; done < size_bytes; done += kLeafBytes) {
       const uint64_t leaf_bytes = std::min(kLeafBytes, size_bytes - done);
-      if (open_bytes_ + leaf_bytes > kBlockBytes) close();
-      layout_.leaves.push_back(
-          {tensor, static_cast<uint32_t>(done / kLeafBytes), in_image(cursor_), cursor_, leaf_bytes});
-      open_bytes_ += leaf_bytes;
-      cursor_ += leaf_bytes;
+      if (open_.size_bytes + leaf_bytes > kBlockBytes) close();
+      layout_.leaves.push_back({tensor, static_cast<uint32_t>(done / kLeafBytes), open_.image_offset + open_.size_bytes,
+                                open_.file_offset + open_.size_bytes, leaf_bytes});
+      open_.size_bytes += leaf_bytes;
     }
   }
 
+  // The next block goes on where this one ends.
   void close() {
-    const auto leaf_end = static_cast<uint32_t>(layout_.leaves.size());
-    if (open_bytes_ > 0) {
-      const uint64_t begin = cursor_ - open_bytes_;
-      layout_.blocks.push_back({in_image(begin), begin, open_bytes_, window_.file, leaf_begin_, leaf_end});
-    }
-    open_bytes_ = 0;
-    leaf_begin_ = leaf_end;
+    if (open_.size_bytes == 0) return;
+    open_.leaf_end = leaf_count();
+    layout_.blocks.push_back(open_);
+    open_.image_offset += open_.size_bytes;
+    open_.file_offset += open_.size_bytes;
+    open_.size_bytes = 0;
+    open_.leaf_begin = open_.leaf_end;
   }
 
  private:
-  uint64_t in_image(uint64_t file_offset) const { return file_offset - window_.file_offset + window_.image_offset; }
+  uint32_t leaf_count() const { return static_cast<uint32_t>(layout_.leaves.size()); }
 
   ImageLayout& layout_;
-  Window window_;
-  uint64_t cursor_ = 0;      // file offset behind the last piece
-  uint64_t open_bytes_ = 0;  // of the block that is not closed yet; it ends at cursor_
-  uint32_t leaf_begin_ = 0;  // of that block
+  Block open_;  // not closed yet
 };
 
 // In file order, those that have bytes.

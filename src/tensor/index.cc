@@ -48,11 +48,16 @@ std::vector<uint32_t> in_file_order(std::span<const Tensor> tensors) {
   return order;
 }
 
+const Tensor* sort_by_name(std::vector<Tensor>& tensors) {
+  if (!std::ranges::is_sorted(tensors, {}, &Tensor::name)) std::ranges::stable_sort(tensors, {}, &Tensor::name);
+  const auto twin = std::ranges::adjacent_find(tensors, {}, &Tensor::name);
+  return twin == tensors.end() ? nullptr : &*twin;
+}
+
 Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> parts) {
   CHECK(files.size() == parts.size());
   Index index;
   uint64_t sum_bytes = 0;
-  size_t tensor_count = 0;
   for (size_t i = 0; i < files.size(); ++i) {
     const auto sum = base::checked_add(sum_bytes, files[i].size_bytes);
     if (!sum || *sum > kIndexBytesMax) {
@@ -60,23 +65,15 @@ Result<Index> join_files(std::vector<IndexFile> files, std::vector<FileTensors> 
                   base::human_bytes(kIndexBytesMax), ", the most that can be mapped");
     }
     sum_bytes = *sum;
-    tensor_count += parts[i].tensors.size();
-  }
-  index.tensors.reserve(tensor_count);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    for (Tensor& tensor : parts[i].tensors) {
-      tensor.file = static_cast<uint32_t>(i);
-      index.tensors.push_back(std::move(tensor));
-    }
+    std::vector<Tensor>& tensors = parts[i].tensors;
+    for (Tensor& tensor : tensors) tensor.file = static_cast<uint32_t>(i);
+    index.tensors.insert(index.tensors.end(), std::make_move_iterator(tensors.begin()),
+                         std::make_move_iterator(tensors.end()));
     if (index.metadata.empty()) index.metadata = std::move(parts[i].metadata);
   }
-  const auto by_name = [](const Tensor& a, const Tensor& b) { return a.name < b.name; };
-  if (parts.size() > 1) std::stable_sort(index.tensors.begin(), index.tensors.end(), by_name);
-  const auto twin = std::adjacent_find(index.tensors.begin(), index.tensors.end(),
-                                       [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
-  if (twin != index.tensors.end()) {
+  if (const Tensor* twin = sort_by_name(index.tensors)) {
     return fail(Code::corrupt, "tensor ", quoted(twin->name), " is in two files: ", files[twin->file].path, " and ",
-                files[std::next(twin)->file].path);
+                files[(twin + 1)->file].path);
   }
   index.files = std::move(files);
   return index;

@@ -63,6 +63,9 @@ struct Index {
 // Positions of the tensors as their bytes lie: by file, offset, size (empty ones first), then as they came.
 std::vector<uint32_t> in_file_order(std::span<const Tensor> tensors);
 
+// The first of two tensors of one name, as they came; nullptr where all names are distinct.
+const Tensor* sort_by_name(std::vector<Tensor>& tensors);
+
 // One file's part of an Index.
 struct FileTensors {
   std::vector<Tensor> tensors;  // sorted by name; Tensor::file is 0

@@ -15,8 +15,6 @@ namespace {
 
 using Wide = __int128;
 
-uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
-
 // Whether `outer` goes on where the last iteration of `inner` ends, on both sides.
 bool continues(const Repeat& inner, const Repeat& outer) {
   uint64_t count;
@@ -43,6 +41,8 @@ std::optional<Extent> reach(uint64_t offset, uint64_t row_bytes, std::span<const
 }
 
 }  // namespace
+
+uint64_t magnitude(int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : static_cast<uint64_t>(pitch); }
 
 Nest::Nest(const Copy2D& record) : head(record) {
   add({record.row_count, record.source_pitch, record.target_pitch});
@@ -125,30 +125,12 @@ Copy2D Nest::record() const {
   return record;
 }
 
-uint64_t Nest::record_count() const {
-  if (loop_count <= 1 + kOuterMax) return 1;
-  std::array<uint64_t, kRankMax> counts;
-  for (size_t at = 1; at < loop_count; ++at) counts[at - 1] = loops[at].count;
-  std::sort(counts.begin(), counts.begin() + loop_count - 1);
-  uint64_t count = 1;
-  for (size_t at = 0; at < loop_count - 1 - kOuterMax; ++at) {
-    if (__builtin_mul_overflow(count, counts[at], &count)) return std::numeric_limits<uint64_t>::max();
-  }
-  return count;
-}
-
 Status Nest::append_to(std::vector<Copy2D>& records) const {
-  if (record_count() > kRecordsMax - std::min(records.size(), kRecordsMax)) {
-    return fail(Code::unsupported, "plan a copy: it needs more than ", kRecordsMax, " records");
-  }
-  append_all_to(records);
-  return {};
-}
-
-void Nest::append_all_to(std::vector<Copy2D>& records) const {
   if (loop_count <= 1 + kOuterMax) {
+    if (records.size() >= kRecordsMax)
+      return fail(Code::unsupported, "plan a copy: it needs more than ", kRecordsMax, " records");
     records.push_back(record());
-    return;
+    return {};
   }
   // The loops with the fewest iterations outside of the rows make the fewest records.
   Nest rest = *this;
@@ -156,9 +138,10 @@ void Nest::append_all_to(std::vector<Copy2D>& records) const {
                                          [](const Repeat& a, const Repeat& b) { return a.count < b.count; });
   const Repeat loop = rest.take(static_cast<size_t>(shortest - rest.loops.begin()));
   for (uint64_t index = 0; index < loop.count; ++index) {
-    rest.append_all_to(records);
+    TRY(rest.append_to(records));
     rest.advance(loop, 1);
   }
+  return {};
 }
 
 std::optional<Extent> source_reach(const Nest& nest) {
@@ -172,7 +155,7 @@ std::optional<Extent> target_reach(const Nest& nest) {
 }
 
 void sort_records(std::vector<Copy2D>& records) {
-  const auto key = [](const Copy2D& a) { return std::tuple(a.source, a.source_offset, a.target, a.target_offset); };
+  const auto key = [](const Copy2D& a) { return std::pair(a.source_offset, a.target_offset); };
   const auto before = [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); };
   if (!std::is_sorted(records.begin(), records.end(), before)) std::stable_sort(records.begin(), records.end(), before);
 }

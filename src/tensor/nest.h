@@ -11,6 +11,8 @@
 
 namespace tensord::tensor {
 
+uint64_t magnitude(int64_t pitch);
+
 struct Nest {
   Copy2D head;  // its loop fields (row_count, pitches, outer) are unused
   std::array<Repeat, kRankMax> loops;
@@ -29,20 +31,18 @@ struct Nest {
   void simplify();
 
   // Appends the simplified nest as records: one, or several where there are more loops than a record holds.
-  // Code::unsupported, and nothing appended, beyond kRecordsMax.
+  // Code::unsupported beyond kRecordsMax.
   Status append_to(std::vector<Copy2D>& records) const;
 
  private:
   Copy2D record() const;
-  uint64_t record_count() const;
-  void append_all_to(std::vector<Copy2D>& records) const;
 };
 
 // The bytes that a nest reads, or writes; nullopt when that leaves the 64-bit address space.
 std::optional<Extent> source_reach(const Nest& nest);
 std::optional<Extent> target_reach(const Nest& nest);
 
-// Canonical order: by source, source_offset, target, target_offset.
+// Canonical order: by source_offset, then target_offset.
 void sort_records(std::vector<Copy2D>& records);
 
 }  // namespace tensord::tensor

@@ -17,17 +17,27 @@ uint64_t Copy2D::outer_iterations() const {
   return count;
 }
 
-uint64_t Copy2D::target_row_bytes() const {
-  if (!casts()) return row_bytes;
-  return row_bytes / dtype_bytes(source_dtype).value_or(1) * dtype_bytes(target_dtype).value_or(1);
+Copy2D::Place Copy2D::place(uint64_t iteration) const {
+  Place place{source_offset, target_offset};
+  for (size_t at = 0; at < outer_count; ++at) {
+    const uint64_t step = iteration % outer[at].count;
+    place.source_offset += step * static_cast<uint64_t>(outer[at].source_pitch);  // negative ones wrap, and back
+    place.target_offset += step * static_cast<uint64_t>(outer[at].target_pitch);
+    iteration /= outer[at].count;
+  }
+  return place;
+}
+
+uint64_t Copy2D::cast_bytes(uint64_t source_bytes) const {
+  if (!casts()) return source_bytes;
+  return source_bytes / dtype_bytes(source_dtype).value_or(1) * dtype_bytes(target_dtype).value_or(1);
 }
 
 uint64_t Copy2D::target_bytes() const { return target_row_bytes() * row_count * outer_iterations(); }
 
 bool Copy2D::is_transposed() const {
-  const auto distance = [](int64_t pitch) { return pitch < 0 ? -static_cast<uint64_t>(pitch) : uint64_t(pitch); };
   return row_bytes <= kTileRowBytes && outer_count > 0 && outer[0].source_pitch != 0 &&
-         distance(outer[0].source_pitch) < distance(source_pitch);
+         magnitude(outer[0].source_pitch) < magnitude(source_pitch);
 }
 
 uint64_t CopyPlan::target_bytes() const {

@@ -1,4 +1,5 @@
-// CopyPlan: a View compiled against an Index: a flat list of strided copies. A value without effects.
+// CopyPlan: a View compiled against an Index: a flat list of strided copies from one memory, the source, into another,
+// the target. A value without effects.
 //
 //   source  ....[row 0]......[row 1]......[row 2]....      source_pitch apart
 //   target  [row 0][row 1][row 2]                          target_pitch apart
@@ -45,8 +46,6 @@ struct Copy2D {
   uint8_t outer_count = 0;
   Dtype source_dtype = Dtype::u8;  // differ only where a cast is wanted; then row_bytes counts source bytes
   Dtype target_dtype = Dtype::u8;
-  uint32_t source = 0;  // which source memory
-  uint32_t target = 0;  // which target memory
   uint64_t source_offset = 0;
   uint64_t target_offset = 0;
   uint64_t row_bytes = 0;  // contiguous on both sides
@@ -58,14 +57,20 @@ struct Copy2D {
   bool casts() const { return source_dtype != target_dtype; }
   bool is_empty() const;              // moves nothing, wherever it points
   uint64_t outer_iterations() const;  // product of the outer counts
-  uint64_t target_row_bytes() const;
+  // Where one of these iterations begins, on either side; outer[0] counts fastest.
+  struct Place {
+    uint64_t source_offset = 0, target_offset = 0;
+  };
+  Place place(uint64_t iteration) const;
+  uint64_t cast_bytes(uint64_t source_bytes) const;  // what so many bytes of whole elements become
+  uint64_t target_row_bytes() const { return cast_bytes(row_bytes); }
   uint64_t target_bytes() const;
   bool is_transposed() const;  // small rows, and outer[0] reads closer together than the rows do
   auto operator<=>(const Copy2D&) const = default;
 };
 
 struct CopyPlan {
-  std::vector<Copy2D> records;  // canonical order: by source, source_offset, target, target_offset
+  std::vector<Copy2D> records;  // canonical order: by source_offset, then target_offset
 
   uint64_t target_bytes() const;  // sum over the records
   bool operator==(const CopyPlan&) const = default;
@@ -81,12 +86,10 @@ struct Extent {
 
 // --- compiling -------------------------------------------------------------------------------------------------
 
-// One wanted copy: `from` (a region of source memory `source`) into `to` (a region of target memory `target`).
+// One wanted copy: `from` (a region of the source) into `to` (a region of the target).
 // Shapes must be equal (a mismatch is Code::invalid_argument naming `label`). Where dtypes differ, `from` is cast.
 struct Wanted {
   std::string_view label;  // for messages: the tensor's name; must outlive the call
-  uint32_t source = 0;
-  uint32_t target = 0;
   Strided from;
   Strided to;
   Dtype source_dtype = Dtype::u8;
@@ -108,13 +111,12 @@ Result<CopyPlan> compile(std::span<const Wanted> wanted);
 using RecordName = std::function<std::string(size_t record)>;
 inline std::string no_name(size_t) { return {}; }
 
-// Source and target sizes by number. Refused with Code::invalid_argument, naming record and offsets: a number that is
-// out of range, reads or writes out of bounds, and two records (or two rows of one) that write one byte. Interval
+// Against the sizes of source and target. Refused with Code::invalid_argument, naming record and offsets: reads or writes
+// out of bounds, and two records (or two rows of one) that write one byte. Interval
 // arithmetic; only records whose extents meet are looked at more closely (equal pitches by residue, else row by row up
 // to 16 Mi rows, beyond which Code::unsupported). Records that move 0 bytes are ignored wherever they point. Broadcast
 // and overlapping reads are fine.
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  const RecordName& name = no_name);
+Status check_plan(const CopyPlan& plan, uint64_t source_bytes, uint64_t target_bytes, const RecordName& name = no_name);
 
 // A box out of a record: rows [row_begin, row_begin + row_count) of each of the iterations [outer_begin, outer_begin +
 // outer_count) of its outer loops, counted as one, outer[0] fastest; and, where a single row is larger than a task,

@@ -32,22 +32,18 @@ Status check_form(size_t number, const Copy2D& record) {
   return {};
 }
 
-Status check_bounds(size_t number, std::string_view side, uint32_t memory, std::span<const uint64_t> sizes,
-                    uint64_t offset, std::optional<Extent> extent) {
-  if (memory >= sizes.size()) return refuse(number, "names ", side, " ", memory, " of ", sizes.size());
-  if (!extent) {
-    return refuse(number, "leaves the address space of ", side, " ", memory, " from offset ", offset);
-  }
-  if (extent->end <= sizes[memory]) return {};
-  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of ", side, " ", memory, ", which has ",
-                sizes[memory]);
+Status check_bounds(size_t number, std::string_view side, uint64_t size_bytes, uint64_t offset,
+                    std::optional<Extent> extent) {
+  if (!extent) return refuse(number, "leaves the address space of the ", side, " from offset ", offset);
+  if (extent->end <= size_bytes) return {};
+  return refuse(number, "touches bytes ", extent->begin, " to ", extent->end, " of the ", side, ", which has ",
+                size_bytes);
 }
 
 // What one record writes: rows of row_bytes under loops with positive pitches, smallest innermost.
 struct Writes {
   uint32_t record = 0;
-  uint32_t target = 0;
-  Extent extent;
+  uint64_t begin = 0;
   uint64_t row_bytes = 0;
   struct Loop {
     uint64_t count, pitch;
@@ -60,13 +56,26 @@ struct Writes {
     for (size_t at = 0; at < loop_count; ++at) count = base::checked_multiply(count, loops[at].count).value_or(~0ull);
     return count;
   }
-  // The innermost loops alone, first iteration of the others.
-  Writes inner(size_t count, uint64_t begin) const {
+  // From the first byte to the last one of the innermost loops alone.
+  uint64_t span(size_t inner_loops) const {
+    uint64_t bytes = row_bytes;
+    for (size_t at = 0; at < inner_loops; ++at) bytes += (loops[at].count - 1) * loops[at].pitch;
+    return bytes;
+  }
+  uint64_t end() const { return begin + span(loop_count); }
+  // The innermost loops alone, in an iteration of the others that begins at `place`.
+  Writes inner(size_t inner_loops, uint64_t place) const {
     Writes part = *this;
-    part.loop_count = count;
-    part.extent = {begin, begin + row_bytes};
-    for (size_t at = 0; at < count; ++at) part.extent.end += (loops[at].count - 1) * loops[at].pitch;
+    part.begin = place;
+    part.loop_count = inner_loops;
     return part;
+  }
+  // Each loop steps over all that the loops inside of it write: then no row meets another.
+  bool is_nested() const {
+    for (size_t at = 0; at < loop_count; ++at) {
+      if (loops[at].pitch < span(at)) return false;
+    }
+    return true;
   }
 };
 
@@ -79,8 +88,7 @@ Writes writes_of(uint32_t number, const Copy2D& record) {
   nest.simplify();
   Writes writes;
   writes.record = number;
-  writes.target = record.target;
-  writes.extent = *target_reach(nest);
+  writes.begin = nest.head.target_offset;
   writes.row_bytes = nest.head.row_bytes;
   writes.loop_count = nest.loop_count;
   for (size_t at = 0; at < nest.loop_count; ++at) {
@@ -96,15 +104,12 @@ class Overlap {
   explicit Overlap(const RecordName& name) : name_(name) {}
   Status examine(std::span<Writes> all) {
     for (const Writes& one : all) TRY(examine_self(one));
-    const auto before = [](const Writes& a, const Writes& b) {
-      return a.target != b.target ? a.target < b.target : a.extent.begin < b.extent.begin;
-    };
+    const auto before = [](const Writes& a, const Writes& b) { return a.begin < b.begin; };
     if (!std::is_sorted(all.begin(), all.end(), before)) std::sort(all.begin(), all.end(), before);
     for (size_t begin = 0; begin < all.size();) {
       size_t end = begin + 1;
-      for (uint64_t reach = all[begin].extent.end;
-           end < all.size() && all[end].target == all[begin].target && all[end].extent.begin < reach; ++end) {
-        reach = std::max(reach, all[end].extent.end);
+      for (uint64_t reach = all[begin].end(); end < all.size() && all[end].begin < reach; ++end) {
+        reach = std::max(reach, all[end].end());
       }
       if (end - begin > 1) TRY(examine_cluster(all.subspan(begin, end - begin)));
       begin = end;
@@ -113,20 +118,10 @@ class Overlap {
   }
 
  private:
-  // Each loop steps over all that the loops inside of it write: then no row meets another.
-  static bool is_nested(const Writes& one) {
-    uint64_t span = one.row_bytes;
-    for (size_t at = 0; at < one.loop_count; ++at) {
-      if (one.loops[at].pitch < span) return false;
-      span += (one.loops[at].count - 1) * one.loops[at].pitch;
-    }
-    return true;
-  }
-
   Status examine_self(const Writes& one) {
-    if (is_nested(one)) return {};
+    if (one.is_nested()) return {};
     // The smallest pitch below the row: its second iteration writes into its first.
-    if (one.loops[0].pitch < one.row_bytes) return meet(one, one, one.extent.begin + one.loops[0].pitch);
+    if (one.loops[0].pitch < one.row_bytes) return meet(one, one, one.begin + one.loops[0].pitch);
     return examine_rows({&one, 1});
   }
 
@@ -142,7 +137,7 @@ class Overlap {
     uint64_t begin = ~uint64_t{0};
     for (const Writes& one : cluster) {
       if (one.loop_count > 0) pitch = std::max(pitch, one.loops[one.loop_count - 1].pitch);
-      begin = std::min(begin, one.extent.begin);
+      begin = std::min(begin, one.begin);
     }
     if (pitch == 0) return examine_rows(cluster);
     std::vector<Cell> cells;
@@ -150,12 +145,12 @@ class Overlap {
     for (const Writes& one : cluster) {
       const bool steps = one.loop_count > 0 && one.loops[one.loop_count - 1].pitch == pitch;
       const size_t rest_loops = one.loop_count - (steps ? 1 : 0);
-      const Extent rest = one.inner(rest_loops, one.extent.begin).extent;
-      const uint64_t column = (rest.begin - begin) % pitch;
-      const uint64_t row = (rest.begin - begin) / pitch;
-      if (rest.end - rest.begin > pitch - column) return examine_rows(cluster);  // wraps into the next row
+      const uint64_t width = one.span(rest_loops);
+      const uint64_t column = (one.begin - begin) % pitch;
+      const uint64_t row = (one.begin - begin) / pitch;
+      if (width > pitch - column) return examine_rows(cluster);  // wraps into the next row
       const uint64_t rows = steps ? one.loops[rest_loops].count : 1;
-      cells.push_back({&one, column, column + (rest.end - rest.begin), row, row + rows, rest_loops});
+      cells.push_back({&one, column, column + width, row, row + rows, rest_loops});
     }
     return examine_cells(cells, begin, pitch);
   }
@@ -194,7 +189,7 @@ class Overlap {
     for (uint32_t at = 0; at < cluster.size(); ++at) {
       const Writes& one = cluster[at];
       for (uint64_t index = 0, row_count = one.row_count(); index < row_count; ++index) {
-        uint64_t offset = one.extent.begin;
+        uint64_t offset = one.begin;
         uint64_t left = index;
         for (size_t loop = 0; loop < one.loop_count; ++loop) {
           offset += left % one.loops[loop].count * one.loops[loop].pitch;
@@ -213,11 +208,11 @@ class Overlap {
 
   tl::unexpected<base::Error> meet(const Writes& a, const Writes& b, uint64_t offset) const {
     if (a.record == b.record) {
-      return refuse(a.record, name_(a.record), "writes byte ", offset, " of target ", a.target, " more than once");
+      return refuse(a.record, name_(a.record), "writes byte ", offset, " of the target more than once");
     }
     const auto [first, second] = std::minmax(a.record, b.record);
     return refuse(first, name_(first), "and record ", second, " ", name_(second), "both write byte ", offset,
-                  " of target ", a.target);
+                  " of the target");
   }
 
   Status spend(uint64_t amount) {
@@ -235,8 +230,7 @@ class Overlap {
 
 }  // namespace
 
-Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, std::span<const uint64_t> target_sizes,
-                  const RecordName& name) {
+Status check_plan(const CopyPlan& plan, uint64_t source_bytes, uint64_t target_bytes, const RecordName& name) {
   if (plan.records.size() > ~uint32_t{0}) return fail(Code::unsupported, "check plan: more than 2^32 records");
   std::vector<Writes> writes;
   writes.reserve(plan.records.size());
@@ -245,8 +239,8 @@ Status check_plan(const CopyPlan& plan, std::span<const uint64_t> source_sizes, 
     TRY(check_form(number, record));
     if (record.is_empty()) continue;
     const Nest nest(record);
-    TRY(check_bounds(number, "source", record.source, source_sizes, record.source_offset, source_reach(nest)));
-    TRY(check_bounds(number, "target", record.target, target_sizes, record.target_offset, target_reach(nest)));
+    TRY(check_bounds(number, "source", source_bytes, record.source_offset, source_reach(nest)));
+    TRY(check_bounds(number, "target", target_bytes, record.target_offset, target_reach(nest)));
     writes.push_back(writes_of(static_cast<uint32_t>(number), record));
   }
   return Overlap(name).examine(writes);

@@ -65,8 +65,6 @@ Status compile_one(const Wanted& wanted, std::vector<Copy2D>& records) {
     return refuse(wanted, "shape ", shape_text(wanted.from.shape), " has too many elements to address");
   }
   Copy2D element;
-  element.source = wanted.source;
-  element.target = wanted.target;
   element.source_offset = wanted.from.offset;
   element.target_offset = wanted.to.offset;
   element.row_bytes = wanted.from.element_bytes;

@@ -20,10 +20,10 @@ namespace {
 // A stanza of testdata/*.plan; stanzas are separated by empty lines, `#` begins a comment.
 //
 //   test    what this shows, as a sentence
-//   model   [sN:]NAME DTYPE [SHAPE] @OFFSET                 a tensor; row-major, or `strides A,B` in bytes
-//   view    NAME[ITEMS] [swap A B].. [-> [tN:]OFFSET [strides A,B]] [as DTYPE]     without `->`: packed into target 0
+//   model   NAME DTYPE [SHAPE] @OFFSET                 a tensor; row-major, or `strides A,B` in bytes
+//   view    NAME[ITEMS] [swap A B].. [-> OFFSET [strides A,B]] [as DTYPE]          without `->`: packed
 //   given   a record as text, taken as it is
-//   do      canonical | window OFFSET SIZE | check SOURCE,SIZES TARGET,SIZES [complete]
+//   do      canonical | window OFFSET SIZE | check SOURCE_BYTES TARGET_BYTES [complete]
 //   plan    the expected records, one a line; `error` a part of the expected message; `ok` no error is all
 struct Stanza {
   struct Line {
@@ -97,7 +97,6 @@ class Play {
  private:
   struct Model {
     Tensor tensor;
-    uint32_t source = 0;
     std::optional<std::vector<int64_t>> strides;
   };
   struct View {
@@ -110,10 +109,6 @@ class Play {
     Model model;
     std::string name, dtype, shape, word;
     words >> name >> dtype >> shape;
-    if (const size_t colon = name.find(':'); colon != std::string::npos) {
-      model.source = static_cast<uint32_t>(std::stoul(name.substr(1)));
-      name = name.substr(colon + 1);
-    }
     model.tensor.name = name;
     model.tensor.dtype_text = dtype;
     model.tensor.dtype = parse_dtype(dtype);
@@ -141,7 +136,6 @@ class Play {
     const Model& model = found->second;
     Wanted& wanted = view.wanted;
     wanted.label = model.tensor.name;
-    wanted.source = model.source;
     wanted.source_dtype = wanted.target_dtype = model.tensor.dtype;
     TRY_ASSIGN(wanted.from, resolve(model.tensor, item.items, model.tensor.offset));
     if (model.strides) wanted.from.strides = *model.strides;
@@ -160,9 +154,7 @@ class Play {
       } else if (word == "->") {
         words >> word;
         view.is_packed = false;
-        const size_t colon = word.find(':');
-        if (colon != std::string::npos) wanted.target = static_cast<uint32_t>(std::stoul(word.substr(1)));
-        wanted.to.offset = std::stoull(colon == std::string::npos ? word : word.substr(colon + 1));
+        wanted.to.offset = std::stoull(word);
       } else if (word == "strides") {
         words >> word;
         strides = numbers<int64_t>(word);
@@ -202,19 +194,19 @@ class Play {
     plan.records.insert(plan.records.end(), given.records.begin(), given.records.end());
     for (const std::string& step : steps_) {
       std::istringstream words(step);
-      std::string verb, sources, targets, coverage;
+      std::string verb, coverage;
       words >> verb;
       if (verb == "canonical") plan = canonical(plan);
       if (verb == "window") {
         uint64_t offset = 0, size_bytes = 0;
         words >> offset >> size_bytes;
-        plan = window(plan, 0, offset, size_bytes);
+        plan = window(plan, offset, size_bytes);
       }
       if (verb == "check") {
-        words >> sources >> targets >> coverage;
-        const std::vector<uint64_t> target_sizes = numbers<uint64_t>(targets);
-        TRY(check_plan(plan, numbers<uint64_t>(sources), target_sizes));
-        if (coverage == "complete") TRY(check_complete(plan, target_sizes));
+        uint64_t source_bytes = 0, target_bytes = 0;
+        words >> source_bytes >> target_bytes >> coverage;
+        TRY(check_plan(plan, source_bytes, target_bytes));
+        if (coverage == "complete") TRY(check_complete(plan, target_bytes));
       }
     }
     return plan;
@@ -249,7 +241,7 @@ struct Painted {
   bool leaves = false;  // some byte is out of bounds
 };
 
-// Follows a plan from source 0 to target 0.
+// Follows a plan from source to target.
 Painted paint(const CopyPlan& plan, uint64_t source_size, uint64_t target_size) {
   Painted out{std::vector<int64_t>(target_size, kNothing)};
   for (const Copy2D& record : plan.records) {
@@ -336,14 +328,13 @@ TEST(Plan, a_plan_is_accepted_exactly_when_no_byte_is_written_twice_or_out_of_bo
     constexpr uint64_t kSource = 150, kTarget = 150;
     const CopyPlan plan = RandomPlan(seed).make(kSource, kTarget);
     const Painted painted = paint(plan, kSource, kTarget);
-    const std::array<uint64_t, 1> sources = {kSource}, targets = {kTarget};
-    const Status status = check_plan(plan, sources, targets);
+    const Status status = check_plan(plan, kSource, kTarget);
     ASSERT_EQ(status.has_value(), !painted.overlaps && !painted.leaves)
         << to_text(plan) << (status ? "" : status.error().message);
     if (!status) return;
     ++good_count;
     const bool is_complete = std::count(painted.bytes.begin(), painted.bytes.end(), kNothing) == 0;
-    ASSERT_EQ(check_complete(plan, targets).has_value(), is_complete) << to_text(plan);
+    ASSERT_EQ(check_complete(plan, kTarget).has_value(), is_complete) << to_text(plan);
     ASSERT_EQ(paint(canonical(plan), kSource, kTarget).bytes, painted.bytes) << to_text(plan);
     ASSERT_EQ(to_text(parse_plan(to_text(plan))), to_text(plan));
   });
@@ -358,7 +349,7 @@ TEST(Plan, a_window_paints_what_the_plan_paints_there) {
     const uint64_t offset = random.below(kTarget);
     const uint64_t size_bytes = random.below(kTarget - offset + 1);
     const Painted all = paint(plan, kSource, kTarget);
-    const Painted part = paint(window(plan, 0, offset, size_bytes), kSource, size_bytes);
+    const Painted part = paint(window(plan, offset, size_bytes), kSource, size_bytes);
     const auto begin = all.bytes.begin() + static_cast<int64_t>(offset);
     ASSERT_FALSE(part.leaves);
     ASSERT_EQ(part.bytes, std::vector<int64_t>(begin, begin + static_cast<int64_t>(size_bytes)))
@@ -386,24 +377,22 @@ TEST(Plan, thousands_of_experts_are_one_record_for_each_matrix) {
   const auto plan = compile(wanted);
   ASSERT_TRUE(plan);
   EXPECT_EQ(plan->records.size(), 18432u);
-  const std::array<uint64_t, 1> sources = {source}, targets = {target};
-  const Status status = check_plan(*plan, sources, targets);
+  const Status status = check_plan(*plan, source, target);
   EXPECT_TRUE(status) << status.error().message;
-  EXPECT_TRUE(check_complete(*plan, targets));
+  EXPECT_TRUE(check_complete(*plan, target));
 }
 
 TEST(Plan, a_dense_model_of_443_tensors_is_at_most_443_records) {
   std::vector<Wanted> wanted;
-  std::vector<uint64_t> source_sizes, target_sizes;
-  // The first of two tensor-parallel ranks of Qwen3-14B; each tensor in memories of its own.
+  uint64_t source = 0, target = 0;
+  // The first of two tensor-parallel ranks of Qwen3-14B; tensors have gaps between them.
   const auto add = [&](uint64_t rows, uint64_t columns, uint64_t rows_kept, uint64_t columns_kept) {
     Wanted one;
     one.label = "w";
-    one.source = one.target = static_cast<uint32_t>(wanted.size());
-    one.from = {0, {rows_kept, columns_kept}, {static_cast<int64_t>(columns) * 2, 2}, 2};
-    one.to = {0, {rows_kept, columns_kept}, {static_cast<int64_t>(columns_kept) * 2, 2}, 2};
-    source_sizes.push_back(rows * columns * 2);
-    target_sizes.push_back(rows_kept * columns_kept * 2);
+    one.from = {source, {rows_kept, columns_kept}, {static_cast<int64_t>(columns) * 2, 2}, 2};
+    one.to = {target, {rows_kept, columns_kept}, {static_cast<int64_t>(columns_kept) * 2, 2}, 2};
+    source += rows * columns * 2 + 64;
+    target += rows_kept * columns_kept * 2;
     wanted.push_back(one);
   };
   for (int layer = 0; layer < 40; ++layer) {
@@ -418,8 +407,8 @@ TEST(Plan, a_dense_model_of_443_tensors_is_at_most_443_records) {
   const auto plan = compile(wanted);
   ASSERT_TRUE(plan);
   EXPECT_EQ(plan->records.size(), 443u);
-  EXPECT_TRUE(check_plan(*plan, source_sizes, target_sizes));
-  EXPECT_TRUE(check_complete(*plan, target_sizes));
+  EXPECT_TRUE(check_plan(*plan, source, target));
+  EXPECT_TRUE(check_complete(*plan, target));
 }
 
 TEST(Plan, hostile_shapes_are_refused_and_never_wrap_around) {
@@ -442,7 +431,7 @@ TEST(Plan, hostile_shapes_are_refused_and_never_wrap_around) {
     ASSERT_FALSE(plan) << to_text(*plan);
     EXPECT_EQ(plan.error().code, base::Code::invalid_argument);
   }
-  // 3^35 records: refused before they are made.
+  // 3^35 records: refused before they are more than a plan may have.
   Strided from{0, std::vector<uint64_t>(40, 3), std::vector<int64_t>(40), 1};
   for (int64_t& stride : from.strides) stride = (&stride - from.strides.data()) * 1000 + 7;
   Strided to = from;

@@ -11,7 +11,7 @@
 namespace tensord::tensor {
 
 // One line a record:
-//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B            (sources and targets other than 0 as `s1:1006`, `t2:0`)
+//   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B
 //   1006 pitch 12 -> 0 pitch 6   8 rows x 6 B   x 4 pitch 96 -> 48
 //   0 -> 0   1 row x 64 B   F32 as BF16
 std::string to_text(const CopyPlan& plan);
@@ -23,10 +23,10 @@ class RecordText {
 
   Copy2D read() {
     Copy2D record;
-    read_place(record.source, record.source_offset);
+    record.source_offset = number<uint64_t>();
     read_pitch(record.source_pitch);
     expect("->");
-    read_place(record.target, record.target_offset);
+    record.target_offset = number<uint64_t>();
     read_pitch(record.target_pitch);
     record.row_count = number<uint64_t>();
     next();  // row, rows
@@ -72,12 +72,6 @@ class RecordText {
     Number value = 0;
     std::istringstream(take()) >> value;
     return value;
-  }
-  void read_place(uint32_t& memory, uint64_t& offset) {
-    const std::string place = take();
-    const size_t colon = place.find(':');
-    if (colon != std::string::npos) memory = static_cast<uint32_t>(std::stoul(place.substr(1)));
-    offset = std::stoull(colon == std::string::npos ? place : place.substr(colon + 1));
   }
   void read_pitch(int64_t& pitch) {
     if (accept("pitch")) pitch = number<int64_t>();

@@ -7,17 +7,13 @@ using base::text;
 
 namespace {
 
-std::string place(char memory, uint32_t number, uint64_t offset) {
-  return number == 0 ? text(offset) : text(std::string(1, memory), number, ":", offset);
-}
-
 std::string counted(uint64_t count, std::string_view noun) { return text(count, " ", noun, count == 1 ? "" : "s"); }
 
 std::string record_text(const Copy2D& record) {
   const bool has_rows = record.row_count != 1;
-  std::string out = place('s', record.source, record.source_offset);
+  std::string out = text(record.source_offset);
   if (has_rows) out += text(" pitch ", record.source_pitch);
-  out += text(" -> ", place('t', record.target, record.target_offset));
+  out += text(" -> ", record.target_offset);
   if (has_rows) out += text(" pitch ", record.target_pitch);
   out += text("   ", counted(record.row_count, "row"), " x ", record.row_bytes, " B");
   for (size_t at = 0; at < record.outer_count; ++at) {

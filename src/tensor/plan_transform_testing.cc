@@ -21,19 +21,15 @@ uint64_t distance(const Copy2D& record) { return record.target_offset - record.s
 
 // Joins neighbours in the list that overlap or touch and have equal distance. Sorted by distance, then offset.
 void join_rows(std::vector<Copy2D>& rows) {
-  const auto key = [](const Copy2D& a) {
-    return std::tuple(a.source, a.target, distance(a), a.target_offset, a.row_bytes);
-  };
+  const auto key = [](const Copy2D& a) { return std::tuple(distance(a), a.target_offset, a.row_bytes); };
   std::sort(rows.begin(), rows.end(), [&](const Copy2D& a, const Copy2D& b) { return key(a) < key(b); });
   size_t kept = 0;
   for (size_t at = 1; at < rows.size(); ++at) {
     Copy2D& row = rows[kept];
     const Copy2D& next = rows[at];
-    const bool is_sibling =
-        std::tuple(row.source, row.target, distance(row)) == std::tuple(next.source, next.target, distance(next));
     const auto row_end = base::checked_add(row.target_offset, row.row_bytes);
     const auto next_end = base::checked_add(next.target_offset, next.row_bytes);
-    if (is_sibling && row_end && next_end && next.target_offset <= *row_end) {
+    if (distance(row) == distance(next) && row_end && next_end && next.target_offset <= *row_end) {
       row.row_bytes = std::max(*row_end, *next_end) - row.target_offset;
     } else {
       rows[++kept] = next;
@@ -69,17 +65,13 @@ CopyPlan canonical(CopyPlan plan) {
 
 // --- completeness ---------------------------------------------------------------------------------------------------
 
-Status check_complete(const CopyPlan& plan, std::span<const uint64_t> target_sizes) {
-  std::vector<uint64_t> written(target_sizes.size());
+Status check_complete(const CopyPlan& plan, uint64_t target_bytes) {
+  uint64_t written = 0;
   for (const Copy2D& record : plan.records) {
-    if (!record.is_empty()) written[record.target] += record.target_bytes();
+    if (!record.is_empty()) written += record.target_bytes();
   }
-  for (uint32_t target = 0; target < target_sizes.size(); ++target) {
-    if (written[target] == target_sizes[target]) continue;
-    return fail(Code::invalid_argument, "target ", target, " has ", target_sizes[target], " bytes, of which ",
-                written[target], " are written");
-  }
-  return {};
+  if (written == target_bytes) return {};
+  return fail(Code::invalid_argument, "the target has ", target_bytes, " bytes, of which ", written, " are written");
 }
 
 // --- window --------------------------------------------------------------------------------------------------------
@@ -136,7 +128,6 @@ class Cut {
 
   Status emit(Nest nest) {
     nest.head.target_offset -= inside_.begin;
-    nest.head.target = 0;
     nest.simplify();
     return nest.append_to(out_);
   }
@@ -147,12 +138,12 @@ class Cut {
 
 }  // namespace
 
-CopyPlan window(const CopyPlan& plan, uint32_t target, uint64_t offset, uint64_t size_bytes) {
+CopyPlan window(const CopyPlan& plan, uint64_t offset, uint64_t size_bytes) {
   CopyPlan out;
   const Extent inside{offset, base::checked_add(offset, size_bytes).value_or(~uint64_t{0})};
   if (size_bytes == 0) return out;
   for (const Copy2D& record : plan.records) {
-    if (record.target != target || record.is_empty()) continue;
+    if (record.is_empty()) continue;
     CHECK(!record.casts());
     Nest nest(record);
     nest.simplify();

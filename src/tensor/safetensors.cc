@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -35,33 +36,41 @@ struct JsonValue {
 
 using Kind = JsonValue::Kind;
 
-// What a reader of some format overrides. An event that fails ends the walk with its error. `path`: the keys around the
-// value, of which any may be there twice; "" for an array.
-class JsonEvents {
+// One JSON value (RFC 8259), white space around it allowed, read as events for the class that knows its format. Refused
+// with Code::corrupt, beginning with `where`: what is not JSON or not UTF-8 (with the byte where it stops being so), or
+// nested deeper than kJsonDepthMax.
+class JsonReader {
  public:
-  virtual ~JsonEvents() = default;
-  virtual Status value(std::span<const std::string> path, JsonValue&& value) = 0;
-  virtual Status end(std::span<const std::string> path) = 0;  // of an object or array
-};
+  explicit JsonReader(std::string where) : where_(std::move(where)) {}
+  virtual ~JsonReader() = default;
 
-// The library's interface on one side, JsonEvents on the other. Every function says whether to go on.
-class Adapter {
- public:
-  Adapter(const std::string& where, JsonEvents& events) : where_(where), events_(events) {}
+  Status read(std::string_view json) {
+    // The library takes a NUL for the end of its input.
+    if (const size_t nul = json.find('\0'); nul != std::string_view::npos) {
+      return fail(Code::corrupt, where_, " is not valid JSON at byte ", nul + 1);
+    }
+    try {
+      nlohmann::json::sax_parse(json.begin(), json.end(), this);
+    } catch (const std::exception& error) {
+      return fail(Code::exhausted, where_, " could not be read: ", error.what());
+    }
+    return status_;
+  }
 
-  bool null() { return give({Kind::null, "null"}); }
-  bool boolean(bool value) { return give({Kind::other, value ? "true" : "false"}); }
-  bool number_integer(int64_t) { return give({Kind::other, "a negative number"}); }
-  bool number_unsigned(uint64_t value) { return give({Kind::natural, "a number", {}, value}); }
+  // The library's interface. Every function says whether to go on.
+  bool null() { return keep(value({Kind::null, "null"})); }
+  bool boolean(bool given) { return keep(value({Kind::other, given ? "true" : "false"})); }
+  bool number_integer(int64_t) { return keep(value({Kind::other, "a negative number"})); }
+  bool number_unsigned(uint64_t given) { return keep(value({Kind::natural, "a number", {}, given})); }
   bool number_float(double, const std::string& digits) {
     const bool whole = digits.find_first_of(".eE") == std::string::npos;
-    return give({Kind::other, whole ? "a number beyond 64 bits" : "a fraction"});
+    return keep(value({Kind::other, whole ? "a number beyond 64 bits" : "a fraction"}));
   }
-  bool string(std::string& value) { return give({Kind::string, "a string", std::move(value)}); }
+  bool string(std::string& given) { return keep(value({Kind::string, "a string", std::move(given)})); }
   bool binary(nlohmann::json::binary_t&) { return false; }  // CBOR and its like only
   bool start_object(size_t) { return enter({Kind::object, "an object"}); }
-  bool key(std::string& name) { return path_.back() = std::move(name), true; }
-  bool end_object() { return path_.pop_back(), keep(events_.end(path_)); }
+  bool key(std::string& name) { return keys_.back() = std::move(name), true; }
+  bool end_object() { return keys_.pop_back(), keep(end()); }
   bool start_array(size_t) { return enter({Kind::array, "an array"}); }
   bool end_array() { return end_object(); }
   bool parse_error(size_t byte, const std::string&, const nlohmann::json::exception& error) {
@@ -70,45 +79,33 @@ class Adapter {
     return keep(fail(Code::corrupt, where_, encoding ? " is not UTF-8" : " is not valid JSON", " at byte ", byte));
   }
 
-  Status status() && { return std::move(status_); }
+ protected:
+  virtual Status value(JsonValue&& value) = 0;
+  virtual Status end() { return {}; }  // of an object or array
+
+  tl::unexpected<base::Error> refuse(const auto&... what) const {
+    return fail(Code::corrupt, where_, " has ", what...);
+  }
+
+  const std::string where_;
+  std::vector<std::string> keys_;  // around the value, of which any may be there twice; "" for an array
 
  private:
   bool keep(Status status) {
-    if (status) return true;
     status_ = std::move(status);
-    return false;
+    return status_.has_value();
   }
-  bool give(JsonValue&& value) { return keep(events_.value(path_, std::move(value))); }
-  bool enter(JsonValue&& value) {
-    if (path_.size() == kJsonDepthMax) {
+  bool enter(JsonValue&& opened) {
+    if (keys_.size() == kJsonDepthMax) {
       return keep(fail(Code::corrupt, where_, " nests deeper than ", kJsonDepthMax, " levels"));
     }
-    if (!give(std::move(value))) return false;
-    path_.emplace_back();
+    if (!keep(value(std::move(opened)))) return false;
+    keys_.emplace_back();
     return true;
   }
 
-  const std::string& where_;
-  JsonEvents& events_;
-  std::vector<std::string> path_;
   Status status_;
 };
-
-// One JSON value (RFC 8259), white space around it allowed. Code::corrupt, beginning with `where`: not JSON or not UTF-8
-// (with the byte where it stops being so), nested deeper than kJsonDepthMax.
-Status walk_json(std::string_view json, const std::string& where, JsonEvents& events) {
-  // The library takes a NUL for the end of its input.
-  if (const size_t nul = json.find('\0'); nul != std::string_view::npos) {
-    return fail(Code::corrupt, where, " is not valid JSON at byte ", nul + 1);
-  }
-  Adapter adapter(where, events);
-  try {
-    nlohmann::json::sax_parse(json.begin(), json.end(), &adapter);
-  } catch (const std::exception& error) {
-    return fail(Code::exhausted, where, " could not be read: ", error.what());
-  }
-  return std::move(adapter).status();
-}
 
 // ---- the header -----------------------------------------------------------------------------------------------------
 
@@ -117,31 +114,28 @@ constexpr std::string_view kMetadataKey = "__metadata__";
 // The header's JSON becomes tensors, one after another; each is checked by itself as soon as its object ends.
 //
 //   { "w": { "dtype": .., "shape": [..], "data_offsets": [begin, end] }, "__metadata__": { "key": "value" } }
-class HeaderReader final : public JsonEvents {
+class HeaderReader final : public JsonReader {
  public:
   HeaderReader(const std::string& path, uint64_t data_begin, uint64_t data_bytes)
-      : path_(path), data_begin_(data_begin), data_bytes_(data_bytes) {}
-
-  Status value(std::span<const std::string> path, JsonValue&& value) override {
-    if (path.empty()) return {};
-    const bool in_metadata = path[0] == kMetadataKey;
-    switch (path.size()) {
-      case 1:
-        return in_metadata ? begin_metadata(value) : begin_tensor(path[0], value);
-      case 2:
-        return in_metadata ? add_metadata(path[1], value) : set_field(path[1], value);
-      default:
-        return add_number(path[1], value);
-    }
-  }
-
-  Status end(std::span<const std::string> path) override {
-    return path.size() == 1 && path[0] != kMetadataKey ? end_tensor() : Status();
-  }
+      : JsonReader(path + ": header"), path_(path), data_begin_(data_begin), data_bytes_(data_bytes) {}
 
   FileTensors take() && { return std::move(part_); }
 
  private:
+  Status value(JsonValue&& value) override {
+    if (keys_.empty()) return {};
+    const bool in_metadata = keys_[0] == kMetadataKey;
+    switch (keys_.size()) {
+      case 1:
+        return in_metadata ? begin_metadata(value) : begin_tensor(keys_[0], value);
+      case 2:
+        return in_metadata ? add_metadata(keys_[1], value) : set_field(keys_[1], value);
+      default:
+        return add_number(keys_[1], value);
+    }
+  }
+  Status end() override { return keys_.size() == 1 && keys_[0] != kMetadataKey ? end_tensor() : Status(); }
+
   struct Field {
     std::string_view name;
     Kind kind;
@@ -151,7 +145,6 @@ class HeaderReader final : public JsonEvents {
                                                  {"shape", Kind::array, "an array of sizes"},
                                                  {"data_offsets", Kind::array, "an array of 2 numbers"}}};
 
-  Status refuse(const auto&... what) const { return fail(Code::corrupt, path_, ": header has ", what...); }
   Status refuse_tensor(const auto&... what) const {
     return fail(Code::corrupt, path_, ": tensor ", base::quoted(tensor_.name), ": ", what...);
   }
@@ -273,34 +266,26 @@ Status check_tiling(const std::vector<Tensor>& tensors, uint64_t data_begin, uin
 }
 
 // weight_map of a model.safetensors.index.json; the rest is skipped.
-class ShardIndexReader final : public JsonEvents {
+class ShardIndexReader final : public JsonReader {
  public:
-  explicit ShardIndexReader(const std::string& path) : path_(path) {}
-
-  Status value(std::span<const std::string> path, JsonValue&& value) override {
-    const bool is_object = value.kind == Kind::object;
-    if (path.empty()) {
-      if (is_object) return {};
-      return fail(Code::corrupt, path_, " is ", value.what, ", not an object");
-    }
-    if (path[0] != "weight_map") return {};
-    if (path.size() > 1) return add(path[1], value);
-    if (!is_object) return refuse("a weight_map that is ", value.what, ", not an object");
-    if (std::exchange(map_seen_, true)) return refuse("a duplicate weight_map");
-    return {};
-  }
-  Status end(std::span<const std::string>) override { return {}; }
+  using JsonReader::JsonReader;
 
   Result<ShardIndex> take() && {
     if (!map_seen_) return refuse("no weight_map");
-    for (const auto& [tensor, file] : shards_.weight_map) shards_.files.push_back(file);
-    std::sort(shards_.files.begin(), shards_.files.end());
-    shards_.files.erase(std::unique(shards_.files.begin(), shards_.files.end()), shards_.files.end());
+    for (const auto& [tensor, file] : shards_.weight_map) shards_.files.insert(file);
     return std::move(shards_);
   }
 
  private:
-  tl::unexpected<base::Error> refuse(const auto&... what) const { return fail(Code::corrupt, path_, " has ", what...); }
+  Status value(JsonValue&& value) override {
+    const bool is_object = value.kind == Kind::object;
+    if (keys_.empty() && !is_object) return fail(Code::corrupt, where_, " is ", value.what, ", not an object");
+    if (keys_.empty() || keys_[0] != "weight_map") return {};
+    if (keys_.size() > 1) return add(keys_[1], value);
+    if (!is_object) return refuse("a weight_map that is ", value.what, ", not an object");
+    if (std::exchange(map_seen_, true)) return refuse("a duplicate weight_map");
+    return {};
+  }
 
   Status add(const std::string& tensor, JsonValue& value) {
     if (value.kind != Kind::string) {
@@ -316,16 +301,11 @@ class ShardIndexReader final : public JsonEvents {
   }
 
   static bool stays_inside(std::string_view file) {
-    if (file.empty() || file.front() == '/' || file.find('\0') != std::string_view::npos) return false;
-    for (size_t begin = 0; begin <= file.size();) {
-      const size_t end = std::min(file.find('/', begin), file.size());
-      if (file.substr(begin, end - begin) == "..") return false;
-      begin = end + 1;
-    }
-    return true;
+    const std::filesystem::path path(file);
+    return !file.empty() && path.is_relative() && file.find('\0') == std::string_view::npos &&
+           std::find(path.begin(), path.end(), "..") == path.end();
   }
 
-  const std::string& path_;
   ShardIndex shards_;
   bool map_seen_ = false;
 };
@@ -363,16 +343,12 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
   }
   const uint64_t data_begin = kHeaderLengthBytes + json.size();
   HeaderReader reader(path, data_begin, file_size_bytes - data_begin);
-  TRY(walk_json(json, text(path, ": header"), reader));
+  TRY(reader.read(json));
   FileTensors part = std::move(reader).take();
-  std::vector<Tensor>& tensors = part.tensors;
-  std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return a.name < b.name; });
-  const auto twin = std::adjacent_find(tensors.begin(), tensors.end(),
-                                       [](const Tensor& a, const Tensor& b) { return a.name == b.name; });
-  if (twin != tensors.end()) {
+  if (const Tensor* twin = sort_by_name(part.tensors)) {
     return fail(Code::corrupt, path, ": tensor ", base::quoted(twin->name), " is there twice");
   }
-  TRY(check_tiling(tensors, data_begin, file_size_bytes, path));
+  TRY(check_tiling(part.tensors, data_begin, file_size_bytes, path));
   return part;
 }
 
@@ -381,7 +357,7 @@ Result<ShardIndex> parse_shard_index(std::string_view json, const std::string& p
     return fail(Code::corrupt, path, ": ", json.size(), " bytes are over the limit of ", kHeaderBytesMax);
   }
   ShardIndexReader reader(path);
-  TRY(walk_json(json, path, reader));
+  TRY(reader.read(json));
   return std::move(reader).take();
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -37,7 +38,7 @@ Result<FileTensors> parse_safetensors(std::string_view json, uint64_t file_size_
 
 // model.safetensors.index.json.
 struct ShardIndex {
-  std::vector<std::string> files;                 // distinct file names, sorted
+  std::set<std::string> files;
   std::map<std::string, std::string> weight_map;  // tensor -> file name
 };
 

@@ -56,10 +56,11 @@ struct Picked {
   }
 };
 
+tl::unexpected<base::Error> refuse(const Tensor& tensor, const auto&... why) {
+  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", why...);
+}
+
 Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit) {
-  const auto refuse = [&](const auto&... why) {
-    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", why...);
-  };
   using Kind = IndexItem::Kind;
   const auto count = [&](Kind kind) {
     return static_cast<size_t>(
@@ -67,8 +68,8 @@ Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit
   };
   const size_t rank = tensor.shape.size();
   const size_t taken = count(Kind::slice) + count(Kind::integer);
-  if (count(Kind::ellipsis) > 1) return refuse("an index may hold one '...' only");
-  if (taken > rank) return refuse("too many indices: ", taken, " for ", rank, " dimensions");
+  if (count(Kind::ellipsis) > 1) return refuse(tensor, "an index may hold one '...' only");
+  if (taken > rank) return refuse(tensor, "too many indices: ", taken, " for ", rank, " dimensions");
 
   const std::vector<int64_t> strides = row_major_strides(tensor.shape, unit);
   Picked picked;
@@ -90,12 +91,13 @@ Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit
     if (item.kind == Kind::integer) {
       const Wide at = item.integer < 0 ? Wide(item.integer) + extent : Wide(item.integer);
       if (at < 0 || at >= Wide(extent)) {
-        return refuse("dimension ", dimension, ": index ", item.integer, " is out of range for extent ", extent);
+        return refuse(tensor, "dimension ", dimension, ": index ", item.integer, " is out of range for extent ",
+                      extent);
       }
       picked.offset += at * stride;
       picked.is_whole = false;
     } else {
-      if (item.step == 0) return refuse("dimension ", dimension, ": the step of a slice must not be 0");
+      if (item.step == 0) return refuse(tensor, "dimension ", dimension, ": the step of a slice must not be 0");
       const Range range = clip(item, extent);
       const bool is_unit = range.length < 2 || range.step == 1;
       int64_t step_stride;
@@ -108,7 +110,7 @@ Result<Picked> pick(const Tensor& tensor, const IndexItems& items, uint32_t unit
     ++dimension;
   }
   take_whole(rank - dimension);
-  if (picked.shape.size() > kRankMax) return refuse("more than ", kRankMax, " dimensions");
+  if (picked.shape.size() > kRankMax) return refuse(tensor, "more than ", kRankMax, " dimensions");
   return picked;
 }
 
@@ -142,13 +144,8 @@ std::optional<Strided> in_bytes(Picked picked, uint32_t bits, uint64_t offset) {
 }  // namespace
 
 uint64_t Strided::element_count() const {
-  uint64_t count = 1;
-  bool overflows = false;
-  for (const uint64_t extent : shape) {
-    if (extent == 0) return 0;
-    overflows |= __builtin_mul_overflow(count, extent, &count);
-  }
-  return overflows ? std::numeric_limits<uint64_t>::max() : count;
+  if (std::ranges::find(shape, 0u) != shape.end()) return 0;
+  return tensor::element_count(shape).value_or(std::numeric_limits<uint64_t>::max());
 }
 
 std::vector<int64_t> row_major_strides(const std::vector<uint64_t>& shape, uint32_t unit) {
@@ -171,8 +168,7 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   // Bit offsets of sub-byte types must fit as well: no tensor is larger than an exbibyte.
   constexpr uint64_t kSizeMax = uint64_t{1} << 60;
   if (tensor.size_bytes > kSizeMax || !base::checked_add(offset, tensor.size_bytes)) {
-    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": ", tensor.size_bytes, " bytes at ",
-                offset, " do not fit an address space");
+    return refuse(tensor, tensor.size_bytes, " bytes at ", offset, " do not fit an address space");
   }
   const std::optional<uint32_t> element_bytes = dtype_bytes(tensor.dtype);
   const uint32_t bits = dtype_bits(tensor.dtype);
@@ -184,8 +180,7 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   }
   if (picked.is_whole) return whole(tensor, offset);
   if (bits == 0) {
-    return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": its type ", quoted(tensor.dtype_text),
-                " is not known; it can be read as a whole only");
+    return refuse(tensor, "its type ", quoted(tensor.dtype_text), " is not known; it can be read as a whole only");
   }
   for (const uint64_t extent : picked.shape) {
     if (extent == 0) return Strided{offset, {0}, {1}, 1};
@@ -193,8 +188,8 @@ Result<Strided> resolve(const Tensor& tensor, const IndexItems& items, uint64_t 
   if (picked.has_unit_steps) {
     if (auto region = in_bytes(std::move(picked), bits, offset)) return *std::move(region);
   }
-  return fail(Code::invalid_argument, "slice tensor ", quoted(tensor.name), ": elements of ", dtype_name(tensor.dtype),
-              " have ", bits, " bits; a slice must begin and end on whole bytes and have step 1");
+  return refuse(tensor, "elements of ", dtype_name(tensor.dtype), " have ", bits,
+                " bits; a slice must begin and end on whole bytes and have step 1");
 }
 
 std::pair<Wide, Wide> reach_of(const Strided& region) {
