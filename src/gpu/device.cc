@@ -196,13 +196,17 @@ Status Device::open_source(Running& running) {
     }
     running.segments.push_back(std::static_pointer_cast<Pinned>(segment.slot->attachment));
   }
-  std::set<std::pair<uint32_t, uint64_t>> parts;
+  using Part = std::pair<uint32_t, uint64_t>;  // of which segment, and where in it
+  std::set<Part> parts;
+  std::optional<Part> before;
   std::vector<PinAhead::Stretch> stretches;
   PieceCutter cutter(job, kPinBytes);
   while (const auto piece = cutter.next()) {
-    const auto& segment = running.segments[piece->segment];
     const uint64_t offset = piece->segment_offset / kPinBytes * kPinBytes;
-    if (segment->is_registered(offset) || !parts.emplace(piece->segment, offset).second) continue;
+    const Part part(piece->segment, offset);
+    if (std::exchange(before, part) == part) continue;  // as of most small pieces
+    const auto& segment = running.segments[piece->segment];
+    if (segment->is_registered(offset) || !parts.insert(part).second) continue;
     const uint64_t begin = piece->image_offset - (piece->segment_offset - offset);
     const uint64_t end = std::min({begin + kPinBytes, begin + segment->size_bytes() - offset, job.image_bytes});
     const auto ready = [&job, begin, end] {
