@@ -508,8 +508,8 @@ Answer cuEventSynchronize(Handle handle) {
 Answer cuMemcpyHtoDAsync_v2(Address target, Address source, size_t size, Handle stream) {
   return call_on_device("cuMemcpyHtoDAsync_v2", [&] { return queue({flat(target, source, size)}, stream); });
 }
-Answer cuMemcpyAsync(Address target, Address source, size_t size, Handle stream) {
-  return call_on_device("cuMemcpyAsync", [&] { return queue({flat(target, source, size)}, stream); });
+Answer cuMemcpyDtoDAsync_v2(Address target, Address source, size_t size, Handle stream) {
+  return call_on_device("cuMemcpyDtoDAsync_v2", [&] { return queue({flat(target, source, size)}, stream); });
 }
 Answer cuMemcpy2DAsync_v2(const Rows* rows, Handle stream) {
   return call_on_device("cuMemcpy2DAsync_v2", [&] {

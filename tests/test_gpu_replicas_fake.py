@@ -457,7 +457,7 @@ FAULTS = [
     "cuEventSynchronize",
     "cuMemHostRegister_v2",
     "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyAsync",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyBatchAsync_v2",
     "cuMemCreate",
     "cuMemExportToShareableHandle",

@@ -25,10 +25,6 @@ Result<tensor::FileTensors> read_header(const OpenFile& file) {
   return tensor::parse_safetensors(json, file.identity.size_bytes, file.path);
 }
 
-void append_number(std::string& text, uint64_t number) {
-  text.append(reinterpret_cast<const char*>(&number), sizeof number);
-}
-
 // Numbers the leaves of each file, in its order.
 void count_leaves(Content& content) {
   const auto& tensors = content.index.tensors;
@@ -38,17 +34,17 @@ void count_leaves(Content& content) {
   for (uint32_t file = 0; file < content.index.files.size(); ++file) {
     FileLeaves& leaves = content.file_leaves.emplace_back();
     if (content.index.files[file].size_bytes > kRecordedBytesMax) continue;
-    std::string text;
+    std::vector<uint64_t> numbers;
     for (; next != order.end() && tensors[*next].file <= file; ++next) {
       const tensor::Tensor& tensor = tensors[*next];
       if (tensor.file < file) continue;
       content.first_leaves[*next] = leaves.count;
       for (uint64_t done = 0; done < tensor.size_bytes; done += tensor::kLeafBytes, ++leaves.count) {
-        append_number(text, tensor.offset + done);
-        append_number(text, std::min(tensor::kLeafBytes, tensor.size_bytes - done));
+        numbers.push_back(tensor.offset + done);
+        numbers.push_back(std::min(tensor::kLeafBytes, tensor.size_bytes - done));
       }
     }
-    leaves.layout_digest = tensor::hash(std::as_bytes(std::span(text)));
+    leaves.layout_digest = tensor::hash(std::as_bytes(std::span(numbers)));
   }
 }
 

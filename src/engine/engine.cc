@@ -92,31 +92,24 @@ void Engine::open(OpenOrder order, GrantDone done) {
 }
 
 void Engine::index(Replica& replica) {
-  struct Job {
-    uint64_t number;
-    const std::vector<OpenFile>* files;  // not touched by the owner while indexing
-    ContentOrder order;
-    Indexed outcome;
-  };
   ContentOrder order{.only = replica.key.only, .image_bytes_max = pool_memory_.limit_bytes()};
   for (const auto& [number, other] : replicas_) {
     if (other->content == nullptr || other->key.files != replica.key.files) continue;
     order.whole = other->content->whole == nullptr ? other->content : other->content->whole;
   }
-  auto job = std::make_shared<Job>(Job{replica.number, &replica.files, std::move(order), {}});
-  pool_.post(this, [this, job] {
-    Indexed& outcome = job->outcome;
-    outcome.content = read_content(*job->files, job->order);
-    if (outcome.content) outcome.index_fd = options_.encode_index((*outcome.content)->index);
+  auto outcome = std::make_shared<Indexed>();
+  const std::vector<OpenFile>& files = replica.files;  // not touched by the owner while indexing
+  pool_.post(this, [this, number = replica.number, &files, order = std::move(order), outcome] {
+    outcome->content = read_content(files, order);
+    if (outcome->content) outcome->index_fd = options_.encode_index((*outcome->content)->index);
     // A header that was being rewritten looks corrupt: say what really happened.
-    for (size_t at = 0; !outcome.content && at < job->files->size(); ++at) {
-      const OpenFile& file = (*job->files)[at];
-      const Status same = base::check_unchanged(file.fd.get(), file.identity, file.path);
-      if (!same) outcome.content = base::pass_on(same);
+    for (size_t at = 0; !outcome->content && at < files.size(); ++at) {
+      const Status same = base::check_unchanged(files[at].fd.get(), files[at].identity, files[at].path);
+      if (!same) outcome->content = base::pass_on(same);
     }
-    catalog_thread_.post(this, [this, job] {
-      if (job->outcome.content) job->outcome.known = known_digests(**job->outcome.content);
-      owner_.post([this, job] { indexed(job->number, std::move(job->outcome)); });
+    catalog_thread_.post(this, [this, number, outcome] {
+      if (outcome->content) outcome->known = known_digests(**outcome->content);
+      owner_.post([this, number, outcome] { indexed(number, std::move(*outcome)); });
     });
   });
 }
@@ -141,9 +134,10 @@ Replica* Engine::covering(const Replica& replica) {
     const auto& wanted = replica.content->index.tensors;
     return other.content->whole == nullptr || std::all_of(wanted.begin(), wanted.end(), has);
   };
-  const auto found =
-      std::find_if(replicas_.begin(), replicas_.end(), [&](const auto& entry) { return covers(*entry.second); });
-  return found == replicas_.end() ? nullptr : found->second.get();
+  for (const auto& [number, other] : replicas_) {
+    if (covers(*other)) return other.get();
+  }
+  return nullptr;
 }
 
 void Engine::hand_over(Replica& replica, Replica& larger) {
@@ -157,7 +151,6 @@ void Engine::dismiss(Replica& replica, const std::function<Result<Grant>(const W
   const auto waiters = std::exchange(replica.waiters, {});
   forget(replica.number);
   for (const Waiter& waiter : waiters) waiter.done(answer(waiter));
-  end_drain();
 }
 
 // From an index to the line of those who wait for room, and to grants of the index alone.
@@ -168,10 +161,7 @@ void Engine::begin(Replica& replica, Digests known) {
     if (waiter.index_only) waiter.done(grant(replica, waiter));
     if (!waiter.index_only) replica.waiters.push_back(std::move(waiter));
   }
-  if (replica.waiters.empty()) {  // or all who asked are gone
-    forget(replica.number);
-    return end_drain();
-  }
+  if (replica.waiters.empty()) return forget(replica.number);  // or all who asked are gone
   line_.push_back({replica.number, std::move(known), next_load_});
   serve_line();
 }
@@ -190,7 +180,6 @@ void Engine::decline(Replica& replica, uint64_t memory_bytes) {
     waiter.done(grant(replica, waiter));
   }
   forget(replica.number);
-  end_drain();
 }
 
 void Engine::fail_waiters(Replica& replica, const base::Error& error) {
@@ -341,15 +330,9 @@ void Engine::loaded(uint64_t number, LoadResult result) {
       if (notes_.insert(note).second) log(LogLevel::info, "load ", report->load, ": ", note);
     }
     report->spans = std::move(result.spans);
-    report->state = result.status ? ReplicaState::ready : ReplicaState::failed;
-    if (result.status) report->artifact = result.artifact_id;
-    if (!result.status) report->error = result.status.error();
-    log(LogLevel::info, "load ", report->load, ": ", result.status ? "ready" : result.status.error().message, ", ",
-        base::human_bytes(result.counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9, " s");
   }
   replica.load.reset();
   replica.pages.reset();
-  replica.last_used_ns = base::monotonic_ns();
   if (result.status) {
     uint64_t left_bytes = replica.content->layout.size_bytes;
     for (memory::Segment& segment : replica.memory.segments) {
@@ -357,27 +340,39 @@ void Engine::loaded(uint64_t number, LoadResult result) {
       segment.set_touched(std::max(segment.touched_bytes(), touched_bytes));
       left_bytes -= touched_bytes;
     }
-    replica.state = ReplicaState::ready;
-    replica.artifact = result.artifact_id;
     replica.leaves = std::move(result.leaves);
-    replica.fill->end_ready(result.artifact_id);
     remember(replica);
+  }
+  end_load(replica, result.status.map([&] { return result.artifact_id; }));
+  std::vector<uint64_t> copies;  // which hold it
+  for (const auto& [at, other] : replicas_) {
+    if (other->source == number) copies.push_back(at);
+  }
+  for (const uint64_t copy : copies) end_on_device(*replicas_.at(copy));
+}
+
+// All bytes of a replica are there and were checked, or never will be; it may be gone then.
+void Engine::end_load(Replica& replica, const Result<tensor::Digest>& artifact) {
+  replica.last_used_ns = base::monotonic_ns();
+  if (artifact) {
+    replica.state = ReplicaState::ready;
+    replica.artifact = *artifact;
+    replica.fill->end_ready(*artifact);
     tell_keeper(replica, 0);
   } else {
     replica.state = ReplicaState::failed;
-    replica.error = result.status.error();
-    replica.fill->end_failed(result.status.error());
+    replica.error = artifact.error();
+    replica.fill->end_failed(artifact.error());
     unlist(replica);  // the next open tries again
   }
-  std::vector<Replica*> copies;
-  for (const auto& [at, other] : replicas_) {
-    if (other->source == number) copies.push_back(other.get());
-  }
-  for (Replica* copy : copies) {
-    if (copy->copied) end_on_device(*copy);
+  if (LoadReport* report = report_of(replica.number)) {
+    report->state = replica.state;
+    report->artifact = replica.artifact;
+    report->error = replica.error;
+    log(LogLevel::info, "load ", report->load, ": ", artifact ? "ready" : artifact.error().message, ", ",
+        base::human_bytes(report->counters.bytes), " in ", static_cast<double>(report->wall_ns) / 1e9, " s");
   }
   settle(replica);
-  end_drain();
 }
 
 // Says it once when the catalog begins to fail: the daemon serves without it.
@@ -426,8 +421,9 @@ void Engine::remember(const Replica& replica) {
 
 void Engine::settle(Replica& replica) {
   const bool used = replica.load || !replica.leases.empty() || replica.use_count > 0;
-  if (!used && (replica.state == ReplicaState::failed || replica.doomed)) forget(replica.number);
+  if (!used && (replica.state == ReplicaState::failed || replica.doomed)) return forget(replica.number);
   room_changed();
+  end_drain();
 }
 
 // Batches that nobody holds stay for those who stream the same, as long as anybody streams.
@@ -461,6 +457,7 @@ void Engine::forget(uint64_t number) {
   replicas_.erase(found);
   if (auto surplus = pool_memory_.trim(); !surplus.empty()) give_back(std::move(surplus), [] {});
   room_changed();
+  end_drain();
 }
 
 Status Engine::evict(uint64_t number) {

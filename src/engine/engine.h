@@ -196,12 +196,10 @@ class Engine {
   // engine_devices.cc
   void find_source(Replica& replica);
   void source_found(uint64_t number, const Result<uint64_t>& source);
-  uint64_t used_on_device(const Replica& replica) const;
   void make_on_device(Replica& replica);
   void made_on_device(uint64_t number, Result<Allocations> made);
   Status fill_on_device(Replica& replica, Allocations made);
   void end_on_device(Replica& replica);
-  base::Error refusal_on_device(const Replica& replica) const;
 
   void tell_keeper(const Replica& replica, uint64_t lease);  // engine_keeping.cc
 
@@ -220,7 +218,9 @@ class Engine {
   void shrink();
   void give_back(std::vector<memory::Segment> surplus, std::function<void()> then);
   std::vector<EvictionCandidate> candidates(const std::string& device = "") const;
+  uint64_t used_on(const std::string& device) const;
   size_t descriptor_count() const;  // without kept segments
+  std::string lack(const Replica& replica) const;
   base::Error refusal(const Replica& replica) const;
 
   // On the catalog thread.
@@ -228,6 +228,7 @@ class Engine {
   Digests known_digests(const Content& content);
   void note_catalog(const Status& status);
   void loaded(uint64_t number, LoadResult result);
+  void end_load(Replica& replica, const Result<tensor::Digest>& artifact);
   void cancel_load(Replica& replica, base::Error reason);
   void remember(const Replica& replica);
   Result<Grant> grant(Replica& replica, const Waiter& waiter);

@@ -5,7 +5,6 @@
 //
 // Who finds no room on a device is refused at once: nobody waits in line for it.
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "base/bytes.h"
@@ -23,12 +22,6 @@ using base::LogLevel;
 
 namespace {
 constexpr uint64_t kDevicePageBytes = 2 << 20;
-
-uint64_t idle_bytes(const std::vector<EvictionCandidate>& candidates) {
-  return std::accumulate(
-      candidates.begin(), candidates.end(), uint64_t{0},
-      [](uint64_t sum, const EvictionCandidate& one) { return sum + (one.held ? 0 : one.memory_bytes); });
-}
 }  // namespace
 
 void Engine::find_source(Replica& replica) {
@@ -76,22 +69,13 @@ void Engine::source_found(uint64_t number, const Result<uint64_t>& source) {
   make_on_device(replica);
 }
 
-// Of the device's other replicas.
-uint64_t Engine::used_on_device(const Replica& replica) const {
-  uint64_t bytes = 0;
-  for (const auto& [number, other] : replicas_) {
-    if (number != replica.number && other->key.device == replica.key.device) bytes += other->device_bytes;
-  }
-  return bytes;
-}
-
 void Engine::make_on_device(Replica& replica) {
   const std::string& device = replica.key.device;
   const uint64_t limit_bytes = options_.device_memory_bytes;
-  const uint64_t wanted_bytes = used_on_device(replica) + replica.device_bytes;
+  const uint64_t wanted_bytes = used_on(device);
   if (limit_bytes > 0 && wanted_bytes > limit_bytes) {
     const auto victims = choose_victims(candidates(device), wanted_bytes - limit_bytes, 0);
-    if (!victims) return fail_waiters(replica, refusal_on_device(replica));
+    if (!victims) return fail_waiters(replica, refusal(replica));
     evict_all(*victims, "to make room on a GPU");
   }
   devices_->make(device, replica.device_bytes, [this, number = replica.number](Result<Allocations> made) {
@@ -103,10 +87,9 @@ void Engine::made_on_device(uint64_t number, Result<Allocations> made) {
   Replica& replica = *replicas_.at(number);
   if (!made && made.error().code == Code::exhausted) {
     // Others use the device too: what is full may be the device itself. What nobody holds goes, then it is tried again.
-    const auto all = candidates(replica.key.device);
-    const uint64_t idle = idle_bytes(all);
-    if (idle == 0) return fail_waiters(replica, refusal_on_device(replica));
-    evict_all(*choose_victims(all, std::min(idle, replica.device_bytes), 0), "to make room on a GPU");
+    const auto victims = choose_as_many(candidates(replica.key.device), replica.device_bytes);
+    if (victims.empty()) return fail_waiters(replica, refusal(replica));
+    evict_all(victims, "to make room on a GPU");
     return make_on_device(replica);
   }
   if (!made) return fail_waiters(replica, made.error());
@@ -152,43 +135,16 @@ void Engine::end_on_device(Replica& replica) {
   const Replica& source = *replicas_.at(replica.source);
   if (!replica.copied || (source.state == ReplicaState::filling && !replica.error)) return;
   if (!replica.error) replica.error = source.error;
-  replica.last_used_ns = base::monotonic_ns();
-  if (replica.error) {
-    replica.state = ReplicaState::failed;
-    replica.fill->end_failed(*replica.error);
-    unlist(replica);
-  } else {
-    replica.state = ReplicaState::ready;
-    replica.artifact = source.artifact;
-    replica.fill->end_ready(*replica.artifact);
-    tell_keeper(replica, 0);
-  }
   if (LoadReport* report = report_of(replica.number)) {
-    report->state = replica.error ? ReplicaState::failed : ReplicaState::ready;
-    report->error = replica.error;
-    report->artifact = replica.artifact;
-    report->wall_ns = replica.last_used_ns - report->begin_ns;
+    const int64_t now_ns = base::monotonic_ns();
+    report->wall_ns = now_ns - report->begin_ns;
     report->counters.bytes = replica.error ? 0 : replica.content->index.payload_bytes();
-    report->counters.read_ns = replica.last_used_ns - report->fill_ns;
+    report->counters.read_ns = now_ns - report->fill_ns;
   }
-  log(LogLevel::info, "load ", replica.load_number, ": ", replica.error ? replica.error->message : "ready", ", ",
-      base::human_bytes(replica.device_bytes), " on ", replica.key.device);
+  const Result<tensor::Digest> artifact =
+      replica.error ? tl::unexpected(*replica.error) : Result<tensor::Digest>(*source.artifact);
   let_go(std::exchange(replica.source, 0));
-  settle(replica);
-  end_drain();
-}
-
-base::Error Engine::refusal_on_device(const Replica& replica) const {
-  const uint64_t limit_bytes = options_.device_memory_bytes;
-  const std::string held = holders_text(replica.key.device);
-  const std::string limit = limit_bytes == 0 ? "the device has no room left"
-                                             : base::text("gpu_memory is ", base::human_bytes(limit_bytes), " and ",
-                                                          base::human_bytes(used_on_device(replica)), " are in use");
-  return {Code::exhausted,
-          base::text("open ", replica.path(), " on ", replica.key.device, ": it needs ",
-                     base::human_bytes(replica.device_bytes), ", but ", limit, ", and nothing there can be evicted",
-                     held.empty() ? "" : ": " + held,
-                     "; close or unpin some of them, end others that use the device, or raise gpu_memory")};
+  end_load(replica, artifact);
 }
 
 }  // namespace tensord::engine

@@ -227,7 +227,6 @@ void Engine::let_go(uint64_t number) {
   --replica.use_count;
   replica.last_used_ns = base::monotonic_ns();
   settle(replica);
-  end_drain();
 }
 
 void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {

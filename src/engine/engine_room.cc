@@ -121,7 +121,6 @@ bool Engine::turn_away(Replica& replica, Room room) {
   for (const Waiter& waiter : gone) waiter.done(tl::unexpected(error));
   if (!replica.waiters.empty()) return true;
   forget(replica.number);
-  end_drain();
   return false;
 }
 
@@ -173,21 +172,33 @@ void Engine::withdraw(uint64_t asker) {
     return true;
   });
   for (const uint64_t number : unwanted) forget(number);
-  end_drain();
+}
+
+// What there is too little of for a replica.
+std::string Engine::lack(const Replica& replica) const {
+  const std::string& device = replica.key.device;
+  if (!device.empty() && options_.device_memory_bytes == 0) return "the device has no room left";
+  if (!device.empty())
+    return base::text("gpu_memory is ", base::human_bytes(options_.device_memory_bytes), " and ",
+                      base::human_bytes(used_on(device) - replica.device_bytes), " are in use");
+  const uint64_t free_bytes = pool_memory_.free_bytes();
+  if (memory_bytes_of(replica) > free_bytes)
+    return base::text("of host_memory ", base::human_bytes(pool_memory_.limit_bytes()), " only ",
+                      base::human_bytes(free_bytes), " are free");
+  return base::text("others wait before it, or ", descriptor_count(), " of ", options_.descriptor_count_max,
+                    " descriptors are in use (half of ulimit -n)");
 }
 
 base::Error Engine::refusal(const Replica& replica) const {
-  const uint64_t needed_bytes = memory_bytes_of(replica), free_bytes = pool_memory_.free_bytes();
-  const std::string lack =
-      needed_bytes > free_bytes
-          ? base::text("of host_memory ", base::human_bytes(pool_memory_.limit_bytes()), " only ",
-                       base::human_bytes(free_bytes), " are free")
-          : base::text("others wait before it, or ", descriptor_count(), " of ", options_.descriptor_count_max,
-                       " descriptors are in use (half of ulimit -n)");
+  const bool on_host = replica.key.device.empty();
+  const std::string held = holders_text(replica.key.device);
   const int64_t waited_ms = (base::monotonic_ns() - replica.room_ns) / base::kNsPerMs;
-  return {Code::exhausted, base::text("open ", replica.path(), ": it needs ", base::human_bytes(needed_bytes), ", but ",
-                                      lack, ", and the rest cannot be evicted: ", holders_text(), " (waited ",
-                                      waited_ms, " ms); close or unpin some of them, or raise host_memory")};
+  return {Code::exhausted,
+          base::text("open ", replica.path(), on_host ? "" : " on " + replica.key.device, ": it needs ",
+                     base::human_bytes(on_host ? memory_bytes_of(replica) : replica.device_bytes), ", but ",
+                     lack(replica), ", and the rest cannot be evicted", held.empty() ? "" : ": " + held, " (waited ",
+                     waited_ms, " ms); close or unpin some of them, or ",
+                     on_host ? "raise host_memory" : "end others that use the device, or raise gpu_memory")};
 }
 
 // ---- making room ----------------------------------------------------------------------------------------------------
@@ -200,6 +211,13 @@ std::vector<EvictionCandidate> Engine::candidates(const std::string& device) con
                    replica->stays});
   }
   return all;
+}
+
+// By replicas on a device, those included for which there is no memory yet.
+uint64_t Engine::used_on(const std::string& device) const {
+  uint64_t bytes = 0;
+  for (const auto& one : candidates(device)) bytes += one.memory_bytes;
+  return bytes;
 }
 
 size_t Engine::descriptor_count() const {
@@ -253,12 +271,7 @@ void Engine::give_back(std::vector<memory::Segment> surplus, std::function<void(
 // Over the limit, what nobody holds goes.
 void Engine::shrink() {
   const uint64_t over_bytes = missing(pool_memory_.in_use_bytes(), pool_memory_.limit_bytes());
-  std::vector<EvictionCandidate> all = candidates();
-  uint64_t evictable_bytes = 0;
-  for (const EvictionCandidate& one : all) evictable_bytes += one.held ? 0 : one.memory_bytes;
-  const auto victims = choose_victims(std::move(all), std::min(over_bytes, evictable_bytes), 0);
-  CHECK(victims);
-  evict_all(*victims, "to stay below the limit");
+  evict_all(choose_as_many(candidates(), over_bytes), "to stay below the limit");
   if (auto surplus = pool_memory_.trim(); !surplus.empty()) give_back(std::move(surplus), [] {});
 }
 

@@ -66,6 +66,52 @@ TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {
   EXPECT_NE(replica.error->message.find(path + ": tensor 'w', leaf 0"), std::string::npos) << replica.error->message;
 }
 
+// Devices that have done everything as soon as they are asked.
+class QuickDevices final : public Devices {
+ public:
+  explicit QuickDevices(TestOwner& owner) : owner_(owner) {}
+  void make(const std::string&, uint64_t, std::function<void(Result<Allocations>)> done) override {
+    owner_.post([done] { done(Allocations()); });
+  }
+  void fill(const Replica&, Replica&, std::function<void(Status)> done) override {
+    owner_.post([done] { done({}); });
+  }
+  bool reaches(const std::string&, const std::string&) override { return false; }
+
+ private:
+  TestOwner& owner_;
+};
+
+TEST_F(EngineTest, a_load_that_fails_at_its_end_fails_the_copy_on_a_device) {
+  const std::string path = write("a", 6 << 20);
+  struct stat before;
+  ::stat(path.c_str(), &before);
+  const uint64_t first = load(path).value().replica;
+  owner_.hang_up_all();
+  ASSERT_TRUE(engine_.evict(first));
+  const base::Fd fd(::open(path.c_str(), O_WRONLY));
+  ASSERT_EQ(::pwrite(fd.get(), "changed", 7, 6'000'000), 7);
+  const timespec times[2] = {before.st_atim, before.st_mtim};
+  ::futimens(fd.get(), times);
+  QuickDevices devices(owner_);
+  engine_.use_devices(devices);
+  OpenOrder asked = order(path);
+  asked.device = "GPU-0";
+  const uint64_t copy = replica_of(ask(std::move(asked)));
+  owner_.run_until([&] {
+    // The host's replica goes as soon as nobody but the copy holds it.
+    for (const auto& [number, replica] : engine_.replicas()) {
+      if (number != copy && !replica->leases.empty()) let_go(number);
+    }
+    return engine_.running_count() == 0;
+  });
+  EXPECT_EQ(engine_.replica(copy).state, ReplicaState::failed);
+  EXPECT_EQ(engine_.replica(copy).error->code, Code::corrupt);
+  EXPECT_EQ(engine_.replicas().size(), 1u);
+  owner_.hang_up_all();
+  EXPECT_TRUE(engine_.replicas().empty());
+}
+
 TEST_F(EngineTest, least_recently_used_replicas_make_room_for_others) {
   const uint64_t first = load(write("a", 3 << 20)).value().replica;
   const uint64_t second = load(write("b", 3 << 20)).value().replica;

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -98,11 +99,13 @@ class EngineTest : public testing::Test {
   explicit EngineTest(int64_t memory_wait_ms = 0)
       : catalog_thread_(storage::start_read_pool(1).value()),
         pool_(storage::start_read_pool(2).value()),
-        engine_({.host_memory_bytes = 8 << 20,
-                 .encode_index = [](const tensor::Index&) { return Result<base::Fd>(base::Fd()); },
-                 .memory_wait_ms = memory_wait_ms,
-                 .descriptor_count_max = 32},
-                *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
+        engine_(
+            {.host_memory_bytes = 8 << 20,
+             .encode_index =
+                 [](const tensor::Index&) { return Result<base::Fd>(base::Fd(::memfd_create("index", MFD_CLOEXEC))); },
+             .memory_wait_ms = memory_wait_ms,
+             .descriptor_count_max = 32},
+            *catalog_, *catalog_thread_, *pool_, owner_.owner()) {
     std::string name = "/tmp/tensord-engine-test-XXXXXX";
     folder_ = ::mkdtemp(name.data());
   }

@@ -25,4 +25,10 @@ std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidat
   return victims;
 }
 
+std::vector<uint64_t> choose_as_many(std::vector<EvictionCandidate> candidates, uint64_t wanted_bytes) {
+  uint64_t idle_bytes = 0;
+  for (const EvictionCandidate& one : candidates) idle_bytes += one.held ? 0 : one.memory_bytes;
+  return *choose_victims(std::move(candidates), std::min(wanted_bytes, idle_bytes), 0);
+}
+
 }  // namespace tensord::engine

@@ -20,5 +20,7 @@ struct EvictionCandidate {
 // what is needed; nullopt when all of them do not.
 std::optional<std::vector<uint64_t>> choose_victims(std::vector<EvictionCandidate> candidates, uint64_t needed_bytes,
                                                     size_t needed_descriptor_count);
+// For so many bytes, or all that nobody holds where those are fewer.
+std::vector<uint64_t> choose_as_many(std::vector<EvictionCandidate> candidates, uint64_t wanted_bytes);
 
 }  // namespace tensord::engine

@@ -36,4 +36,13 @@ TEST(Eviction, never_takes_what_somebody_holds) {
   EXPECT_EQ(choose_victims(replicas, 41, 0), std::nullopt);
 }
 
+TEST(Eviction, takes_what_there_is_where_that_is_enough) {
+  auto replicas = three();
+  EXPECT_EQ(choose_as_many(replicas, 1000), (Victims{2, 3, 1}));
+  EXPECT_EQ(choose_as_many(replicas, 21), (Victims{2, 3}));
+  EXPECT_EQ(choose_as_many(replicas, 0), Victims{});
+  for (auto& replica : replicas) replica.held = true;
+  EXPECT_EQ(choose_as_many(replicas, 21), Victims{});
+}
+
 }  // namespace tensord::engine

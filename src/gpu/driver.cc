@@ -14,77 +14,14 @@ namespace {
 constexpr const char* kLibrary = "libcuda.so.1";
 constexpr int kVersionMin = 12000;  // 12.0
 
-// Looks functions up; the first that is missing is kept.
-class Symbols {
- public:
-  explicit Symbols(void* library) : library_(library) {}
-  template <typename Function>
-  void find(Function*& function, const char* name) {
-    find_optional(function, name);
-    if (function == nullptr && missing_ == nullptr) missing_ = name;
-  }
-  template <typename Function>
-  void find_optional(Function*& function, const char* name) {
-    function = reinterpret_cast<Function*>(::dlsym(library_, name));
-  }
-  const char* missing() const { return missing_; }
-
- private:
-  void* library_;
-  const char* missing_ = nullptr;
-};
-
-// Names with _v2 are those that cuda.h means by the plain ones.
-const char* look_up(void* library, Driver& driver) {
-  Symbols symbols(library);
-  symbols.find(driver.init, "cuInit");
-  symbols.find(driver.version, "cuDriverGetVersion");
-  symbols.find(driver.error_name, "cuGetErrorName");
-  symbols.find(driver.device_count, "cuDeviceGetCount");
-  symbols.find(driver.device_uuid, "cuDeviceGetUuid_v2");
-  symbols.find(driver.can_reach, "cuDeviceCanAccessPeer");
-  symbols.find(driver.retain, "cuDevicePrimaryCtxRetain");
-  symbols.find(driver.release, "cuDevicePrimaryCtxRelease_v2");
-  symbols.find(driver.set_current, "cuCtxSetCurrent");
-  symbols.find(driver.current, "cuCtxGetCurrent");
-  symbols.find(driver.finish, "cuCtxSynchronize");
-  symbols.find(driver.describe, "cuPointerGetAttributes");
-  symbols.find(driver.host_register, "cuMemHostRegister_v2");
-  symbols.find(driver.host_unregister, "cuMemHostUnregister");
-  symbols.find(driver.make_stream, "cuStreamCreate");
-  symbols.find(driver.end_stream, "cuStreamDestroy_v2");
-  symbols.find(driver.wait_stream, "cuStreamSynchronize");
-  symbols.find(driver.make_event, "cuEventCreate");
-  symbols.find(driver.end_event, "cuEventDestroy_v2");
-  symbols.find(driver.record, "cuEventRecord");
-  symbols.find(driver.wait, "cuEventSynchronize");
-  symbols.find(driver.copy, "cuMemcpyHtoDAsync_v2");
-  symbols.find(driver.copy_between, "cuMemcpyAsync");
-  symbols.find(driver.copy_rows, "cuMemcpy2DAsync_v2");
-  symbols.find_optional(driver.copy_batch, "cuMemcpyBatchAsync_v2");
-  symbols.find(driver.ipc_export, "cuIpcGetMemHandle");
-  symbols.find(driver.ipc_open, "cuIpcOpenMemHandle_v2");
-  symbols.find(driver.ipc_close, "cuIpcCloseMemHandle");
-  symbols.find(driver.allocate, "cuMemCreate");
-  symbols.find(driver.free, "cuMemRelease");
-  symbols.find(driver.allocation_of, "cuMemRetainAllocationHandle");
-  symbols.find(driver.export_fd, "cuMemExportToShareableHandle");
-  symbols.find(driver.import_fd, "cuMemImportFromShareableHandle");
-  symbols.find(driver.reserve, "cuMemAddressReserve");
-  symbols.find(driver.unreserve, "cuMemAddressFree");
-  symbols.find(driver.map, "cuMemMap");
-  symbols.find(driver.unmap, "cuMemUnmap");
-  symbols.find(driver.set_access, "cuMemSetAccess");
-  return symbols.missing();
-}
-
 Status start(Driver& driver) {
   void* library = ::dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     const char* why = ::dlerror();
     return fail(Code::unavailable, "no GPU driver: ", why == nullptr ? kLibrary : why);
   }
-  if (const char* missing = look_up(library, driver); missing != nullptr) {
+  driver = Driver{.functions = Functions(library)};
+  if (const char* missing = driver.functions.missing(); missing != nullptr) {
     return fail(Code::unavailable, "the GPU driver is too old: ", kLibrary, " has no ", missing,
                 "; CUDA 12.0 or newer is needed");
   }
@@ -101,6 +38,16 @@ Status start(Driver& driver) {
 }
 
 }  // namespace
+
+Functions::Found Functions::find_optional(const char* name) {
+  return {library_ == nullptr ? nullptr : ::dlsym(library_, name)};
+}
+
+Functions::Found Functions::find(const char* name) {
+  const Found found = find_optional(name);
+  if (found.address == nullptr && missing_ == nullptr) missing_ = name;
+  return found;
+}
 
 std::string Driver::name_of(Answer answer) const {
   const char* name = nullptr;

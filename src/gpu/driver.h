@@ -79,48 +79,77 @@ inline constexpr unsigned kNonBlocking = 1;     // a stream that does not wait f
 inline constexpr unsigned kSleepUntilDone = 3;  // an event: waiting sleeps, and no times are taken
 inline constexpr unsigned kPeers = 1;           // memory of another device is made reachable as it is opened
 
+// Functions of a library, by name. Of those that must be there the first that is missing is kept.
+class Functions {
+ public:
+  struct Found {
+    void* address = nullptr;
+    template <typename Function>
+    operator Function*() const {
+      return reinterpret_cast<Function*>(address);
+    }
+  };
+  Functions() = default;  // has none
+  explicit Functions(void* library) : library_(library) {}
+  Found find(const char* name);
+  Found find_optional(const char* name);
+  const char* missing() const { return missing_; }
+
+ private:
+  void* library_ = nullptr;
+  const char* missing_ = nullptr;
+};
+
+// Names with _v2 are those that cuda.h means by the plain ones.
 struct Driver {
-  Answer (*init)(unsigned);
-  Answer (*version)(int*);
-  Answer (*error_name)(Answer, const char**);
-  Answer (*device_count)(int*);
-  Answer (*device_uuid)(Uuid*, int device);
-  Answer (*can_reach)(int* can, int device, int peer);
-  Answer (*retain)(Handle*, int device);  // the one that all of a process share; made at the first call
-  Answer (*release)(int device);
-  Answer (*set_current)(Handle);
-  Answer (*current)(Handle*);
-  Answer (*finish)();  // waits for all that the current device was told by this process
-  Answer (*describe)(unsigned count, const Attribute*, void** values, Address);
-  Answer (*host_register)(void*, size_t, unsigned flags);
-  Answer (*host_unregister)(void*);
-  Answer (*make_stream)(Handle*, unsigned flags);
-  Answer (*end_stream)(Handle);
-  Answer (*wait_stream)(Handle);
-  Answer (*make_event)(Handle*, unsigned flags);
-  Answer (*end_event)(Handle);
-  Answer (*record)(Handle event, Handle stream);
-  Answer (*wait)(Handle event);
+  Functions functions;
+  Answer (*init)(unsigned) = functions.find("cuInit");
+  Answer (*version)(int*) = functions.find("cuDriverGetVersion");
+  Answer (*error_name)(Answer, const char**) = functions.find("cuGetErrorName");
+  Answer (*device_count)(int*) = functions.find("cuDeviceGetCount");
+  Answer (*device_uuid)(Uuid*, int device) = functions.find("cuDeviceGetUuid_v2");
+  Answer (*can_reach)(int* can, int device, int peer) = functions.find("cuDeviceCanAccessPeer");
+  // The one that all of a process share; made at the first call.
+  Answer (*retain)(Handle*, int device) = functions.find("cuDevicePrimaryCtxRetain");
+  Answer (*release)(int device) = functions.find("cuDevicePrimaryCtxRelease_v2");
+  Answer (*set_current)(Handle) = functions.find("cuCtxSetCurrent");
+  Answer (*current)(Handle*) = functions.find("cuCtxGetCurrent");
+  // Waits for all that the current device was told by this process.
+  Answer (*finish)() = functions.find("cuCtxSynchronize");
+  Answer (*describe)(unsigned count, const Attribute*, void** values,
+                     Address) = functions.find("cuPointerGetAttributes");
+  Answer (*host_register)(void*, size_t, unsigned flags) = functions.find("cuMemHostRegister_v2");
+  Answer (*host_unregister)(void*) = functions.find("cuMemHostUnregister");
+  Answer (*make_stream)(Handle*, unsigned flags) = functions.find("cuStreamCreate");
+  Answer (*end_stream)(Handle) = functions.find("cuStreamDestroy_v2");
+  Answer (*wait_stream)(Handle) = functions.find("cuStreamSynchronize");
+  Answer (*make_event)(Handle*, unsigned flags) = functions.find("cuEventCreate");
+  Answer (*end_event)(Handle) = functions.find("cuEventDestroy_v2");
+  Answer (*record)(Handle event, Handle stream) = functions.find("cuEventRecord");
+  Answer (*wait)(Handle event) = functions.find("cuEventSynchronize");
   // Out of registered host memory, and between devices.
-  Answer (*copy)(Address target, Address source, size_t, Handle stream);
-  Answer (*copy_between)(Address target, Address source, size_t, Handle stream);
-  Answer (*copy_rows)(const Rows*, Handle stream);
+  Answer (*copy)(Address target, Address source, size_t, Handle stream) = functions.find("cuMemcpyHtoDAsync_v2");
+  Answer (*copy_between)(Address target, Address source, size_t,
+                         Handle stream) = functions.find("cuMemcpyDtoDAsync_v2");
+  Answer (*copy_rows)(const Rows*, Handle stream) = functions.find("cuMemcpy2DAsync_v2");
   // nullptr before CUDA 13
   Answer (*copy_batch)(Address* targets, Address* sources, size_t* sizes, size_t count, BatchKind*, size_t* kind_begins,
-                       size_t kind_count, Handle stream);
-  Answer (*ipc_export)(IpcHandle*, Address);
-  Answer (*ipc_open)(Address*, IpcHandle, unsigned flags);
-  Answer (*ipc_close)(Address);
-  Answer (*allocate)(Allocation*, size_t, const AllocationKind*, uint64_t flags);
-  Answer (*free)(Allocation);
-  Answer (*allocation_of)(Allocation*, void* address);
-  Answer (*export_fd)(int* fd, Allocation, int handle_type, uint64_t flags);
-  Answer (*import_fd)(Allocation*, void* fd, int handle_type);
-  Answer (*reserve)(Address*, size_t, size_t alignment, Address wish, uint64_t flags);
-  Answer (*unreserve)(Address, size_t);
-  Answer (*map)(Address, size_t, size_t offset, Allocation, uint64_t flags);
-  Answer (*unmap)(Address, size_t);
-  Answer (*set_access)(Address, size_t, const Access*, size_t count);
+                       size_t kind_count, Handle stream) = functions.find_optional("cuMemcpyBatchAsync_v2");
+  Answer (*ipc_export)(IpcHandle*, Address) = functions.find("cuIpcGetMemHandle");
+  Answer (*ipc_open)(Address*, IpcHandle, unsigned flags) = functions.find("cuIpcOpenMemHandle_v2");
+  Answer (*ipc_close)(Address) = functions.find("cuIpcCloseMemHandle");
+  Answer (*allocate)(Allocation*, size_t, const AllocationKind*, uint64_t flags) = functions.find("cuMemCreate");
+  Answer (*free)(Allocation) = functions.find("cuMemRelease");
+  Answer (*allocation_of)(Allocation*, void* address) = functions.find("cuMemRetainAllocationHandle");
+  Answer (*export_fd)(int* fd, Allocation, int handle_type,
+                      uint64_t flags) = functions.find("cuMemExportToShareableHandle");
+  Answer (*import_fd)(Allocation*, void* fd, int handle_type) = functions.find("cuMemImportFromShareableHandle");
+  Answer (*reserve)(Address*, size_t, size_t alignment, Address wish,
+                    uint64_t flags) = functions.find("cuMemAddressReserve");
+  Answer (*unreserve)(Address, size_t) = functions.find("cuMemAddressFree");
+  Answer (*map)(Address, size_t, size_t offset, Allocation, uint64_t flags) = functions.find("cuMemMap");
+  Answer (*unmap)(Address, size_t) = functions.find("cuMemUnmap");
+  Answer (*set_access)(Address, size_t, const Access*, size_t count) = functions.find("cuMemSetAccess");
 
   // "CUDA_ERROR_OUT_OF_MEMORY"
   std::string name_of(Answer answer) const;

@@ -1,5 +1,7 @@
 #include "gpu/exports.h"
 
+#include "gpu/pinned.h"
+
 namespace tensord::gpu {
 
 using base::Code;
@@ -42,17 +44,11 @@ Result<std::optional<Exports::Place>> Exports::find(Address address, uint64_t si
 }
 
 Result<Target> Exports::export_ipc(Address begin, int device) {
-  Handle handle = nullptr;
-  TRY(driver_.check(driver_.retain(&handle, device), "use a GPU"));
+  const Current before(driver_, nullptr);
+  TRY(driver_.check(before.answer(), "use a GPU"));
+  TRY_ASSIGN(const auto primary, Primary::retain(driver_, device));
   Target target;
-  Answer answer = 0;
-  {
-    const Current current(driver_, handle);
-    answer = current.answer();
-    if (answer == 0) answer = driver_.ipc_export(&target.ipc.emplace(), begin);
-  }
-  driver_.release(device);
-  TRY(driver_.check(answer, "share GPU memory with the daemon"));
+  TRY(driver_.check(driver_.ipc_export(&target.ipc.emplace(), begin), "share GPU memory with the daemon"));
   return target;
 }
 

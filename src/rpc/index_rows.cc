@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -122,22 +121,16 @@ Result<base::Fd> encode_index(const tensor::Index& index) {
 }
 
 Result<tensor::Index> decode_index(const base::Fd& fd, uint64_t size_bytes) {
-  struct stat status;
   const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 ||
-      static_cast<uint64_t>(status.st_size) != size_bytes || size_bytes == 0) {
+  const auto rows = base::read_file(fd.get(), kIndexBytesMax, "the index");
+  if (seals < 0 || (seals & kSeals) != kSeals || !rows || rows->size() != size_bytes)
     return fail(Code::corrupt, "the daemon's index is not a sealed memory file of the size it tells");
-  }
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map the index");
-  flatbuffers::Verifier verifier(static_cast<const uint8_t*>(data), size_bytes, 64, kTableCountMax);
-  Result<tensor::Index> index = fail(Code::corrupt, "the daemon's index makes no sense");
+  flatbuffers::Verifier verifier(reinterpret_cast<const uint8_t*>(rows->data()), size_bytes, 64, kTableCountMax);
   if (verifier.VerifyBuffer<protocol::IndexRows>(nullptr)) {
-    tensor::Index decoded = to_index(*flatbuffers::GetRoot<protocol::IndexRows>(data));
-    if (makes_sense(decoded)) index = std::move(decoded);
+    tensor::Index index = to_index(*flatbuffers::GetRoot<protocol::IndexRows>(rows->data()));
+    if (makes_sense(index)) return index;
   }
-  ::munmap(data, size_bytes);
-  return index;
+  return fail(Code::corrupt, "the daemon's index makes no sense");
 }
 
 }  // namespace tensord::rpc

@@ -23,16 +23,12 @@ constexpr size_t kReportBytesMax = kFrameBytesMax - (4 << 10);  // the rest is m
 constexpr uint32_t kTableDepthMax = 4;
 constexpr uint32_t kTableCountMax = 4;
 
+// nullptr when the bytes are no whole message of this kind.
 template <typename Root>
-bool is_whole(std::span<const std::byte> bytes) {
+const Root* verified(std::span<const std::byte> bytes) {
   flatbuffers::Verifier verifier(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), kTableDepthMax,
                                  kTableCountMax);
-  return verifier.VerifyBuffer<Root>(nullptr);
-}
-
-template <typename Root>
-const Root& root_of(std::span<const std::byte> bytes) {
-  return *flatbuffers::GetRoot<Root>(bytes.data());
+  return verifier.VerifyBuffer<Root>(nullptr) ? flatbuffers::GetRoot<Root>(bytes.data()) : nullptr;
 }
 
 Frame frame_of(const flatbuffers::FlatBufferBuilder& builder) {
@@ -68,8 +64,8 @@ bool texts_are_short(const protocol::RequestFrame& frame) {
 
 // The error in a refusal, or our own when the bytes are none.
 base::Error error_in(std::span<const std::byte> bytes) {
-  const protocol::Failure* failure =
-      is_whole<protocol::ReplyFrame>(bytes) ? root_of<protocol::ReplyFrame>(bytes).reply_as_Failure() : nullptr;
+  const auto* reply = verified<protocol::ReplyFrame>(bytes);
+  const protocol::Failure* failure = reply == nullptr ? nullptr : reply->reply_as_Failure();
   if (failure == nullptr) return {Code::corrupt, "the daemon says something unasked instead of serving"};
   return {base::code_from(failure->code()), failure->message()->str()};
 }
@@ -83,24 +79,21 @@ Frame hello_frame(const protocol::HelloT& hello) {
 }
 
 Result<protocol::HelloT> parse_hello(const Frame& frame) {
-  if (!frame.fds.empty() || !is_whole<protocol::Hello>(frame.bytes)) {
-    return fail(Code::corrupt, "the first message is no Hello");
-  }
-  const auto& root = root_of<protocol::Hello>(frame.bytes);
-  if (!is_short(root.product_version()) || !is_short(root.process_name())) {
+  const auto* root = verified<protocol::Hello>(frame.bytes);
+  if (!frame.fds.empty() || root == nullptr) return fail(Code::corrupt, "the first message is no Hello");
+  if (!is_short(root->product_version()) || !is_short(root->process_name())) {
     return fail(Code::corrupt, "the texts in a Hello are too long");
   }
   protocol::HelloT hello;
-  root.UnPackTo(&hello);
+  root->UnPackTo(&hello);
   if (hello.process_name.size() > kProcessNameBytesMax) hello.process_name.resize(kProcessNameBytesMax);
   return hello;
 }
 
 Status check_request(std::span<const std::byte> bytes) {
-  if (!is_whole<protocol::RequestFrame>(bytes)) return fail(Code::corrupt, "a request makes no sense");
-  if (!texts_are_short(root_of<protocol::RequestFrame>(bytes))) {
-    return fail(Code::corrupt, "the texts in a request are too long");
-  }
+  const auto* request = verified<protocol::RequestFrame>(bytes);
+  if (request == nullptr) return fail(Code::corrupt, "a request makes no sense");
+  if (!texts_are_short(*request)) return fail(Code::corrupt, "the texts in a request are too long");
   return {};
 }
 

@@ -1,10 +1,14 @@
 #include "storage/file_map.h"
 
 #include <signal.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <mutex>
+#include <utility>
+
+#include "base/bytes.h"
 
 namespace tensord::storage {
 
@@ -17,6 +21,8 @@ struct Guard {
 };
 thread_local Guard guard;
 
+uint64_t page_bytes() { return static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)); }
+
 struct sigaction previous_action;
 
 // Puts zeros where the file has no pages any more, so that the read goes on and its end finds `lost`.
@@ -24,7 +30,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
   if (address >= guard.begin && address < guard.end) {
     const int saved_errno = errno;
-    const uintptr_t page = address & ~(static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)) - 1);
+    const uintptr_t page = address / page_bytes() * page_bytes();
     void* const zeros = ::mmap(reinterpret_cast<void*>(page), guard.end - page, PROT_READ,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     errno = saved_errno;
@@ -42,13 +48,6 @@ void catch_bus_errors() {
   ::sigaction(SIGBUS, &action, &previous_action);
 }
 
-std::span<std::byte> whole_pages(std::span<const std::byte> bytes) {
-  const auto mask = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)) - 1;
-  const auto begin = reinterpret_cast<uintptr_t>(bytes.data());
-  const uintptr_t end = (begin + bytes.size() + mask) & ~mask;
-  return {reinterpret_cast<std::byte*>(begin & ~mask), end - (begin & ~mask)};
-}
-
 }  // namespace
 
 FileMap::FileMap(int fd, uint64_t size_bytes) : size_bytes_(size_bytes) {
@@ -62,21 +61,20 @@ FileMap::~FileMap() {
   if (data_ != nullptr) ::munmap(data_, size_bytes_);
 }
 
-bool FileMap::enter(std::span<const std::byte> bytes) {
-  const std::span<std::byte> pages = whole_pages(bytes);
+bool FileMap::read_range(uint64_t offset, uint64_t size_bytes,
+                         const std::function<void(std::span<const std::byte> bytes)>& read) const {
+  const uint64_t begin = offset / page_bytes() * page_bytes();
+  const uint64_t end = base::align_up(offset + size_bytes, page_bytes());
+  std::byte* const pages = data_ + begin;
 #ifdef MADV_POPULATE_READ
   // One call instead of a fault for every few pages. EINVAL: a kernel before 5.14.
-  if (::madvise(pages.data(), pages.size(), MADV_POPULATE_READ) != 0 && errno != EINVAL) return false;
+  if (::madvise(pages, end - begin, MADV_POPULATE_READ) != 0 && errno != EINVAL) return false;
 #endif
-  const auto begin = reinterpret_cast<uintptr_t>(pages.data());
-  guard = {begin, begin + pages.size(), false};
-  return true;
-}
-
-bool FileMap::leave(std::span<const std::byte> bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(pages);
+  guard = {address, address + (end - begin), false};
+  read({data_ + offset, size_bytes});
   const bool lost = std::exchange(guard, {}).lost;
-  const std::span<std::byte> pages = whole_pages(bytes);
-  ::madvise(pages.data(), pages.size(), MADV_DONTNEED);
+  ::madvise(pages, end - begin, MADV_DONTNEED);
   return !lost;
 }
 

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "base/bytes.h"
@@ -120,7 +121,7 @@ class FileSource final : public Source {
     const SourceFile source;
     std::once_flag opened;
     base::Fd direct;  // these two are constant once opened
-    FileMap map;
+    std::optional<FileMap> map;
     std::atomic<bool> takes_direct{false};
   };
   // A read under way. Its parts come one after another, each on some thread.
@@ -158,7 +159,7 @@ class FileSource final : public Source {
 
   void prepare(File& file) {
     if (options_.cached_path == CachedPath::mapped) {
-      file.map = FileMap(file.source.fd.get(), file.source.identity.size_bytes);
+      file.map.emplace(file.source.fd.get(), file.source.identity.size_bytes);
     }
     if (options_.direct == nullptr || file.source.identity.size_bytes < kDirectBytesMin) return;
     auto direct = open_direct(file.source);
@@ -206,7 +207,8 @@ class FileSource final : public Source {
       if (cancelled_) return cancelled(job);
       const size_t size_bytes = end - job.filled;
       // What is not cached is read ahead better by pread than by faults.
-      const bool mapped = part.way == Part::Way::cached && files_[job.request.file]->map.valid();
+      const auto& map = files_[job.request.file]->map;
+      const bool mapped = part.way == Part::Way::cached && map && map->valid();
       TRY(mapped                                      ? map_piece(job, size_bytes)
           : options_.cached_path == CachedPath::plain ? fill_piece(job, size_bytes)
                                                       : stream_piece(job, size_bytes));
@@ -258,7 +260,7 @@ class FileSource final : public Source {
     File& file = *files_[job.request.file];
     const size_t wanted = std::min(size_bytes, kMappedBytes - job.offset() % kMappedBytes);
     const std::string where = place(job);
-    if (file.map.read_range(job.offset(), wanted, [&](auto bytes) { stream_on(job, bytes); })) return {};
+    if (file.map->read_range(job.offset(), wanted, [&](auto bytes) { stream_on(job, bytes); })) return {};
     TRY(check_unchanged(job.request.file));
     return fail(Code::unavailable, where, ": the system could not bring its pages; is the disk failing?");
   }
