@@ -243,7 +243,6 @@ Status run(const Config& config) {
   TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
   TRY_ASSIGN(const base::Fd signals, catch_signals());
   const DescriptorShares shares = raise_descriptor_limit();
-  const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
   TRY_ASSIGN(const std::unique_ptr<catalog::Catalog> catalog, open_catalog(config.state_dir));
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
@@ -253,21 +252,11 @@ Status run(const Config& config) {
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine(engine_options(config, direct, shares), *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
-  DaemonFacts facts{.version = kVersion,
-                    .protocol = rpc::kProtocolVersion,
-                    .socket = socket,
-                    .runtime_dir = config.runtime_dir,
-                    .state_dir = config.state_dir,
-                    .started_ns = base::monotonic_ns(),
-                    .read_threads = config.read_threads,
-                    .gpu_memory_bytes = config.gpu_memory,
-                    .connection_count_max = shares.connections,
-                    .keep_spans = keep_spans};
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
   engine.use_devices(devices);
   KeeperLink keeper(engine, *loop, config.runtime_dir);
   keeper.start();
-  Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
+  Requests requests(engine, devices, config, shares.connections, [&] { shutdown.begin(); });
   const auto closed = [&](rpc::ConnectionId id) {
     loop->post([&, id] {
       engine.withdraw(id);
@@ -277,7 +266,7 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
              rpc::Server::start(*loop, std::move(listener),
                                 {.product_version = kVersion,
-                                 .keep_spans = keep_spans,
+                                 .keep_spans = base::log_enabled(LogLevel::debug),
                                  .user_id = ::getuid(),
                                  .connection_count_max = shares.connections,
                                  .closed = closed},

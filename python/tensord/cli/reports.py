@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import InternalError
+from ..errors import Error, InternalError
 from .table import Table, counted, duration_text, quoted, rate_text, seconds_text, size_text
 
 Report = dict[str, Any]
@@ -24,6 +24,8 @@ def read_report(report: str, tell: Callable[[Report], Told]) -> Told:
     """
     try:
         return tell(json.loads(report))
+    except Error:
+        raise  # some are ValueErrors too
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InternalError(f"the daemon's answer cannot be read: {type(error).__name__}: {error}") from None
 
