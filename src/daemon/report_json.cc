@@ -57,6 +57,13 @@ json replica_value(const engine::Replica& replica) {
                       {"name", lease.holder.process_name},
                       {"held_s", static_cast<double>(now_ns - lease.since_ns) / 1e9}});
   }
+  json waiters = json::array();
+  for (const engine::Waiter& waiter : replica.waiters) {
+    const int64_t since_ns = std::max(waiter.asked_ns, replica.room_ns);
+    waiters.push_back({{"pid", waiter.holder.process_id},
+                       {"name", waiter.holder.process_name},
+                       {"waited_s", static_cast<double>(now_ns - since_ns) / 1e9}});
+  }
   json value = {{"replica", replica.number},
                 {"path", replica.path()},
                 {"paths", replica.paths},
@@ -67,6 +74,8 @@ json replica_value(const engine::Replica& replica) {
                 {"memory_bytes", replica.memory_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
+                {"waiters", waiters},
+                {"waits_for", replica.waits_for},
                 {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
   if (replica.content != nullptr) {
     uint64_t total_bytes = 0;
@@ -82,15 +91,6 @@ json replica_value(const engine::Replica& replica) {
     for (const auto& file : replica.content->index.files) value["files"].push_back(file.path);
   }
   return value;
-}
-
-// Bytes of replicas on each device.
-json gpus_value(const engine::Engine& engine) {
-  std::map<std::string, uint64_t> bytes;
-  for (const auto& [number, replica] : engine.replicas()) {
-    if (!replica->key.device.empty()) bytes[replica->key.device] += replica->device_bytes;
-  }
-  return bytes;
 }
 
 // Keeps the report below what a frame can carry (64 MiB): about 65 bytes a span.
@@ -111,23 +111,6 @@ json trace_value(const engine::LoadReport& report) {
   return rows;
 }
 
-// Who waits for memory.
-json waiting_value(const engine::Engine& engine) {
-  json all = json::array();
-  for (const auto& [number, replica] : engine.replicas()) {
-    if (replica->state != engine::ReplicaState::waiting) continue;
-    for (const engine::Waiter& waiter : replica->waiters) {
-      const int64_t since_ns = std::max(waiter.asked_ns, replica->room_ns);
-      all.push_back({{"pid", waiter.holder.process_id},
-                     {"name", waiter.holder.process_name},
-                     {"path", replica->path()},
-                     {"waited_s", static_cast<double>(base::monotonic_ns() - since_ns) / 1e9},
-                     {"waits_for", replica->waits_for}});
-    }
-  }
-  return all;
-}
-
 }  // namespace
 
 std::string status_json(const Config& config, const engine::Engine& engine, const Serving& serving) {
@@ -144,10 +127,8 @@ std::string status_json(const Config& config, const engine::Engine& engine, cons
                  {"read_threads", config.read_threads},
                  {"connections", serving.connection_count_max}}},
                {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
-               {"gpus", gpus_value(engine)},
                {"replicas", engine.replicas().size()},
                {"loads_running", engine.running_count() - engine.waiting_count()},
-               {"waiting", waiting_value(engine)},
                {"loaded_bytes", engine.loaded_bytes()},
                {"disk_bytes", engine::disk_bytes_read()},
                {"connections", serving.connection_count}});

@@ -127,30 +127,30 @@ int64_t cpu_time_ns() { return int64_t{std::clock()} * (1'000'000'000 / CLOCKS_P
 struct Verification {
   static constexpr size_t kPortion = 64;  // leaves of up to 1 MiB: some milliseconds
 
-  std::shared_ptr<const Content> content;
-  const std::byte* image = nullptr;
-  const std::vector<tensor::Digest>* leaves = nullptr;
+  Verification(const Replica& held, int thread_count) : replica(held), running(thread_count) {}
+
+  const Replica& replica;  // in use: its content, memory and digests stay as they are
   std::atomic<size_t> next{0};
-  std::atomic<int> running{0};
+  std::atomic<int> running;
   base::Mutex mutex;
   std::vector<VerifyFault> faults GUARDED_BY(mutex);
 
   void check_leaf(size_t at) {
-    const tensor::Leaf& leaf = content->layout.leaves[at];
-    if (tensor::hash({image + leaf.image_offset, leaf.size_bytes}) == (*leaves)[at]) return;
-    const tensor::Tensor& tensor = content->index.tensors[leaf.tensor];
+    const tensor::Leaf& leaf = replica.content->layout.leaves[at];
+    if (tensor::hash({replica.memory.data() + leaf.image_offset, leaf.size_bytes}) == replica.leaves[at]) return;
+    const tensor::Index& index = replica.content->index;
+    const tensor::Tensor& tensor = index.tensors[leaf.tensor];
     base::MutexLock lock(mutex);
     if (faults.size() == kFaultCountMax) return;
-    faults.push_back(
-        {content->index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
+    faults.push_back({index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
   }
 
   // False when nothing is left.
   bool check_portion() {
     const size_t begin = next.fetch_add(kPortion);
-    const size_t end = std::min(begin + kPortion, leaves->size());
+    const size_t end = std::min(begin + kPortion, replica.leaves.size());
     for (size_t at = begin; at < end; ++at) check_leaf(at);
-    return end < leaves->size();
+    return end < replica.leaves.size();
   }
 
   std::vector<VerifyFault> take_faults() {
@@ -184,14 +184,10 @@ void Engine::verify(uint64_t number, VerifyDone done) {
     return done(fail(Code::unsupported, "replica ", number, " lies on ", replica.key.device,
                      "; what it was copied from was checked, and is what can be verified"));
   ++replica.use_count;
-  auto job = std::make_shared<Verification>();
-  job->content = replica.content;
-  job->image = replica.memory.data();
-  job->leaves = &replica.leaves;
-  job->running = pool_.thread_count();
+  auto job = std::make_shared<Verification>(replica, pool_.thread_count());
   auto finish = [this, job, number, done = std::move(done)] {
     if (cancelling_) {
-      done(fail(Code::cancelled, "verify ", replicas_.at(number)->path(), ": the daemon was stopped"));
+      done(fail(Code::cancelled, "verify ", job->replica.path(), ": the daemon was stopped"));
     } else {
       done(job->take_faults());
     }

@@ -62,6 +62,22 @@ def size(value: Report, name: str) -> str:
 # ---- status ------------------------------------------------------------------------------------------------
 
 
+def status_of(status: Report, listed: Report) -> Report:
+    """The answer to `status`, with what `list` tells of GPU memory and of who waits for room."""
+    replicas = entries(listed, "replicas")
+    gpus: Counter[str] = Counter()
+    for replica in replicas:
+        if replica.get("device") is not None:
+            gpus[text(replica, "device")] += number(replica, "memory_bytes")
+    waiting = [
+        {**waiter, "path": text(replica, "path"), "waits_for": text(replica, "waits_for")}
+        for replica in replicas
+        if replica["state"] == "waiting"
+        for waiter in entries(replica, "waiters")
+    ]
+    return {**status, "gpus": gpus, "waiting": waiting}
+
+
 def status_text(report: str) -> str:
     return read_report(report, _status)
 

@@ -49,7 +49,10 @@ def _selected(word: str, of: Callable[[reports.Report, str], int] = selecting.re
 
 
 def _status(_: Given) -> Output:
-    report = daemon.ask("status")
+    listed = reports.read_report(daemon.ask("list"), dict)
+    report = document(
+        reports.read_report(daemon.ask("status"), lambda status: reports.status_of(status, listed))
+    )
     return Output(report, reports.status_text(report))
 
 
