@@ -68,18 +68,14 @@ void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config)
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
-// The parent ends once the child runs in a session of its own; the caller's terminal can go.
+// The parent ends once the child runs in a session of its own, in the folder /; the caller's terminal can go.
 Status detach() {
-  const pid_t child = ::fork();
-  if (child < 0) return tl::unexpected(base::errno_error("go to the background", errno));
-  if (child > 0) ::_exit(0);
-  ::setsid();
+  if (::daemon(0, 1) != 0) return base::fail_errno(errno, "go to the background");
   // Who reads this command's output is not to wait for the daemon's end. Log lines still go to standard error.
   const base::Fd nowhere(::open("/dev/null", O_RDWR | O_CLOEXEC));
   for (const int stream : {STDIN_FILENO, STDOUT_FILENO}) {
-    if (::dup2(nowhere.get(), stream) < 0) return tl::unexpected(base::errno_error("let go of the terminal", errno));
+    if (::dup2(nowhere.get(), stream) < 0) return base::fail_errno(errno, "let go of the terminal");
   }
-  if (::chdir("/") != 0) return tl::unexpected(base::errno_error("leave the working folder", errno));
   return {};
 }
 
