@@ -72,9 +72,11 @@ def adapters(folder: Path, count: int, size_bytes: int) -> list[Path]:
     return [sparse_file(folder / f"{at}.safetensors", size_bytes) for at in range(count)]
 
 
-def load(path: Path) -> None:
+def load(path: Path) -> str:
+    """The number of the replica."""
     with tensord.open(path, "np") as model:
         model.wait()
+        return str(model.info()["replica"])
 
 
 def replicas(daemon: Daemon) -> list[dict[str, Any]]:
@@ -226,11 +228,11 @@ def test_a_hundred_cycles_end_where_they_began(
 
     def cycle() -> None:
         for path in paths:
-            load(path)
+            replica = load(path)
 
-            def evicted(name: str = str(path)) -> bool:
+            def evicted(number: str = replica) -> bool:
                 with contextlib.suppress(tensord.UnavailableError, tensord.DeniedError):
-                    tensord._library.call("evict", name)
+                    tensord._library.call("evict", number)
                     return True
                 return False
 

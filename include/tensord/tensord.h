@@ -275,8 +275,8 @@ TENSORD_EXPORT int tensord_load_into(tensord_model* model, const tensord_copy* c
 
 /* ---- the daemon -------------------------------------------------------------------------------------------------- */
 
-/* Verbs: "status", "list", "evict", "pin", "unpin", "verify", "explain", "stop". `selector`: an absolute path, an
- * artifact id or 4 or more digits of its beginning, a replica number, "last", or NULL where the verb needs none.
+/* Verbs: "status", "list", "evict", "pin", "unpin", "verify", "explain", "stop". `selector`: a replica's number, as
+ * tensord_info and "list" tell it, or NULL where the verb needs none.
  * `json` receives the reply (docs/PROTOCOL.md describes each); free it with tensord_free. autostart as in
  * tensord_open_options; verbs other than "status" usually want 0. */
 TENSORD_EXPORT int tensord_call(const char* verb, const char* selector, int autostart, char** json);

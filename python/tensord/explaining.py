@@ -11,7 +11,7 @@ Text, page, JSON and trace of ``tensord explain`` all show this one list of phas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Times are integers of nanoseconds, on the daemon's monotonic clock or on the axis of the explanation.
@@ -45,7 +45,7 @@ class Limit(NamedTuple):
 
 WORTH_NAMING_NS = 1_000_000
 
-# What only the explanation is made of: times that its phases tell better.
+# What only the explanation is made of: it tells it better.
 _RAW = frozenset(
     (
         "begin_ns",
@@ -57,6 +57,7 @@ _RAW = frozenset(
         "read_ns",
         "check_ns",
         "rates",
+        "trace",
     )
 )
 _RAW_OF_USE = frozenset(("begin_ns", "map_begin_ns"))
@@ -67,7 +68,7 @@ def explain(facts: Facts) -> dict[str, Any]:
 
     Raises
     ------
-    LookupError, TypeError
+    LookupError, TypeError, ValueError
         It is no such answer.
     """
     uses = facts["uses"]
@@ -85,6 +86,7 @@ def explain(facts: Facts) -> dict[str, Any]:
     moved_ns = span_ns if is_resident else ready_ns
     possible, possible_by = _possible(facts, is_resident, moved_bytes)
     limit = _limit(facts, is_resident, phases)
+    trace = _named_spans(facts.get("trace", []), uses)
     return {
         **{name: value for name, value in facts.items() if name not in _RAW},
         "gb_per_s": _gb_per_s(facts["bytes"], facts["wall_ns"]),
@@ -101,7 +103,24 @@ def explain(facts: Facts) -> dict[str, Any]:
         "limited_by": limit.name,
         "advice": "The error says what to do." if facts["error"] is not None else limit.advice,
         "uses": [{name: value for name, value in use.items() if name not in _RAW_OF_USE} for use in uses],
+        **({"trace": trace} if trace else {}),
     }
+
+
+def _named_spans(rows: Iterable[Sequence[int]], uses: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Reads, checks and copies, one by one, of the daemon's rows (PROTOCOL.md)."""
+    lanes = ["daemon read", "daemon read", *(f"{use['name']} {use['pid']} copy" for use in uses)]
+    return [
+        {
+            "name": ("read", "check", "copy")[min(kind, 2)],
+            "thread": f"{lanes[kind]} {thread}",
+            "begin_ns": begin_ns,
+            "end_ns": end_ns,
+            "bytes": size_bytes,
+            "block" if kind < 2 else "record": number,
+        }
+        for kind, thread, begin_ns, end_ns, size_bytes, number in rows
+    ]
 
 
 def _shown(phase: Phase) -> dict[str, Any]:

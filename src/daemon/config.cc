@@ -9,7 +9,6 @@
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
-#include <iterator>
 #include <string_view>
 
 #include "base/bytes.h"
@@ -28,89 +27,55 @@ using base::Status;
 
 namespace {
 
-template <std::string Config::*kField>
-Status set_text(Config& config, const std::string& value) {
-  config.*kField = value;
-  return {};
+using Set = decltype(Setting::set);
+
+Set text(std::string Config::*field) {
+  return [field](Config& config, const std::string& value) -> Status {
+    config.*field = value;
+    return {};
+  };
 }
 
-template <uint64_t Config::*kField>
-Status set_bytes(Config& config, const std::string& value) {
-  TRY_ASSIGN(config.*kField, base::parse_bytes(value));
-  return {};
+Set bytes(uint64_t Config::*field) {
+  return [field](Config& config, const std::string& value) -> Status {
+    TRY_ASSIGN(config.*field, base::parse_bytes(value));
+    return {};
+  };
 }
 
-template <auto kField, int64_t kLeast, int64_t kMost>
-Status set_number(Config& config, const std::string& value) {
-  int64_t number = 0;
-  const auto [rest, problem] = std::from_chars(value.data(), value.data() + value.size(), number);
-  if (problem != std::errc() || rest != value.data() + value.size() || number < kLeast || number > kMost) {
-    return fail(Code::invalid_argument,
-                base::text(base::quoted(value), " is no whole number from ", kLeast, " to ", kMost));
-  }
-  config.*kField = static_cast<std::remove_reference_t<decltype(config.*kField)>>(number);
-  return {};
+template <typename Number>
+Set number(Number Config::*field, int64_t least, int64_t most) {
+  return [=](Config& config, const std::string& value) -> Status {
+    int64_t number = 0;
+    const auto [rest, problem] = std::from_chars(value.data(), value.data() + value.size(), number);
+    if (problem != std::errc() || rest != value.data() + value.size() || number < least || number > most) {
+      return fail(Code::invalid_argument, base::quoted(value), " is no whole number from ", least, " to ", most);
+    }
+    config.*field = static_cast<Number>(number);
+    return {};
+  };
 }
 
-// `value` as one of the names, which stand in the order of the enumeration.
-template <typename Choice, size_t kCount>
-Status set_choice(Choice& target, const std::string& value, const char* const (&names)[kCount]) {
-  const auto* found = std::find(std::begin(names), std::end(names), value);
-  if (found == std::end(names)) {
-    std::string all;
-    for (const char* name : names) all += (all.empty() ? "" : ", ") + std::string(name);
-    return fail(Code::invalid_argument, base::text(base::quoted(value), " is none of ", all));
-  }
-  target = static_cast<Choice>(found - std::begin(names));
-  return {};
+// One of the names, which stand in the order of the enumeration.
+template <typename Choice>
+Set choice(Choice Config::*field, std::vector<std::string> names) {
+  return [=](Config& config, const std::string& value) -> Status {
+    const auto found = std::find(names.begin(), names.end(), value);
+    if (found == names.end()) {
+      std::string all;
+      for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+      return fail(Code::invalid_argument, base::quoted(value), " is none of ", all);
+    }
+    config.*field = static_cast<Choice>(found - names.begin());
+    return {};
+  };
 }
 
 constexpr int kReadThreadsMax = 256;
 constexpr int64_t kDrainSecondsMax = 3600;
 constexpr int64_t kGpuIdleSecondsMax = 86'400;
 
-constexpr Setting kSettings[] = {
-    {"runtime_dir", set_text<&Config::runtime_dir>},
-    {"state_dir", set_text<&Config::state_dir>},
-    {"host_memory",
-     [](Config& config, const std::string& value) {
-       config.host_memory_is_default = false;
-       return set_bytes<&Config::host_memory>(config, value);
-     }},
-    {"memory_wait_seconds", set_number<&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax>},
-    {"prefault", set_bytes<&Config::prefault>},
-    {"read_threads", set_number<&Config::read_threads, 1, kReadThreadsMax>},
-    {"disk_reads",
-     [](Config& config, const std::string& value) {
-       return set_choice(config.disk_reads, value, {"best", "io_uring", "pread", "buffered"});
-     }},
-    {"cache",
-     [](Config& config, const std::string& value) {
-       return set_choice(config.cache, value, {"keep", "drop"});
-     }},
-    {"huge_pages",
-     [](Config& config, const std::string& value) {
-       return set_choice(config.huge_pages, value, {"auto", "never"});
-     }},
-    {"gpu",
-     [](Config& config, const std::string& value) {
-       return set_choice(config.gpu, value, {"auto", "off"});
-     }},
-    {"gpu_memory", set_bytes<&Config::gpu_memory>},
-    {"gpu_idle_seconds", set_number<&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax>},
-    {"log_level",
-     [](Config& config, const std::string& value) {
-       return set_choice(config.log_level, value, {"trace", "debug", "info", "warning", "error", "off"});
-     }},
-    {"log_file", set_text<&Config::log_file>},
-    {"drain_seconds", set_number<&Config::drain_seconds, 0, kDrainSecondsMax>},
-};
-
-const Setting* find_setting(std::string_view name) {
-  const auto* found = std::find_if(std::begin(kSettings), std::end(kSettings),
-                                   [&](const Setting& setting) { return name == setting.name; });
-  return found == std::end(kSettings) ? nullptr : found;
-}
+std::string name_of(const Setting& setting) { return setting.name; }
 
 std::string flag_of(const Setting& setting) {
   std::string flag = "--" + std::string(setting.name);
@@ -125,10 +90,18 @@ std::string variable_of(const Setting& setting) {
   return variable;
 }
 
+// The setting that one of the three functions above spells so; nullptr: there is none.
+const Setting* find_setting(std::string_view spelled, std::string (*spell)(const Setting&)) {
+  for (const Setting& setting : settings()) {
+    if (spell(setting) == spelled) return &setting;
+  }
+  return nullptr;
+}
+
 Status apply(Config& config, const Setting& setting, const std::string& value, const std::string& where) {
-  const Status set = setting.set(config, value);
-  if (!set) return fail(set.error().code, where + ": " + set.error().message);
-  return {};
+  return setting.set(config, value).map_error([&](const base::Error& error) {
+    return base::Error{error.code, where + ": " + error.message};
+  });
 }
 
 std::string value_text(const toml::node& node) {
@@ -140,8 +113,8 @@ std::string value_text(const toml::node& node) {
 Status apply_file(Config& config, const std::string& path) try {
   const toml::table table = toml::parse_file(path);
   for (const auto& [key, node] : table) {
-    const std::string where = base::text(path, ":", node.source().begin.line, ": ", std::string(key.str()));
-    const Setting* setting = find_setting(key.str());
+    const std::string where = base::text(path, ":", node.source().begin.line, ": ", key.str());
+    const Setting* setting = find_setting(key.str(), name_of);
     if (setting == nullptr)
       return fail(Code::invalid_argument, where + ": no such setting; see `tensord serve --help`");
     const std::string value = value_text(node);
@@ -150,8 +123,7 @@ Status apply_file(Config& config, const std::string& path) try {
   }
   return {};
 } catch (const toml::parse_error& problem) {
-  return fail(Code::invalid_argument,
-              base::text(path, ":", problem.source().begin.line, ": ", std::string(problem.description())));
+  return fail(Code::invalid_argument, path, ":", problem.source().begin.line, ": ", problem.description());
 }
 
 std::string usual_config_path() {
@@ -166,7 +138,30 @@ int default_read_threads() {
 
 }  // namespace
 
-std::span<const Setting> settings() { return kSettings; }
+const std::vector<Setting>& settings() {
+  static const std::vector<Setting> all = {
+      {"runtime_dir", text(&Config::runtime_dir)},
+      {"state_dir", text(&Config::state_dir)},
+      {"host_memory",
+       [](Config& config, const std::string& value) {
+         config.host_memory_is_default = false;
+         return bytes(&Config::host_memory)(config, value);
+       }},
+      {"memory_wait_seconds", number(&Config::memory_wait_seconds, 0, kMemoryWaitSecondsMax)},
+      {"prefault", bytes(&Config::prefault)},
+      {"read_threads", number(&Config::read_threads, 1, kReadThreadsMax)},
+      {"disk_reads", choice(&Config::disk_reads, {"best", "io_uring", "pread", "buffered"})},
+      {"cache", choice(&Config::cache, {"keep", "drop"})},
+      {"huge_pages", choice(&Config::huge_pages, {"auto", "never"})},
+      {"gpu", choice(&Config::gpu, {"auto", "off"})},
+      {"gpu_memory", bytes(&Config::gpu_memory)},
+      {"gpu_idle_seconds", number(&Config::gpu_idle_seconds, 0, kGpuIdleSecondsMax)},
+      {"log_level", choice(&Config::log_level, {"trace", "debug", "info", "warning", "error", "off"})},
+      {"log_file", text(&Config::log_file)},
+      {"drain_seconds", number(&Config::drain_seconds, 0, kDrainSecondsMax)},
+  };
+  return all;
+}
 
 Result<CommandLine> parse_command_line(std::span<char*> arguments) {
   CommandLine line;
@@ -182,10 +177,9 @@ Result<CommandLine> parse_command_line(std::span<char*> arguments) {
     }
     const size_t equals = word.find('=');
     const std::string flag = word.substr(0, equals);
-    const auto* setting = std::find_if(std::begin(kSettings), std::end(kSettings),
-                                       [&](const Setting& one) { return flag_of(one) == flag; });
-    if (setting == std::end(kSettings) && flag != "--config") {
-      return fail(Code::invalid_argument, base::text("no flag ", base::quoted(flag), "; see `tensord serve --help`"));
+    const Setting* setting = find_setting(flag, flag_of);
+    if (setting == nullptr && flag != "--config") {
+      return fail(Code::invalid_argument, "no flag ", base::quoted(flag), "; see `tensord serve --help`");
     }
     if (equals == std::string::npos && ++argument == arguments.end())
       return fail(Code::invalid_argument, flag + " needs a value");
@@ -213,18 +207,17 @@ Result<Config> make_config(const CommandLine& command_line) {
   if (file.valid() && base::identify_file(file.get(), path)) {
     TRY(apply_file(config, path));
   } else if (!named.empty()) {
-    return fail(Code::not_found, base::text(by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read"));
+    return fail(Code::not_found, by_variable ? "$TENSORD_CONFIG " : "--config ", path, ": cannot be read");
   }
-  for (const Setting& setting : kSettings) {
+  for (const Setting& setting : settings()) {
     const std::string name = variable_of(setting);
     const std::string value = base::environment(name.c_str());
     if (!value.empty()) TRY(apply(config, setting, value, "$" + name));
   }
   for (const auto& [setting, value] : command_line.flags) TRY(apply(config, *setting, value, flag_of(*setting)));
   if (config.prefault > config.host_memory) {
-    return fail(Code::invalid_argument,
-                base::text("prefault (", base::human_bytes(config.prefault), ") is more than host_memory (",
-                           base::human_bytes(config.host_memory), ")"));
+    return fail(Code::invalid_argument, "prefault (", base::human_bytes(config.prefault),
+                ") is more than host_memory (", base::human_bytes(config.host_memory), ")");
   }
   // --detach leaves the working folder.
   for (std::string* one : {&config.runtime_dir, &config.state_dir, &config.log_file}) {
@@ -235,7 +228,7 @@ Result<Config> make_config(const CommandLine& command_line) {
 
 std::string serve_help() {
   std::string help = "usage: tensord serve [--config FILE] [--detach] [FLAG VALUE ...]\nflags:";
-  for (const Setting& setting : kSettings) help += " " + flag_of(setting);
+  for (const Setting& setting : settings()) help += " " + flag_of(setting);
   return help + "\n`tensord help serve` of the Python package and docs/OPERATING.md tell what they mean\n";
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -46,9 +47,9 @@ struct Config {
 // and docs/OPERATING.md say.
 struct Setting {
   const char* name;  // as in the file; flags and environment derive from it
-  base::Status (*set)(Config& config, const std::string& value);
+  std::function<base::Status(Config& config, const std::string& value)> set;
 };
-std::span<const Setting> settings();
+const std::vector<Setting>& settings();
 
 struct CommandLine {
   bool help = false;

@@ -6,6 +6,22 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
+#include "rpc/frame.h"
+#include "rpc/unix_socket.h"
+
+// What has the same names here and there.
+namespace tensord::storage {
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(SourceCounters, cached_bytes, direct_bytes, buffered_bytes)
+}
+namespace tensord::engine {
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(LoadCounters, bytes, read_ns, check_ns, touch_ns)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Use, pid, name, begin_ns, map_begin_ns, map_ns, plan_ns, wait_ns, copy_ns,
+                                   copy_bytes, device_bytes, record_count, thread_count)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(LoadReport, load, replica, path, tensor_count, whole_tensor_count, begin_ns, fill_ns,
+                                   reopened_ns, wall_ns, index_ns, memory_ns, cpu_ns, disk_bytes, read_path, notes,
+                                   uses)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(VerifyFault, file, tensor, leaf, offset, size_bytes)
+}  // namespace tensord::engine
 
 namespace tensord::daemon {
 
@@ -41,6 +57,13 @@ json replica_value(const engine::Replica& replica) {
                       {"name", lease.holder.process_name},
                       {"held_s", static_cast<double>(now_ns - lease.since_ns) / 1e9}});
   }
+  json waiters = json::array();
+  for (const engine::Waiter& waiter : replica.waiters) {
+    const int64_t since_ns = std::max(waiter.asked_ns, replica.room_ns);
+    waiters.push_back({{"pid", waiter.holder.process_id},
+                       {"name", waiter.holder.process_name},
+                       {"waited_s", static_cast<double>(now_ns - since_ns) / 1e9}});
+  }
   json value = {{"replica", replica.number},
                 {"path", replica.path()},
                 {"paths", replica.paths},
@@ -51,6 +74,8 @@ json replica_value(const engine::Replica& replica) {
                 {"memory_bytes", replica.memory_bytes()},
                 {"pinned", replica.pinned},
                 {"leases", leases},
+                {"waiters", waiters},
+                {"waits_for", replica.waits_for},
                 {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
   if (replica.content != nullptr) {
     uint64_t total_bytes = 0;
@@ -68,171 +93,90 @@ json replica_value(const engine::Replica& replica) {
   return value;
 }
 
-// Bytes of replicas on each device.
-json gpus_value(const engine::Engine& engine) {
-  std::map<std::string, uint64_t> bytes;
-  for (const auto& [number, replica] : engine.replicas()) {
-    if (!replica->key.device.empty()) bytes[replica->key.device] += replica->device_bytes;
-  }
-  return bytes;
-}
+// Keeps the report below what a frame can carry (64 MiB): about 65 bytes a span.
+constexpr size_t kTraceCountMax = 800'000;
 
-json uses_value(const std::vector<engine::Use>& uses) {
-  json values = json::array();
-  for (const engine::Use& use : uses) {
-    values.push_back({{"pid", use.process_id},
-                      {"name", use.process_name},
-                      {"begin_ns", use.begin_ns},
-                      {"map_begin_ns", use.map_begin_ns},
-                      {"map_ns", use.map_ns},
-                      {"plan_ns", use.plan_ns},
-                      {"wait_ns", use.wait_ns},
-                      {"copy_ns", use.copy_ns},
-                      {"copy_bytes", use.copy_bytes},
-                      {"device_bytes", use.device_bytes},
-                      {"record_count", use.record_count},
-                      {"thread_count", use.thread_count}});
-  }
-  return values;
-}
-
-// Keeps the report below what a frame can carry (64 MiB): about 130 bytes a span.
-constexpr size_t kTraceCountMax = 400'000;
-
+// Rows that explaining.py names: what it was, thread, begin, end, bytes, and which block or record. It was a read (0), a
+// check (1), or a copy of use 0 (2), of use 1 (3), and so on.
 json trace_value(const engine::LoadReport& report) {
-  json trace = json::array();
-  for (const engine::LoadSpan& span : report.spans) {
-    if (trace.size() == kTraceCountMax) break;
-    trace.push_back({{"name", span.kind == engine::LoadSpan::Kind::read ? "read" : "check"},
-                     {"thread", "daemon read " + std::to_string(span.thread)},
-                     {"begin_ns", span.begin_ns},
-                     {"end_ns", span.end_ns},
-                     {"bytes", span.size_bytes},
-                     {"block", span.block}});
-  }
-  for (const engine::Use& use : report.uses) {
-    for (const memory::CopySpan& span : use.spans) {
-      if (trace.size() == kTraceCountMax) break;
-      trace.push_back(
-          {{"name", "copy"},
-           {"thread", use.process_name + " " + std::to_string(use.process_id) + " copy " + std::to_string(span.thread)},
-           {"begin_ns", span.begin_ns},
-           {"end_ns", span.end_ns},
-           {"bytes", span.size_bytes},
-           {"record", span.record}});
+  json rows = json::array();
+  for (const engine::LoadSpan& span : report.spans)
+    rows.push_back({span.kind, span.thread, span.begin_ns, span.end_ns, span.size_bytes, span.block});
+  for (size_t use = 0; use < report.uses.size(); ++use) {
+    for (const memory::CopySpan& span : report.uses[use].spans) {
+      if (rows.size() == kTraceCountMax) return rows;
+      rows.push_back({use + 2, span.thread, span.begin_ns, span.end_ns, span.size_bytes, span.record});
     }
   }
-  return trace;
-}
-
-// Who waits for memory.
-json waiting_value(const engine::Engine& engine) {
-  json all = json::array();
-  for (const auto& [number, replica] : engine.replicas()) {
-    if (replica->state != engine::ReplicaState::waiting) continue;
-    for (const engine::Waiter& waiter : replica->waiters) {
-      const int64_t since_ns = std::max(waiter.asked_ns, replica->room_ns);
-      all.push_back({{"pid", waiter.holder.process_id},
-                     {"name", waiter.holder.process_name},
-                     {"path", replica->path()},
-                     {"waited_s", static_cast<double>(base::monotonic_ns() - since_ns) / 1e9},
-                     {"waits_for", replica->waits_for}});
-    }
-  }
-  return all;
+  return rows;
 }
 
 }  // namespace
 
-std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count) {
+std::string status_json(const Config& config, const engine::Engine& engine, const Serving& serving) {
   const uint64_t memory_limit = doctor::cgroup_memory_limit();
   return dump({{"pid", ::getpid()},
-               {"version", facts.version},
-               {"protocol", facts.protocol},
-               {"socket", facts.socket},
-               {"runtime_dir", facts.runtime_dir},
-               {"state_dir", facts.state_dir},
+               {"version", TENSORD_VERSION},
+               {"protocol", rpc::kProtocolVersion},
+               {"socket", rpc::socket_path(config.runtime_dir)},
+               {"runtime_dir", config.runtime_dir},
+               {"state_dir", config.state_dir},
                {"machine", doctor::this_machine()},
                {"memory_limit", memory_limit == UINT64_MAX ? json() : json(memory_limit)},
-               {"uptime_s", static_cast<double>(base::monotonic_ns() - facts.started_ns) / 1e9},
+               {"uptime_s", static_cast<double>(base::monotonic_ns() - serving.started_ns) / 1e9},
                {"limits",
                 {{"host_memory", engine.memory().limit_bytes()},
-                 {"gpu_memory", facts.gpu_memory_bytes},
-                 {"read_threads", facts.read_threads},
-                 {"connections", facts.connection_count_max}}},
+                 {"gpu_memory", config.gpu_memory},
+                 {"read_threads", config.read_threads},
+                 {"connections", serving.connection_count_max}}},
                {"memory", {{"in_use", engine.memory().in_use_bytes()}, {"kept", engine.memory().kept_bytes()}}},
-               {"gpus", gpus_value(engine)},
                {"replicas", engine.replicas().size()},
                {"loads_running", engine.running_count() - engine.waiting_count()},
-               {"waiting", waiting_value(engine)},
                {"loaded_bytes", engine.loaded_bytes()},
                {"disk_bytes", engine::disk_bytes_read()},
-               {"connections", connection_count}});
+               {"connections", serving.connection_count}});
 }
 
 std::string list_json(const engine::Engine& engine) {
   json replicas = json::array();
+  json loads = json::array();
+  for (const engine::LoadReport& report : engine.reports()) {
+    loads.push_back({{"replica", report.replica}, {"path", report.path}});
+  }
   for (const auto& [number, replica] : engine.replicas()) {
     if (replica->state != engine::ReplicaState::indexing) replicas.push_back(replica_value(*replica));
+    if (replica->state <= engine::ReplicaState::waiting)
+      loads.push_back({{"replica", number}, {"path", replica->path()}});
   }
-  return dump({{"replicas", replicas}});
+  return dump({{"replicas", replicas}, {"loads", loads}, {"last", engine.last_opened()}});
 }
 
 std::string replica_json(const engine::Replica& replica) { return dump(replica_value(replica)); }
 
 std::string stop_json() { return dump({{"pid", ::getpid()}}); }
 
-std::string verify_json(const engine::VerifyReport& report) {
-  json faults = json::array();
-  for (const engine::VerifyFault& fault : report.faults) {
-    faults.push_back({{"file", fault.file},
-                      {"tensor", fault.tensor},
-                      {"leaf", fault.leaf},
-                      {"offset", fault.offset},
-                      {"size_bytes", fault.size_bytes}});
-  }
-  return dump({{"replica", report.replica},
-               {"path", report.path},
-               {"artifact", report.artifact.to_text()},
-               {"leaf_count", report.leaf_count},
-               {"bytes", report.bytes},
-               {"ns", report.ns},
+std::string verify_json(const engine::Replica& replica, int64_t ns, const std::vector<engine::VerifyFault>& faults) {
+  return dump({{"replica", replica.number},
+               {"path", replica.path()},
+               {"artifact", replica.artifact->to_text()},
+               {"leaf_count", replica.leaves.size()},
+               {"bytes", replica.content->index.payload_bytes()},
+               {"ns", ns},
                {"faults", faults}});
 }
 
 std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
-  json value = {{"load", report.load},
-                {"replica", report.replica},
-                {"path", report.path},
-                {"only", only_value(report.only)},
-                {"tensor_count", report.tensor_count},
-                {"whole_tensor_count", report.whole_tensor_count},
+  json value = report;
+  value.update(report.counters);
+  value.update(report.source);
+  value.update({{"only", only_value(report.only)},
                 {"artifact", report.artifact ? json(report.artifact->to_text()) : json()},
                 {"state", state_name(report.state)},
                 {"error", error_json(report.error)},
-                {"begin_ns", report.begin_ns},
-                {"fill_ns", report.fill_ns},
-                {"reopened_ns", report.reopened_ns},
-                {"wall_ns", report.wall_ns},
-                {"index_ns", report.index_ns},
-                {"memory_ns", report.memory_ns},
-                {"touch_ns", report.counters.touch_ns},
-                {"read_ns", report.counters.read_ns},
-                {"check_ns", report.counters.check_ns},
-                {"bytes", report.counters.bytes},
                 {"read_threads", report.thread_count},
-                {"cpu_ns", report.cpu_ns},
-                {"disk_bytes", report.disk_bytes},
-                {"cached_bytes", report.source.cached_bytes},
-                {"direct_bytes", report.source.direct_bytes},
-                {"buffered_bytes", report.source.buffered_bytes},
-                {"read_path", report.read_path},
-                {"notes", report.notes},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
                 {"rates", rates ? json(rates->bytes_per_s) : json()},
-                {"uses", uses_value(report.uses)}};
-  json trace = trace_value(report);
-  if (!trace.empty()) value["trace"] = std::move(trace);
+                {"trace", trace_value(report)}});
   return dump(value);
 }
 

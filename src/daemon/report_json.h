@@ -3,29 +3,24 @@
 
 #include <string>
 
+#include "daemon/config.h"
 #include "doctor/machine.h"
 #include "engine/engine.h"
 
 namespace tensord::daemon {
 
-struct DaemonFacts {
-  std::string version;
-  uint32_t protocol = 0;
-  std::string socket;
-  std::string runtime_dir;
-  std::string state_dir;
+// What the engine does not know.
+struct Serving {
   int64_t started_ns = 0;
-  int read_threads = 0;
-  uint64_t gpu_memory_bytes = 0;
+  size_t connection_count = 0;
   size_t connection_count_max = 0;
-  bool keep_spans = false;
 };
 
-std::string status_json(const DaemonFacts& facts, const engine::Engine& engine, size_t connection_count);
+std::string status_json(const Config& config, const engine::Engine& engine, const Serving& serving);
 std::string list_json(const engine::Engine& engine);
 std::string replica_json(const engine::Replica& replica);
 std::string stop_json();
-std::string verify_json(const engine::VerifyReport& report);
+std::string verify_json(const engine::Replica& replica, int64_t ns, const std::vector<engine::VerifyFault>& faults);
 std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates);
 
 }  // namespace tensord::daemon

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <charconv>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -58,6 +59,16 @@ Result<engine::OpenOrder> to_order(rpc::Request& request) {
 // hour are 9.4e17 ns.
 constexpr uint32_t kUseThreadsMax = 1024;
 int64_t sane_ns(int64_t ns) { return std::clamp<int64_t>(ns, 0, int64_t{3600} * 1'000'000'000); }
+
+// Which replica a call is about. Names for people are looked up in `list` by its sender.
+Result<uint64_t> number_in(const protocol::Call& call) {
+  const std::string text = call.selector() == nullptr ? "" : call.selector()->str();
+  uint64_t number = 0;
+  const auto [rest, problem] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (problem != std::errc() || rest != text.data() + text.size())
+    return fail(Code::invalid_argument, base::quoted(text), " is no replica's number; `list` tells them");
+  return number;
+}
 
 rpc::Frame opened_frame(uint64_t id, const engine::Grant& grant) {
   protocol::OpenedT opened;
@@ -134,41 +145,50 @@ void Requests::call(const rpc::Request& request) {
   const protocol::Call& body = *request.frame().request_as_Call();
   const rpc::ConnectionId connection = request.client.connection;
   const uint64_t id = request.frame().id();
-  if (body.verb() == Verb::verify) {
-    const auto replica = engine_.find(body.selector() == nullptr ? "" : body.selector()->str());
-    if (!replica) return reply_json(connection, id, base::pass_on(replica));
-    return engine_.verify(*replica, [this, connection, id](Result<engine::VerifyReport> report) {
-      reply_json(connection, id, report.map(verify_json));
-    });
+  if (body.verb() != Verb::verify) {
+    reply_json(connection, id, answer(body));
+    if (body.verb() == Verb::stop) stop_();
+    return;
   }
-  reply_json(connection, id, answer(body));
-  if (body.verb() == Verb::stop) stop_();
+  const auto replica = selected(body);
+  if (!replica) return reply_json(connection, id, base::pass_on(replica));
+  const int64_t begin_ns = base::monotonic_ns();
+  engine_.verify((*replica)->number, [this, connection, id, begin_ns, replica](const auto& faults) {
+    reply_json(connection, id, faults.map([&](const auto& found) {
+      return verify_json(**replica, base::monotonic_ns() - begin_ns, found);
+    }));
+  });
+}
+
+Result<const engine::Replica*> Requests::selected(const protocol::Call& call) const {
+  TRY_ASSIGN(const uint64_t number, number_in(call));
+  return engine_.find(number);
 }
 
 Result<std::string> Requests::answer(const protocol::Call& call) {
-  const std::string selector = call.selector() == nullptr ? "" : call.selector()->str();
   switch (call.verb()) {
     case Verb::status:
-      return status_json(facts_, engine_, server_->connection_count());
+      return status_json(config_, engine_, {started_ns_, server_->connection_count(), connection_count_max_});
     case Verb::list:
       return list_json(engine_);
     case Verb::stop:
       return stop_json();
     case Verb::explain: {
-      TRY_ASSIGN(const engine::LoadReport report, engine_.explain(selector));
-      return explain_json(report, doctor::load_rates(facts_.state_dir, doctor::this_machine()));
+      TRY_ASSIGN(const uint64_t number, number_in(call));
+      TRY_ASSIGN(const engine::LoadReport report, engine_.explain(number));
+      return explain_json(report, doctor::load_rates(config_.state_dir, doctor::this_machine()));
     }
     case Verb::evict: {
-      TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
-      const std::string json = replica_json(engine_.replica(replica));
-      TRY(engine_.evict(replica));
+      TRY_ASSIGN(const engine::Replica* replica, selected(call));
+      const std::string json = replica_json(*replica);
+      TRY(engine_.evict(replica->number));
       return json;
     }
     case Verb::pin:
     case Verb::unpin: {
-      TRY_ASSIGN(const uint64_t replica, engine_.find(selector));
-      engine_.set_pinned(replica, call.verb() == Verb::pin);
-      return replica_json(engine_.replica(replica));
+      TRY_ASSIGN(const engine::Replica* replica, selected(call));
+      engine_.set_pinned(replica->number, call.verb() == Verb::pin);
+      return replica_json(*replica);
     }
     default:
       return fail(Code::unsupported, "this daemon does not know such a verb");
@@ -177,9 +197,9 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
 
 void Requests::used(const rpc::Request& request) {
   const protocol::Used& used = *request.frame().request_as_Used();
-  engine::Use use{.process_id = request.client.process_id, .process_name = request.client.process_name};
+  engine::Use use{.pid = request.client.process_id, .name = request.client.process_name};
   const int64_t now_ns = base::monotonic_ns();
-  const auto when_ns = [&](int64_t told_ns) { return std::clamp(told_ns, facts_.started_ns, now_ns); };
+  const auto when_ns = [&](int64_t told_ns) { return std::clamp(told_ns, started_ns_, now_ns); };
   use.begin_ns = when_ns(used.begin_ns());
   use.map_begin_ns = when_ns(used.map_begin_ns());
   use.map_ns = sane_ns(used.map_ns());
@@ -191,7 +211,7 @@ void Requests::used(const rpc::Request& request) {
   if (used.slower_why() != nullptr) use.slower_why = used.slower_why()->str();
   use.record_count = used.record_count();
   use.thread_count = std::min(used.thread_count(), kUseThreadsMax);
-  if (used.spans() != nullptr && facts_.keep_spans) {
+  if (used.spans() != nullptr && base::log_enabled(base::LogLevel::debug)) {
     for (const protocol::Span* span : *used.spans()) {
       if (use.spans.size() == engine::kSpanCountMax) break;
       use.spans.push_back({span->begin_ns(), span->end_ns(), span->thread(), span->record(), span->size_bytes()});

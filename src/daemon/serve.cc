@@ -68,18 +68,14 @@ void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config)
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
-// The parent ends once the child runs in a session of its own; the caller's terminal can go.
+// The parent ends once the child runs in a session of its own, in the folder /; the caller's terminal can go.
 Status detach() {
-  const pid_t child = ::fork();
-  if (child < 0) return tl::unexpected(base::errno_error("go to the background", errno));
-  if (child > 0) ::_exit(0);
-  ::setsid();
+  if (::daemon(0, 1) != 0) return base::fail_errno(errno, "go to the background");
   // Who reads this command's output is not to wait for the daemon's end. Log lines still go to standard error.
   const base::Fd nowhere(::open("/dev/null", O_RDWR | O_CLOEXEC));
   for (const int stream : {STDIN_FILENO, STDOUT_FILENO}) {
-    if (::dup2(nowhere.get(), stream) < 0) return tl::unexpected(base::errno_error("let go of the terminal", errno));
+    if (::dup2(nowhere.get(), stream) < 0) return base::fail_errno(errno, "let go of the terminal");
   }
-  if (::chdir("/") != 0) return tl::unexpected(base::errno_error("leave the working folder", errno));
   return {};
 }
 
@@ -243,7 +239,6 @@ Status run(const Config& config) {
   TRY_ASSIGN(rpc::Listener listener, rpc::Listener::open(config.runtime_dir));
   TRY_ASSIGN(const base::Fd signals, catch_signals());
   const DescriptorShares shares = raise_descriptor_limit();
-  const bool keep_spans = base::log_enabled(LogLevel::debug);
   const std::string socket = listener.path();
   TRY_ASSIGN(const std::unique_ptr<catalog::Catalog> catalog, open_catalog(config.state_dir));
   TRY_ASSIGN(const std::unique_ptr<rpc::Loop> loop, rpc::Loop::open());
@@ -253,21 +248,11 @@ Status run(const Config& config) {
   if (!direct.note.empty()) log(LogLevel::info, direct.note);
   engine::Engine engine(engine_options(config, direct, shares), *catalog, *catalog_thread, *pool, owner_over(*loop));
   Shutdown shutdown(*loop, engine, config.drain_seconds);
-  DaemonFacts facts{.version = kVersion,
-                    .protocol = rpc::kProtocolVersion,
-                    .socket = socket,
-                    .runtime_dir = config.runtime_dir,
-                    .state_dir = config.state_dir,
-                    .started_ns = base::monotonic_ns(),
-                    .read_threads = config.read_threads,
-                    .gpu_memory_bytes = config.gpu_memory,
-                    .connection_count_max = shares.connections,
-                    .keep_spans = keep_spans};
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
   engine.use_devices(devices);
   KeeperLink keeper(engine, *loop, config.runtime_dir);
   keeper.start();
-  Requests requests(engine, devices, std::move(facts), [&] { shutdown.begin(); });
+  Requests requests(engine, devices, config, shares.connections, [&] { shutdown.begin(); });
   const auto closed = [&](rpc::ConnectionId id) {
     loop->post([&, id] {
       engine.withdraw(id);
@@ -277,7 +262,7 @@ Status run(const Config& config) {
   TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
              rpc::Server::start(*loop, std::move(listener),
                                 {.product_version = kVersion,
-                                 .keep_spans = keep_spans,
+                                 .keep_spans = base::log_enabled(LogLevel::debug),
                                  .user_id = ::getuid(),
                                  .connection_count_max = shares.connections,
                                  .closed = closed},

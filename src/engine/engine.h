@@ -74,24 +74,6 @@ struct OpenOrder {
 // is read, leave half of the memory to others.
 inline constexpr uint64_t kBatchBytesMax = 256 << 20;
 
-struct VerifyFault {
-  std::string file;
-  std::string tensor;
-  uint32_t leaf = 0;
-  uint64_t offset = 0;  // in the file
-  uint64_t size_bytes = 0;
-};
-struct VerifyReport {
-  uint64_t replica = 0;
-  std::string path;
-  tensor::Digest artifact;
-  uint64_t leaf_count = 0;
-  uint64_t bytes = 0;
-  int64_t ns = 0;
-  std::vector<VerifyFault> faults;  // the first kFaultCountMax
-};
-inline constexpr size_t kFaultCountMax = 100;
-
 struct Verification;  // in engine_queries.cc
 
 class Engine {
@@ -129,18 +111,19 @@ class Engine {
   // Under a lower limit, what nobody holds is evicted, now and as it is let go.
   void set_host_memory(uint64_t limit_bytes);
 
-  // A path, an artifact id (or its beginning, 4 digits at least), a replica's number, or "last" (opened last).
-  // Code::not_found; Code::invalid_argument when it is ambiguous.
-  Result<uint64_t> find(const std::string& selector) const;
+  // One whose headers were read; Code::not_found.
+  Result<const Replica*> find(uint64_t replica) const;
+  uint64_t last_opened() const { return last_opened_; }  // 0: none
 
   // Code::denied, naming the holders, when the replica is leased or pinned. A filling one is cancelled; the next open
   // of its files begins anew.
   Status evict(uint64_t replica);
   void set_pinned(uint64_t replica, bool pinned);
 
-  // Hashes every leaf again and compares with what the load recorded. Code::unavailable unless the replica is ready,
-  // Code::cancelled after cancel_all().
-  void verify(uint64_t replica, std::function<void(Result<VerifyReport>)> done);
+  // Hashes every leaf again and compares with what the load recorded; the replica stays until `done` returns.
+  // Code::unavailable unless it is ready, Code::cancelled after cancel_all().
+  using VerifyDone = std::function<void(Result<std::vector<VerifyFault>>)>;
+  void verify(uint64_t replica, VerifyDone done);
 
   // For somebody who reads the bytes of a replica that fills or is ready: it stays, where it is, until let_go().
   // Code::not_found.
@@ -159,9 +142,9 @@ class Engine {
 
   const Replica& replica(uint64_t number) const;
   const std::map<uint64_t, std::unique_ptr<Replica>>& replicas() const { return replicas_; }
-  // Of the replica that `selector` names as for find(); else of the newest load that did not come to one, or still waits.
-  // Code::not_found when it is forgotten.
-  Result<LoadReport> explain(const std::string& selector) const;
+  const std::deque<LoadReport>& reports() const { return reports_; }  // of loads that have begun or failed; newest last
+  // Of the newest load of a replica, which may be gone, or of what it waits for. Code::not_found when it is forgotten.
+  Result<LoadReport> explain(uint64_t replica);
   uint64_t loaded_bytes() const;  // read and checked since the start
   const memory::SegmentPool& memory() const { return pool_memory_; }
   // Of requests and loads that are not done, and of results the catalog has not taken yet.

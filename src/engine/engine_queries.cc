@@ -1,11 +1,9 @@
 // What can be asked of the engine: selectors, reports, verification.
-#include <unistd.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
-#include <charconv>
 #include <ctime>
-#include <fstream>
 #include <utility>
 
 #include "base/check.h"
@@ -21,45 +19,11 @@ using base::fail;
 
 const Replica& Engine::replica(uint64_t number) const { return *replicas_.at(number); }
 
-namespace {
-bool is_named(const Replica& replica, const std::string& selector) {
-  constexpr size_t kIdDigitsMin = 4;
-  if (std::find(replica.paths.begin(), replica.paths.end(), selector) != replica.paths.end()) return true;
-  const auto& files = replica.content->index.files;
-  if (files.size() == 1 && files[0].path == selector) return true;
-  return selector.size() >= kIdDigitsMin && replica.artifact && replica.artifact->to_text().starts_with(selector);
-}
-}  // namespace
-
-Result<uint64_t> Engine::find(const std::string& selector) const {
-  uint64_t number = 0;
-  const auto [rest, problem] = std::from_chars(selector.data(), selector.data() + selector.size(), number);
-  const bool is_number = problem == std::errc() && rest == selector.data() + selector.size();
-  if (selector == "last") number = last_opened_;
-  std::vector<uint64_t> found;
-  for (const auto& [at, replica] : replicas_) {
-    if (replica->content == nullptr) continue;
-    if (at == number && (is_number || selector == "last")) return at;
-    if (is_named(*replica, selector)) found.push_back(at);
-  }
-  // A path means the copy in host memory, where there is one; others have numbers.
-  const auto on_host = [&](uint64_t at) { return replicas_.at(at)->key.device.empty(); };
-  if (std::any_of(found.begin(), found.end(), on_host)) std::erase_if(found, std::not_fn(on_host));
-  if (found.empty()) {
-    return fail(Code::not_found, "no replica of ", base::quoted(selector), " is resident; `tensord ls` lists them");
-  }
-  // Of one path there may be an old and a new replica when its files changed: the newest is meant,
-  // and before a selection of its tensors a whole one.
-  const bool one_path = std::all_of(found.begin(), found.end(), [&](uint64_t at) {
-    return replicas_.at(at)->path() == replicas_.at(found.front())->path();
-  });
-  if (!one_path) {
-    return fail(Code::invalid_argument, base::quoted(selector), " stands for ", found.size(),
-                " replicas; use a replica's number from `tensord ls`");
-  }
-  const auto whole = std::find_if(found.rbegin(), found.rend(),
-                                  [&](uint64_t at) { return replicas_.at(at)->content->whole == nullptr; });
-  return whole == found.rend() ? found.back() : *whole;
+Result<const Replica*> Engine::find(uint64_t number) const {
+  const auto found = replicas_.find(number);
+  if (found == replicas_.end() || found->second->content == nullptr)
+    return fail(Code::not_found, "no replica ", number, " is resident; `tensord ls` lists them");
+  return found->second.get();
 }
 
 LoadReport* Engine::report_of(uint64_t number) {
@@ -114,25 +78,14 @@ void Engine::keep_failed(const Replica& replica, const base::Error& error) {
   keep_report(std::move(report));
 }
 
-Result<LoadReport> Engine::explain(const std::string& selector) const {
-  const Result<uint64_t> resident = find(selector);
-  const bool last = selector == "last";
-  const auto is_meant = [&](uint64_t number, const std::string& path) {
-    if (resident) return number == *resident;
-    return last ? number == last_opened_ : path == selector || std::to_string(number) == selector;
-  };
-  for (const auto& [number, replica] : replicas_) {
-    const bool waits = replica->state == ReplicaState::indexing || replica->state == ReplicaState::waiting;
-    if (waits && is_meant(number, replica->path())) return waiting_report(*replica);
-  }
-  auto found = std::find_if(reports_.rbegin(), reports_.rend(),
-                            [&](const LoadReport& report) { return is_meant(report.replica, report.path); });
-  if (found == reports_.rend() && last) found = reports_.rbegin();
-  if (found == reports_.rend() && !resident) return base::pass_on(resident);
-  if (found == reports_.rend()) return fail(Code::not_found, "the load of ", base::quoted(selector), " is forgotten");
-  LoadReport report = *found;
-  const auto replica = replicas_.find(report.replica);
-  if (replica != replicas_.end() && replica->second->load) note_progress(*replica->second, report);
+Result<LoadReport> Engine::explain(uint64_t number) {
+  const auto found = replicas_.find(number);
+  const Replica* replica = found == replicas_.end() ? nullptr : found->second.get();
+  if (replica != nullptr && replica->state <= ReplicaState::waiting) return waiting_report(*replica);
+  const LoadReport* kept = report_of(number);
+  if (kept == nullptr) return fail(Code::not_found, "the load of replica ", number, " is forgotten");
+  LoadReport report = *kept;
+  if (replica != nullptr && replica->load) note_progress(*replica, report);
   return report;
 }
 
@@ -155,7 +108,7 @@ void Engine::note_use(uint64_t number, Use use) {
   for (const Use& earlier : report->uses) span_count += earlier.spans.size();
   if (span_count + use.spans.size() > kSpanCountMax) use.spans.clear();
   if (!use.slower_why.empty()) {
-    const std::string note = base::text(use.process_name, ": copies to GPU memory took a slower way: ", use.slower_why);
+    const std::string note = base::text(use.name, ": copies to GPU memory took a slower way: ", use.slower_why);
     const bool known = std::find(report->notes.begin(), report->notes.end(), note) != report->notes.end();
     if (!known && report->notes.size() < kUseCountMax) report->notes.push_back(note);
   }
@@ -163,54 +116,46 @@ void Engine::note_use(uint64_t number, Use use) {
 }
 
 uint64_t disk_bytes_read() {
-  std::ifstream file("/proc/self/io");
-  std::string name;
-  uint64_t bytes = 0;
-  while (file >> name >> bytes) {
-    if (name == "read_bytes:") return bytes;
-  }
-  return 0;
+  rusage used = {};
+  ::getrusage(RUSAGE_SELF, &used);
+  return static_cast<uint64_t>(used.ru_inblock) * 512;
 }
 
-int64_t cpu_time_ns() {
-  timespec now = {};
-  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
-}
+int64_t cpu_time_ns() { return int64_t{std::clock()} * (1'000'000'000 / CLOCKS_PER_SEC); }
 
 // A check of all leaves, in portions that leave the pool's threads to others in between.
 struct Verification {
   static constexpr size_t kPortion = 64;  // leaves of up to 1 MiB: some milliseconds
 
-  std::shared_ptr<const Content> content;
-  const std::byte* image = nullptr;
-  const std::vector<tensor::Digest>* leaves = nullptr;
+  Verification(const Replica& held, int thread_count) : replica(held), running(thread_count) {}
+
+  const Replica& replica;  // in use: its content, memory and digests stay as they are
   std::atomic<size_t> next{0};
-  std::atomic<int> running{0};
+  std::atomic<int> running;
   base::Mutex mutex;
-  VerifyReport report GUARDED_BY(mutex);
+  std::vector<VerifyFault> faults GUARDED_BY(mutex);
 
   void check_leaf(size_t at) {
-    const tensor::Leaf& leaf = content->layout.leaves[at];
-    if (tensor::hash({image + leaf.image_offset, leaf.size_bytes}) == (*leaves)[at]) return;
-    const tensor::Tensor& tensor = content->index.tensors[leaf.tensor];
+    const tensor::Leaf& leaf = replica.content->layout.leaves[at];
+    if (tensor::hash({replica.memory.data() + leaf.image_offset, leaf.size_bytes}) == replica.leaves[at]) return;
+    const tensor::Index& index = replica.content->index;
+    const tensor::Tensor& tensor = index.tensors[leaf.tensor];
     base::MutexLock lock(mutex);
-    if (report.faults.size() == kFaultCountMax) return;
-    report.faults.push_back(
-        {content->index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
+    if (faults.size() == kFaultCountMax) return;
+    faults.push_back({index.files[tensor.file].path, tensor.name, leaf.leaf, leaf.file_offset, leaf.size_bytes});
   }
 
   // False when nothing is left.
   bool check_portion() {
     const size_t begin = next.fetch_add(kPortion);
-    const size_t end = std::min(begin + kPortion, leaves->size());
+    const size_t end = std::min(begin + kPortion, replica.leaves.size());
     for (size_t at = begin; at < end; ++at) check_leaf(at);
-    return end < leaves->size();
+    return end < replica.leaves.size();
   }
 
-  VerifyReport take_report() {
+  std::vector<VerifyFault> take_faults() {
     base::MutexLock lock(mutex);
-    return std::move(report);
+    return std::move(faults);
   }
 };
 
@@ -229,7 +174,7 @@ void Engine::let_go(uint64_t number) {
   settle(replica);
 }
 
-void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> done) {
+void Engine::verify(uint64_t number, VerifyDone done) {
   Replica& replica = *replicas_.at(number);
   if (replica.state != ReplicaState::ready) {
     return done(fail(Code::unavailable, "replica ", number, " ", replica.path(), " is not ready to be verified"));
@@ -238,29 +183,14 @@ void Engine::verify(uint64_t number, std::function<void(Result<VerifyReport>)> d
     return done(fail(Code::unsupported, "replica ", number, " lies on ", replica.key.device,
                      "; what it was copied from was checked, and is what can be verified"));
   ++replica.use_count;
-  auto job = std::make_shared<Verification>();
-  job->content = replica.content;
-  job->image = replica.memory.data();
-  job->leaves = &replica.leaves;
-  job->running = pool_.thread_count();
-  {
-    base::MutexLock lock(job->mutex);
-    job->report.replica = number;
-    job->report.path = replica.path();
-    job->report.artifact = *replica.artifact;
-    job->report.leaf_count = replica.leaves.size();
-    job->report.bytes = replica.content->index.payload_bytes();
-  }
-  const int64_t begin_ns = base::monotonic_ns();
-  auto finish = [this, job, number, done = std::move(done), begin_ns] {
-    VerifyReport report = job->take_report();
-    report.ns = base::monotonic_ns() - begin_ns;
-    Result<VerifyReport> result = std::move(report);
+  auto job = std::make_shared<Verification>(replica, pool_.thread_count());
+  auto finish = [this, job, number, done = std::move(done)] {
     if (cancelling_) {
-      result = fail(Code::cancelled, "verify ", result->path, ": the daemon was stopped");
+      done(fail(Code::cancelled, "verify ", job->replica.path(), ": the daemon was stopped"));
+    } else {
+      done(job->take_faults());
     }
     let_go(number);
-    done(std::move(result));
   };
   for (int thread = 0; thread < pool_.thread_count(); ++thread) verify_portion(job, finish);
 }

@@ -35,13 +35,13 @@ TEST_F(LineTest, how_long_it_waited_is_in_the_report) {
   const Granted waiting = ask(write("b", 5 * kMiB), 88);
   run_until_waiting(1);
   ::usleep(2000);
-  const LoadReport before = engine_.explain("2").value();
+  const LoadReport before = engine_.explain(2).value();
   EXPECT_EQ(before.state, ReplicaState::waiting);
   EXPECT_GE(before.memory_ns, 2'000'000);
   let_go(held);
   answer(waiting).value();
   run_until_idle();
-  const LoadReport after = engine_.explain("2").value();
+  const LoadReport after = engine_.explain(2).value();
   EXPECT_EQ(after.state, ReplicaState::ready);
   EXPECT_GE(after.memory_ns, before.memory_ns);
   EXPECT_GE(after.wall_ns, after.memory_ns);
@@ -315,7 +315,7 @@ TEST_F(LineTest, a_part_is_served_by_a_replica_that_holds_more) {
   OpenOrder two = order(path);
   two.only = {"w0", "w2"};
   EXPECT_EQ(replica_of(ask(std::move(two))), whole);
-  EXPECT_EQ(engine_.explain("last").value().load, 1u);
+  EXPECT_EQ(engine_.explain(engine_.last_opened()).value().load, 1u);
 }
 
 TEST_F(LineTest, a_part_that_waits_is_served_by_a_replica_that_comes_to_hold_more) {

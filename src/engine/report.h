@@ -38,8 +38,8 @@ struct LoadCounters {
 
 // One load_into of one client.
 struct Use {
-  pid_t process_id = 0;
-  std::string process_name;
+  pid_t pid = 0;
+  std::string name;
   int64_t begin_ns = 0;      // base::monotonic_ns, as the next
   int64_t map_begin_ns = 0;  // of the mapping that it copied out of
   int64_t map_ns = 0;
@@ -53,6 +53,16 @@ struct Use {
   uint32_t thread_count = 0;
   std::vector<memory::CopySpan> spans;
 };
+
+// A block whose bytes are not what was loaded.
+struct VerifyFault {
+  std::string file;
+  std::string tensor;
+  uint32_t leaf = 0;
+  uint64_t offset = 0;  // in the file
+  uint64_t size_bytes = 0;
+};
+inline constexpr size_t kFaultCountMax = 100;  // told of one replica
 
 enum class ReplicaState : uint8_t { indexing, waiting, filling, ready, failed };
 

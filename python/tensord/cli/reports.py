@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import InternalError
+from ..errors import Error, InternalError
 from .table import Table, counted, duration_text, quoted, rate_text, seconds_text, size_text
 
 Report = dict[str, Any]
@@ -24,6 +24,8 @@ def read_report(report: str, tell: Callable[[Report], Told]) -> Told:
     """
     try:
         return tell(json.loads(report))
+    except Error:
+        raise  # some are ValueErrors too
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InternalError(f"the daemon's answer cannot be read: {type(error).__name__}: {error}") from None
 
@@ -58,6 +60,22 @@ def size(value: Report, name: str) -> str:
 
 
 # ---- status ------------------------------------------------------------------------------------------------
+
+
+def status_of(status: Report, listed: Report) -> Report:
+    """The answer to `status`, with what `list` tells of GPU memory and of who waits for room."""
+    replicas = entries(listed, "replicas")
+    gpus: Counter[str] = Counter()
+    for replica in replicas:
+        if replica.get("device") is not None:
+            gpus[text(replica, "device")] += number(replica, "memory_bytes")
+    waiting = [
+        {**waiter, "path": text(replica, "path"), "waits_for": text(replica, "waits_for")}
+        for replica in replicas
+        if replica["state"] == "waiting"
+        for waiter in entries(replica, "waiters")
+    ]
+    return {**status, "gpus": gpus, "waiting": waiting}
 
 
 def status_text(report: str) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..progress import Progress
 from . import daemon
 from .output import STDOUT, Output, document, os_error, write, write_raw
-from .reports import Report, entries, fraction, list_of, number, read_report, size, text
+from .reports import Report, entries, fraction, list_of, number, read_report, size, status_of, text
 from .table import counted, rate_text, without_controls
 from .watch import CLEAR_TO_END, progress_line
 
@@ -45,12 +45,13 @@ def _look(look: Report, listed: str, before: str, now_s: float) -> str:
         for name in ("loaded_bytes", "disk_bytes")
     }
     before_of = {replica["replica"]: replica for replica in entries(last, "replicas")}
-    replicas = entries(json.loads(listed), "replicas")
+    every: Report = json.loads(listed)
+    replicas = entries(every, "replicas")
     for replica in replicas:
         then = before_of.get(replica["replica"], {})
         if replica["state"] == "filling" and "ready_bytes" in then:
             replica["bytes_per_s"] = per_second(number(replica, "ready_bytes"), then["ready_bytes"])
-    return document({**look, **rates, "at_s": now_s, "replicas": replicas})
+    return document({**status_of(look, every), **rates, "at_s": now_s, "replicas": replicas})
 
 
 def look_text(look: str) -> LookText:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__, explaining
 from ..errors import Error, InvalidArgumentError, NotFoundError
-from . import completion, daemon, doctor, explain, parity, reports, serve, show, top
+from . import completion, daemon, doctor, explain, parity, reports, selecting, serve, show, top
 from .checkpoint import Checkpoint, check_view, open_resident
 from .output import CORRUPT, DONE, Output, document, os_error
 from .table import quoted
@@ -38,15 +39,20 @@ def absolute(word: str) -> str:
     return "/" + os.path.normpath(path).lstrip("/")
 
 
-def _selector(word: str) -> str:
-    return absolute(word) if is_path(word) else word
+def _selected(word: str, of: Callable[[reports.Report, str], int] = selecting.replica_of) -> str:
+    """The number of a replica, as the daemon takes it."""
+    selector = absolute(word) if is_path(word) else word
+    return str(reports.read_report(daemon.ask("list"), lambda listed: of(listed, selector)))
 
 
 # ---- what they do ------------------------------------------------------------------------------------------
 
 
 def _status(_: Given) -> Output:
-    report = daemon.ask("status")
+    listed = reports.read_report(daemon.ask("list"), dict)
+    report = document(
+        reports.read_report(daemon.ask("status"), lambda status: reports.status_of(status, listed))
+    )
     return Output(report, reports.status_text(report))
 
 
@@ -88,13 +94,13 @@ def _verified(given: Given) -> str:
     """A path is opened first: that makes it resident, and notices when its files have changed since. What
     cannot be opened any more may still be resident."""
     if not is_path(given.operand):
-        return daemon.ask("verify", given.operand)
+        return daemon.ask("verify", _selected(given.operand))
     path = absolute(given.operand)
     try:
         checkpoint = open_resident(path)
     except NotFoundError as missing:
         try:
-            return daemon.ask("verify", path)
+            return daemon.ask("verify", _selected(path))
         except Error:
             raise missing from None
     with checkpoint:
@@ -103,7 +109,7 @@ def _verified(given: Given) -> str:
 
 
 def _explain(given: Given) -> Output:
-    facts = daemon.ask("explain", _selector(given.operand or "last"))
+    facts = daemon.ask("explain", _selected(given.operand or "last", selecting.load_of))
     report = document(reports.read_report(facts, explaining.explain))
     text = explain.explain_text(report)
     if given.trace:
@@ -149,7 +155,7 @@ def _unpin(given: Given) -> Output:
 
 
 def _on_replica(verb: str, done: str, given: Given) -> Output:
-    report = daemon.ask(verb, _selector(given.operand))
+    report = daemon.ask(verb, _selected(given.operand))
     return Output(report, reports.replica_text(done, report))
 
 
