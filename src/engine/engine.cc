@@ -223,7 +223,7 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   const bool was_kept = replica.stays;
   replica.stays = replica.stays || waiter.stay == Stay::artifact;
   ++lease_count_;
-  tell_keeper(replica, was_kept ? lease : 0);
+  tell_keeper_(replica.number, was_kept ? lease : 0);
   granted.lease = std::move(pipe.write_end);
   granted.fill_map_fd = replica.fill->fd();
   granted.fill_map_bytes = replica.fill->size_bytes();
@@ -245,7 +245,7 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
   owner_.unwatch(ended->second.read_end.get());
   replica.leases.erase(ended);
   --lease_count_;
-  if (keeper_ != nullptr) keeper_->drop_lease(replica, lease);
+  tell_keeper_(number, lease);
   replica.last_used_ns = base::monotonic_ns();
   settle(replica);
   drop_passing();
@@ -362,7 +362,7 @@ void Engine::loaded(uint64_t number, LoadResult result) {
     replica.leaves = std::move(result.leaves);
     replica.fill->end_ready(result.artifact_id);
     remember(replica);
-    tell_keeper(replica, 0);
+    tell_keeper_(number, 0);
   } else {
     replica.state = ReplicaState::failed;
     replica.error = result.status.error();
@@ -456,9 +456,9 @@ void Engine::forget(uint64_t number) {
   unlist(replica);
   if (replica.source != 0) let_go(replica.source);
   if (replica.fill) replica.fill->void_it();  // a keeper that still has it must not hand on what is overwritten
-  if (keeper_ != nullptr) keeper_->drop(number);
   pool_memory_.free(std::move(replica.memory));
   replicas_.erase(found);
+  tell_keeper_(number, 0);
   if (auto surplus = pool_memory_.trim(); !surplus.empty()) give_back(std::move(surplus), [] {});
   room_changed();
 }
@@ -501,7 +501,7 @@ void Engine::set_pinned(uint64_t number, bool pinned) {
   Replica& replica = *replicas_.at(number);
   replica.pinned = pinned;
   replica.stays = replica.stays || pinned;
-  tell_keeper(replica, 0);
+  tell_keeper_(number, 0);
   room_changed();
 }
 

@@ -161,7 +161,7 @@ void Engine::end_on_device(Replica& replica) {
     replica.state = ReplicaState::ready;
     replica.artifact = source.artifact;
     replica.fill->end_ready(*replica.artifact);
-    tell_keeper(replica, 0);
+    tell_keeper_(replica.number, 0);
   }
   if (LoadReport* report = report_of(replica.number)) {
     report->state = replica.error ? ReplicaState::failed : ReplicaState::ready;

@@ -1,4 +1,4 @@
-// What outlives the daemon: told to a keeper as it changes, and taken over by the next engine.
+// What outlived the daemon before this one is taken over.
 #include <utility>
 
 #include "base/clock.h"
@@ -13,32 +13,39 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
-// Of one lease, or (0) of the replica with all its leases. What goes with its last lease is not worth it.
-void Engine::tell_keeper(const Replica& replica, uint64_t lease) {
-  if (keeper_ == nullptr || replica.state != ReplicaState::ready || !replica.stays) return;
-  if (lease != 0) return keeper_->keep_lease(replica, lease);
-  keeper_->keep(replica);
-  for (const auto& [number, held] : replica.leases) keeper_->keep_lease(replica, number);
-}
-
-void Engine::tell_keeper_all() {
-  for (const auto& [number, replica] : replicas_) tell_keeper(*replica, 0);
-}
-
-Status Engine::adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment> segments) {
+Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   Replica& replica = *kept;
   if (replicas_.contains(replica.number) || by_key_.contains(replica.key))
     return fail(Code::invalid_argument, "replica ", replica.number, " of ", replica.path(), " is there already");
-  if (descriptor_count() + segments.size() + replica.descriptor_count() > options_.descriptor_count_max)
+  replica.state = ReplicaState::ready;
+  if (descriptor_count() + replica.descriptor_count() > options_.descriptor_count_max)
     return fail(Code::exhausted, "replica ", replica.number, " of ", replica.path(), " needs too many descriptors");
-  const auto& blocks = replica.content->layout.blocks;
+  const bool on_device = !replica.key.device.empty();
+  std::vector<memory::Segment> segments;
+  uint64_t memory_bytes = 0;
+  for (auto& [fd, size_bytes] : replica.allocations) {
+    if (size_bytes > tensor::kIndexBytesMax) return fail(Code::corrupt, "memory of ", size_bytes, " bytes");
+    memory_bytes += size_bytes;
+    if (on_device) continue;
+    TRY_ASSIGN(memory::Segment segment, memory::adopt_segment(std::move(fd), size_bytes));
+    segments.push_back(std::move(segment));
+  }
+  if (!on_device) replica.allocations.clear();
+  if (whole.files.size() != replica.key.files.size()) return fail(Code::corrupt, "its index is of other files");
+  TRY_ASSIGN(replica.content, content_of(std::move(whole), replica.key.files, replica.key.only, memory_bytes));
+  const Content& content = *replica.content;
+  replica.image_bytes = on_device ? tensor::device_windows_of(content.index).image_bytes : content.image_bytes;
+  replica.device_bytes = on_device ? memory_bytes : 0;
+  if (replica.image_bytes > memory_bytes || (!on_device && replica.leaves.size() != content.layout.leaves.size()))
+    return fail(Code::corrupt, "its index is of another replica");
+  TRY_ASSIGN(replica.index_fd, options_.encode_index(content.index));
+  const auto& blocks = content.layout.blocks;
   uint64_t total_bytes = 0;
   for (const tensor::Block& block : blocks) total_bytes += block.size_bytes;
   TRY_ASSIGN(replica.fill, memory::FillMap::create(blocks.size(), total_bytes));
   for (size_t at = 0; at < blocks.size(); ++at) replica.fill->mark_block(at, blocks[at].size_bytes);
   replica.fill->end_ready(*replica.artifact);
   TRY_ASSIGN(replica.memory, pool_memory_.adopt(std::move(segments)));
-  replica.state = ReplicaState::ready;
   replica.stays = replica.checked = true;
   replica.asked_ns = replica.room_ns = replica.last_used_ns = base::monotonic_ns();
   LoadReport report = waiting_report(replica);
@@ -59,6 +66,7 @@ Status Engine::adopt_lease(uint64_t number, uint64_t lease, Lease held) {
   if (found == replicas_.end()) return fail(Code::not_found, "a lease on replica ", number, ", which is not there");
   if (found->second->leases.contains(lease) || lease_count_ >= options_.lease_count_max)
     return fail(Code::invalid_argument, "lease ", lease, " is there already, or one too many");
+  held.holder.user_id = found->second->owner;
   TRY(owner_.watch_hangup(held.read_end.get(), [this, number, lease] { lease_ended(number, lease); }));
   found->second->leases[lease] = std::move(held);
   ++lease_count_;
