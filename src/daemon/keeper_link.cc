@@ -134,7 +134,7 @@ Status adopt_lease(engine::Engine& engine, const Head& head, rpc::Frame frame) {
   engine::Lease lease{.read_end = std::move(frame.fds[0]), .since_ns = kept.since_ns};
   lease.holder.process_id = static_cast<pid_t>(kept.process_id);
   lease.holder.process_name = std::move(kept.process_name);
-  return engine.adopt_lease(head.replica, head.lease, std::move(lease));
+  return engine.add_lease(head.replica, head.lease, std::move(lease));
 }
 
 }  // namespace

@@ -212,17 +212,12 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   if (holder.user_id != replica.owner) {
     return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ", holder.user_id);
   }
-  if (lease_count_ >= options_.lease_count_max) {
-    return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
-                " leases are held, no more are possible; raise ulimit -n");
-  }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
-  const uint64_t lease = next_lease_++;
-  TRY(owner_.watch_hangup(pipe.read_end.get(), [this, number = replica.number, lease] { lease_ended(number, lease); }));
-  replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch};
+  const uint64_t lease = next_lease_;
+  TRY(add_lease(replica.number, lease,
+                {std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch}));
   const bool was_kept = replica.stays;
   replica.stays = replica.stays || waiter.stay == Stay::artifact;
-  ++lease_count_;
   tell_keeper_(replica.number, was_kept ? lease : 0);
   granted.lease = std::move(pipe.write_end);
   granted.fill_map_fd = replica.fill->fd();
@@ -236,6 +231,23 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
     granted.segment_bytes.push_back(size_bytes);
   }
   return granted;
+}
+
+Status Engine::add_lease(uint64_t number, uint64_t lease, Lease held) {
+  const auto found = replicas_.find(number);
+  if (found == replicas_.end() || found->second->leases.contains(lease))
+    return fail(Code::invalid_argument, "lease ", lease, " is there already, or its replica ", number, " is not");
+  Replica& replica = *found->second;
+  if (lease_count_ >= options_.lease_count_max) {
+    return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
+                " leases are held, no more are possible; raise ulimit -n");
+  }
+  TRY(owner_.watch_hangup(held.read_end.get(), [this, number, lease] { lease_ended(number, lease); }));
+  held.holder.user_id = replica.owner;
+  replica.leases[lease] = std::move(held);
+  ++lease_count_;
+  next_lease_ = std::max(next_lease_, lease + 1);
+  return {};
 }
 
 void Engine::lease_ended(uint64_t number, uint64_t lease) {
@@ -260,8 +272,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
     return fail(Code::unsupported, "open ", replica.path(), ": ", replica.memory.segments.size(),
                 " segments; a client can be handed at most ", kSegmentCountMax);
   }
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
+  const uint64_t total_bytes = content.layout.block_bytes();
   TRY_ASSIGN(replica.fill, memory::FillMap::create(content.layout.blocks.size(), total_bytes));
 
   LoadReport report = waiting_report(replica);

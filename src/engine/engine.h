@@ -108,7 +108,7 @@ class Engine {
   // A ready replica of a daemon before this one: its number, paths, key, owner, pinned, artifact, leaves, and all its
   // memory as allocations; `whole` is the index of its files. Errors leave nothing behind.
   Status adopt(std::unique_ptr<Replica> kept, tensor::Index whole);
-  Status adopt_lease(uint64_t replica, uint64_t lease, Lease held);
+  Status add_lease(uint64_t replica, uint64_t lease, Lease held);  // of the replica's owner
   // Replicas to come have this number or a higher one: lower ones mean something to clients of a daemon before this one.
   void number_from(uint64_t first) { next_replica_ = std::max(next_replica_, first); }
 

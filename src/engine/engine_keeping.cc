@@ -13,6 +13,11 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
+namespace {
+// What windows add to a tensor at most.
+constexpr uint64_t kPaddingBytesMax = tensor::kWindowGapBytes + 2 * tensor::kImageAlignment;
+}  // namespace
+
 Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   Replica& replica = *kept;
   if (replicas_.contains(replica.number) || by_key_.contains(replica.key))
@@ -21,31 +26,32 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   if (descriptor_count() + replica.descriptor_count() > options_.descriptor_count_max)
     return fail(Code::exhausted, "replica ", replica.number, " of ", replica.path(), " needs too many descriptors");
   const bool on_device = !replica.key.device.empty();
-  std::vector<memory::Segment> segments;
   uint64_t memory_bytes = 0;
-  for (auto& [fd, size_bytes] : replica.allocations) {
+  for (const auto& [fd, size_bytes] : replica.allocations) {
     if (size_bytes > tensor::kIndexBytesMax) return fail(Code::corrupt, "memory of ", size_bytes, " bytes");
     memory_bytes += size_bytes;
-    if (on_device) continue;
-    TRY_ASSIGN(memory::Segment segment, memory::adopt_segment(std::move(fd), size_bytes));
-    segments.push_back(std::move(segment));
   }
-  if (!on_device) replica.allocations.clear();
+  if (!on_device) {
+    TRY_ASSIGN(replica.memory, memory::adopt_segments(std::exchange(replica.allocations, {})));
+  }
   if (whole.files.size() != replica.key.files.size()) return fail(Code::corrupt, "its index is of other files");
-  TRY_ASSIGN(replica.content, content_of(std::move(whole), replica.key.files, replica.key.only, memory_bytes));
+  // Host memory has pages and gaps beside the tensors; on a device there are fewer.
+  const uint64_t image_bytes_max = memory_bytes + whole.tensors.size() * kPaddingBytesMax;
+  TRY_ASSIGN(replica.content, read_content({}, {.only = replica.key.only,
+                                                .whole = whole_content(std::move(whole), replica.key.files),
+                                                .image_bytes_max = image_bytes_max}));
   const Content& content = *replica.content;
   replica.image_bytes = on_device ? tensor::device_windows_of(content.index).image_bytes : content.image_bytes;
   replica.device_bytes = on_device ? memory_bytes : 0;
-  if (replica.image_bytes > memory_bytes || (!on_device && replica.leaves.size() != content.layout.leaves.size()))
+  if (content.image_bytes > image_bytes_max || replica.image_bytes > memory_bytes ||
+      (!on_device && replica.leaves.size() != content.layout.leaves.size()))
     return fail(Code::corrupt, "its index is of another replica");
   TRY_ASSIGN(replica.index_fd, options_.encode_index(content.index));
   const auto& blocks = content.layout.blocks;
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : blocks) total_bytes += block.size_bytes;
-  TRY_ASSIGN(replica.fill, memory::FillMap::create(blocks.size(), total_bytes));
+  TRY_ASSIGN(replica.fill, memory::FillMap::create(blocks.size(), content.layout.block_bytes()));
   for (size_t at = 0; at < blocks.size(); ++at) replica.fill->mark_block(at, blocks[at].size_bytes);
   replica.fill->end_ready(*replica.artifact);
-  TRY_ASSIGN(replica.memory, pool_memory_.adopt(std::move(segments)));
+  pool_memory_.adopt(replica.memory);
   replica.stays = replica.checked = true;
   replica.asked_ns = replica.room_ns = replica.last_used_ns = base::monotonic_ns();
   LoadReport report = waiting_report(replica);
@@ -58,19 +64,6 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   log(LogLevel::info, "replica ", replica.number, " ", replica.path(), " is taken over from a keeper");
   by_key_[replica.key] = last_opened_ = replica.number;
   replicas_[replica.number] = std::move(kept);
-  return {};
-}
-
-Status Engine::adopt_lease(uint64_t number, uint64_t lease, Lease held) {
-  const auto found = replicas_.find(number);
-  if (found == replicas_.end()) return fail(Code::not_found, "a lease on replica ", number, ", which is not there");
-  if (found->second->leases.contains(lease) || lease_count_ >= options_.lease_count_max)
-    return fail(Code::invalid_argument, "lease ", lease, " is there already, or one too many");
-  held.holder.user_id = found->second->owner;
-  TRY(owner_.watch_hangup(held.read_end.get(), [this, number, lease] { lease_ended(number, lease); }));
-  found->second->leases[lease] = std::move(held);
-  ++lease_count_;
-  next_lease_ = std::max(next_lease_, lease + 1);
   return {};
 }
 

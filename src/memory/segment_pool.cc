@@ -76,17 +76,6 @@ Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
   return segment;
 }
 
-Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
-  struct stat status;
-  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 || size_bytes == 0 ||
-      static_cast<uint64_t>(status.st_size) != size_bytes)
-    return fail(Code::corrupt, "a kept segment is no sealed memory file of ", size_bytes, " bytes");
-  void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (data == MAP_FAILED) return base::fail_errno(errno, "map a kept segment");
-  return Segment(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), kNobody);
-}
-
 namespace {
 Status place(SegmentRun& run) {
   if (run.segments.empty()) return {};
@@ -103,6 +92,22 @@ Status place(SegmentRun& run) {
   return {};
 }
 }  // namespace
+
+Result<SegmentRun> adopt_segments(std::vector<std::pair<base::Fd, uint64_t>> files) {
+  SegmentRun run;
+  for (auto& [fd, size_bytes] : files) {
+    struct stat status;
+    const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+    if (seals < 0 || (seals & kSeals) != kSeals || ::fstat(fd.get(), &status) != 0 || size_bytes == 0 ||
+        static_cast<uint64_t>(status.st_size) != size_bytes)
+      return fail(Code::corrupt, "a kept segment is no sealed memory file of ", size_bytes, " bytes");
+    void* data = ::mmap(nullptr, size_bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+    if (data == MAP_FAILED) return base::fail_errno(errno, "map a kept segment");
+    run.segments.emplace_back(std::move(fd), Mapped(static_cast<std::byte*>(data), size_bytes), kNobody);
+  }
+  TRY(place(run));
+  return run;
+}
 
 Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
   const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Segment& segment) {
@@ -137,13 +142,6 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   }
   if (const Status placed = place(run); !placed) return give_up(placed.error());
   in_use_bytes_ += size_bytes;
-  return run;
-}
-
-Result<SegmentRun> SegmentPool::adopt(std::vector<Segment> segments) {
-  SegmentRun run{std::move(segments)};
-  TRY(place(run));
-  in_use_bytes_ += run.size_bytes();
   return run;
 }
 

@@ -33,12 +33,6 @@ Server::Server(Loop& loop, Listener listener, ServerOptions options, Handler han
       handler_(std::move(handler)),
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
 
-Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options, Handler handler) {
-  auto server = std::make_unique<Server>(loop, std::move(listener), std::move(options), std::move(handler));
-  TRY(server->listen());
-  return server;
-}
-
 Status Server::listen() {
   return loop_.watch(listener_.fd(), EPOLLIN, [this](uint32_t) { accept_some(); });
 }

@@ -64,11 +64,10 @@ class Server {
  public:
   // May call reply() before it returns, or later.
   using Handler = std::function<void(Request)>;
-  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options, Handler handler);
-  Server(Loop& loop, Listener listener, ServerOptions options, Handler handler);  // start() without listen()
+  Server(Loop& loop, Listener listener, ServerOptions options, Handler handler);
   ~Server();
 
-  Status listen();
+  Status listen();  // once: clients are served from now on
   // Whole frames of a connection that is no client's: made from here, without Hello. An error closes it.
   using Taker = std::function<Status(Frame)>;
   // Takes the socket, unless it fails.
