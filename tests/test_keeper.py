@@ -415,6 +415,25 @@ def test_a_keeper_that_sleeps(
     assert "keeper: the other side does not answer" in daemon.log()
 
 
+def test_a_keeper_that_sleeps_with_a_full_queue(
+    make_daemon: Callable[..., Daemon], keep: Callable[[Daemon], Keeper], path: Path
+) -> None:
+    daemon = make_daemon()
+    keeper = keep(daemon)
+    keeper.process.send_signal(signal.SIGSTOP)
+    peers = []
+    with pytest.raises(BlockingIOError):
+        while True:
+            peers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            peers[-1].connect(str(keeper.socket))
+    kill(daemon)
+    daemon.start()
+    with tensord.open(path, "np") as model:
+        assert is_right(model)
+    for peer in peers:
+        peer.close()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_a_keeper_of_another_uid(make_daemon: Callable[..., Daemon], path: Path) -> None:
     daemon = make_daemon()

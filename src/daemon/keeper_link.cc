@@ -141,21 +141,19 @@ Status adopt_lease(engine::Engine& engine, const Head& head, rpc::Frame frame) {
 
 void KeeperLink::start(rpc::Server& server) {
   server_ = &server;
-  const Status found = connect();
-  if (found) {
+  engine_.use_keeper([this](uint64_t replica, uint64_t lease) { tell(replica, lease); });
+  look();
+  if (connection_ != 0) {
     const rpc::Loop::TimerId patience = loop_.call_after(kTakeMs, [this] { loop_.stop(); });
     loop_.run();
     loop_.cancel(patience);
+    if (!ready_) {
+      log(LogLevel::warning, "keeper: the other side does not answer; what it has beyond this is not taken over");
+      // It may hold leases on replicas whose numbers nobody here knows.
+      engine_.number_from(static_cast<uint64_t>(base::monotonic_ns() / base::kNsPerMs) << 10);
+    }
   }
   starting_ = false;
-  if (!ready_ && (found || found.error().code != Code::unavailable)) {
-    log(LogLevel::warning, "keeper: ", found ? "the other side does not answer" : found.error().message,
-        "; what it has beyond this is not taken over");
-    // It may hold leases on replicas whose numbers nobody here knows.
-    engine_.number_from(static_cast<uint64_t>(base::monotonic_ns() / base::kNsPerMs) << 10);
-  }
-  engine_.use_keeper([this](uint64_t replica, uint64_t lease) { tell(replica, lease); });
-  if (!found) look();
 }
 
 Status KeeperLink::connect() {
@@ -166,7 +164,11 @@ Status KeeperLink::connect() {
 }
 
 void KeeperLink::look() {
-  if (!connect()) loop_.call_after(kLookMs, [this] { look(); });
+  const Status connected = connect();
+  if (connected) return;
+  if (starting_ && connected.error().code != Code::unavailable)
+    log(LogLevel::warning, "keeper: ", connected.error().message);
+  loop_.call_after(kLookMs, [this] { look(); });
 }
 
 void KeeperLink::closed(rpc::ConnectionId connection) {
@@ -182,7 +184,10 @@ Status KeeperLink::receive(rpc::Frame frame) {
   std::memcpy(&head, frame.bytes.data(), sizeof head);
   if (ready_) return {};  // it has nothing more to say
   if (head.replica == 0) {
-    tell_all();
+    ready_ = true;
+    log(LogLevel::info, "keeper: it stores what is ready");
+    for (const auto& [number, replica] : engine_.replicas()) tell(number, 0);
+    if (starting_) loop_.stop();
     return {};
   }
   if (starting_) {
@@ -196,13 +201,6 @@ Status KeeperLink::receive(rpc::Frame frame) {
   }
   server_->reply(connection_, frame_of(head));
   return {};
-}
-
-void KeeperLink::tell_all() {
-  ready_ = true;
-  log(LogLevel::info, "keeper: it stores what is ready");
-  for (const auto& [number, replica] : engine_.replicas()) tell(number, 0);
-  if (starting_) loop_.stop();
 }
 
 // What there is now of a replica with its leases, or of one lease. What goes with its last lease is not worth it.

@@ -31,7 +31,6 @@ class KeeperLink {
   base::Status connect();
   void look();
   base::Status receive(rpc::Frame frame);
-  void tell_all();
   void tell(uint64_t number, uint64_t lease);
 
   engine::Engine& engine_;

@@ -13,11 +13,6 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
-namespace {
-// What windows add to a tensor at most.
-constexpr uint64_t kPaddingBytesMax = tensor::kWindowGapBytes + 2 * tensor::kImageAlignment;
-}  // namespace
-
 Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   Replica& replica = *kept;
   if (replicas_.contains(replica.number) || by_key_.contains(replica.key))
@@ -35,8 +30,9 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
     TRY_ASSIGN(replica.memory, memory::adopt_segments(std::exchange(replica.allocations, {})));
   }
   if (whole.files.size() != replica.key.files.size()) return fail(Code::corrupt, "its index is of other files");
-  // Host memory has pages and gaps beside the tensors; on a device there are fewer.
-  const uint64_t image_bytes_max = memory_bytes + whole.tensors.size() * kPaddingBytesMax;
+  // An image in host memory has at most so much more than one on a device.
+  const uint64_t image_bytes_max =
+      memory_bytes + whole.tensors.size() * (tensor::kWindowGapBytes + 2 * tensor::kImageAlignment);
   TRY_ASSIGN(replica.content, read_content({}, {.only = replica.key.only,
                                                 .whole = whole_content(std::move(whole), replica.key.files),
                                                 .image_bytes_max = image_bytes_max}));

@@ -163,24 +163,20 @@ void SegmentPool::settle_claim(uint64_t size_bytes, std::optional<Segment> segme
 
 void SegmentPool::keep(Segment segment) {
   kept_bytes_ += segment.size_bytes();
-  kept_.push_back(std::move(segment));
+  kept_.insert(segment.owner() == kNobody ? kept_.begin() : kept_.end(), std::move(segment));
 }
 
 std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
-  std::vector<Segment> oldest;
-  std::stable_partition(kept_.begin(), kept_.end(), [](const Segment& one) { return one.owner() == kNobody; });
-  size_t kept_count = kept_.size();
-  auto first_to_stay = kept_.begin();
-  while ((first_to_stay != kept_.end() && first_to_stay->owner() == kNobody) || kept_bytes_ > free_bytes() ||
-         kept_count > kept_count_max) {
-    CHECK(first_to_stay != kept_.end());
-    kept_bytes_ -= first_to_stay->size_bytes();
-    --kept_count;
-    oldest.push_back(std::move(*first_to_stay));
-    ++first_to_stay;
+  const auto is_surplus = [&](const Segment& first) {
+    return first.owner() == kNobody || kept_bytes_ > free_bytes() || kept_.size() > kept_count_max;
+  };
+  std::vector<Segment> surplus;
+  while (!kept_.empty() && is_surplus(kept_.front())) {
+    kept_bytes_ -= kept_.front().size_bytes();
+    surplus.push_back(std::move(kept_.front()));
+    kept_.pop_front();
   }
-  kept_.erase(kept_.begin(), first_to_stay);
-  return oldest;
+  return surplus;
 }
 
 }  // namespace tensord::memory

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -119,7 +120,7 @@ class SegmentPool {
   uint64_t limit_bytes_;
   uint64_t in_use_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
-  std::vector<Segment> kept_;  // oldest first
+  std::deque<Segment> kept_;  // adopted ones, then the oldest first
 };
 
 }  // namespace tensord::memory
