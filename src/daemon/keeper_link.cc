@@ -205,7 +205,6 @@ Status KeeperLink::receive(rpc::Frame frame) {
 
 // What there is now of a replica with its leases, or of one lease. What goes with its last lease is not worth it.
 void KeeperLink::tell(uint64_t number, uint64_t lease) {
-  if (!ready_) return;
   const Head head{number, lease};
   const auto found = engine_.replicas().find(number);
   if (found == engine_.replicas().end()) return server_->reply(connection_, frame_of(head));
@@ -213,6 +212,7 @@ void KeeperLink::tell(uint64_t number, uint64_t lease) {
   if (replica.state != engine::ReplicaState::ready || !replica.stays) return;
   const auto held = replica.leases.find(lease);
   if (lease != 0 && held == replica.leases.end()) return server_->reply(connection_, frame_of(head));
+  if (!ready_) return;  // what is gone goes at any time
   auto frame = lease == 0 ? frame_of(replica) : frame_of(head, held->second);
   if (!frame) return log(LogLevel::warning, "keeper: replica ", number, " is not kept: ", frame.error().message);
   server_->reply(connection_, std::move(*frame));
