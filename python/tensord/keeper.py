@@ -1,11 +1,10 @@
 """The keeper: holds descriptors of replicas, and what the daemon says of them, for the next daemon.
 
-frame   [u32 "TSD1"][u32 size][u32 fd_count][u32 0] [u32 verb][u32 0][u64 replica][u64 lease] [opaque bytes]
+frame   [u32 "TSD1"][u32 size][u32 fd_count][u32 0] [u64 replica][u64 lease] [opaque bytes]
 
-    TAKE                  all that is stored comes back as PUT, replicas before their leases; then END
-    CLEAR                 all of it goes
-    PUT replica lease     is stored in place of what was there
-    DROP replica lease    goes; of lease 0 the replica with all its leases
+    with bytes       is stored in place of what was there
+    without          what is stored goes; of lease 0 the replica with all its leases
+    of replica 0     all that is stored comes back, replicas before their leases; then this frame
 
 It never looks into the bytes, and maps nothing. Memory lasts as long as a descriptor of it is held here: to
 free what a dead daemon left, end the keeper. One daemon is served at a time. The one that came last counts:
@@ -39,10 +38,8 @@ FDS_PER_MESSAGE = 250  # below the kernel's SCM_MAX_FD, 253
 SPARE_FDS = 64  # what is left of ulimit -n for all but what is stored
 SEND_SECONDS = 10.0
 
-TAKE, CLEAR, END, PUT, DROP = 1, 2, 3, 4, 5
-
 _HEADER = struct.Struct("<IIII")
-_HEAD = struct.Struct("<IIQQ")
+_HEAD = struct.Struct("<QQ")
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -161,23 +158,19 @@ class Connection:
         return True
 
     def _obey(self, item: Item) -> None:
-        verb, zero, replica, lease = _HEAD.unpack_from(item.content)
-        if verb == PUT and zero == 0 and replica > 0:
+        replica, lease = _HEAD.unpack_from(item.content)
+        if replica > 0 and len(item.content) > _HEAD.size:
             return self._store.put(replica, lease, item)
         close_all(item.fds)
-        if item.fds or len(item.content) != _HEAD.size or zero != 0 or verb not in (TAKE, CLEAR, DROP):
-            raise Refused(f"it knows no verb {verb}, or not so")
-        if verb == DROP:
-            self._store.drop(replica, lease)
-        elif verb == CLEAR:
-            self._store.clear()
-        else:
-            self._give_back()
-        return None
+        if item.fds or len(item.content) != _HEAD.size or (replica == 0 and lease != 0):
+            raise Refused("it says nothing that a keeper knows")
+        if replica == 0:
+            return self._give_back(item)
+        return self._store.drop(replica, lease)
 
-    def _give_back(self) -> None:
+    def _give_back(self, end: Item) -> None:
         self.peer.settimeout(SEND_SECONDS)
-        for item in [*self._store.items(), Item(_HEAD.pack(END, 0, 0, 0), ())]:
+        for item in [*self._store.items(), end]:
             header = _HEADER.pack(MAGIC, len(item.content), len(item.fds), 0)
             rest = header + item.content
             for at in range(0, len(item.fds), FDS_PER_MESSAGE):

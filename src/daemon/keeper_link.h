@@ -1,54 +1,45 @@
 // The daemon's side of a keeper, the process that stores descriptors and what belongs to them while no daemon runs.
 //
-//   frame   [u32 verb][u32 zero][u64 replica][u64 lease, 0: the replica itself] [table KeptReplica or KeptLease]
+//   frame   [u64 replica][u64 lease, 0: the replica itself] [table KeptReplica or KeptLease; none: what is stored goes]
+//           [0][0] to the keeper: give back all that you store; from the keeper: that was all
 //
-// A keeper is looked for at start, where the daemon takes over what it has, and once a second: one that comes later, or
-// again, is told everything.
+// The daemon connects, at start and as soon as a keeper comes later or again. At start it takes over what comes back; at
+// any other time that goes. Then the keeper is told of all that is ready, and of what changes.
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "engine/engine.h"
-#include "rpc/frame.h"
 #include "rpc/loop.h"
+#include "rpc/server.h"
 
 namespace tensord::daemon {
 
 // Lives on the loop's thread; all references must outlive it.
-class KeeperLink final : public engine::Keeper {
+class KeeperLink {
  public:
   KeeperLink(engine::Engine& engine, rpc::Loop& loop, const std::string& runtime_dir)
       : engine_(engine), loop_(loop), path_(runtime_dir + "/keeper") {}
-  ~KeeperLink() override { close(); }
 
-  // To be called once, before anybody is served: waits for a keeper that is there, at most kTakeMs.
-  void start();
-
-  void keep(const engine::Replica& replica) override;
-  void keep_lease(const engine::Replica& replica, uint64_t lease) override;
-  void drop_lease(const engine::Replica& replica, uint64_t lease) override;
-  void drop(uint64_t replica) override;
+  // To be called once, before `server` listens: runs the loop until a keeper that is there has given back what it
+  // stores, at most kTakeMs.
+  void start(rpc::Server& server);
+  // To be called when any connection of the server has ended.
+  void closed(rpc::ConnectionId connection);
 
  private:
-  base::Status take_over();
+  base::Status connect();
   void look();
-  void receive();
-  void tell_all();
-  base::Status attend();
-  void send(rpc::Frame frame);
-  void flush();
-  void close();
+  base::Status receive(rpc::Frame frame);
+  void tell(uint64_t number, uint64_t lease);
 
   engine::Engine& engine_;
   rpc::Loop& loop_;
   const std::string path_;
-  base::Fd socket_;
-  rpc::FrameReader reader_;
-  rpc::FrameWriter writer_;
-  bool ready_ = false;          // it has said that it listens
-  int64_t asked_ns_ = 0;        // when it was asked to
-  int64_t leave_alone_ns_ = 0;  // until then: it did not answer
+  rpc::Server* server_ = nullptr;
+  rpc::ConnectionId connection_ = 0;
+  bool starting_ = true;
+  bool ready_ = false;  // it has given back all: one that sleeps is sent no descriptors
 };
 
 }  // namespace tensord::daemon

@@ -78,10 +78,8 @@ json replica_value(const engine::Replica& replica) {
                 {"waits_for", replica.waits_for},
                 {"idle_s", replica.held() ? 0.0 : static_cast<double>(now_ns - replica.last_used_ns) / 1e9}};
   if (replica.content != nullptr) {
-    uint64_t total_bytes = 0;
-    for (const tensor::Block& block : replica.content->layout.blocks) total_bytes += block.size_bytes;
     value["payload_bytes"] = replica.content->index.payload_bytes();
-    value["total_bytes"] = total_bytes;
+    value["total_bytes"] = replica.content->layout.block_bytes();
     value["ready_bytes"] = replica.fill ? replica.fill->ready_bytes() : 0;
     value["tensor_count"] = replica.content->index.tensors.size();
     const engine::Content* whole = replica.content->whole.get();

@@ -251,24 +251,25 @@ Status run(const Config& config) {
   DeviceCopies devices(engine, *loop, {config.gpu, config.gpu_idle_seconds * 1000});
   engine.use_devices(devices);
   KeeperLink keeper(engine, *loop, config.runtime_dir);
-  keeper.start();
   Requests requests(engine, devices, config, shares.connections, [&] { shutdown.begin(); });
   const auto closed = [&](rpc::ConnectionId id) {
     loop->post([&, id] {
       engine.withdraw(id);
       devices.forget(id);
+      keeper.closed(id);
     });
   };
-  TRY_ASSIGN(const std::unique_ptr<rpc::Server> server,
-             rpc::Server::start(*loop, std::move(listener),
-                                {.product_version = kVersion,
-                                 .keep_spans = base::log_enabled(LogLevel::debug),
-                                 .user_id = ::getuid(),
-                                 .connection_count_max = shares.connections,
-                                 .closed = closed},
-                                [&](rpc::Request request) { requests.handle(std::move(request)); }));
-  requests.reply_through(*server);
-  shutdown.watch(*server);
+  rpc::Server server(*loop, std::move(listener),
+                     {.product_version = kVersion,
+                      .keep_spans = base::log_enabled(LogLevel::debug),
+                      .user_id = ::getuid(),
+                      .connection_count_max = shares.connections,
+                      .closed = closed},
+                     [&](rpc::Request request) { requests.handle(std::move(request)); });
+  requests.reply_through(server);
+  shutdown.watch(server);
+  keeper.start(server);
+  TRY(server.listen());
   TRY(loop->watch(signals.get(), EPOLLIN, [&](uint32_t) {
     signalfd_siginfo info;
     while (::read(signals.get(), &info, sizeof info) == sizeof info) shutdown.begin();

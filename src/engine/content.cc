@@ -48,14 +48,6 @@ void count_leaves(Content& content) {
   }
 }
 
-std::shared_ptr<Content> whole_of(tensor::Index index, std::vector<base::FileIdentity> identities) {
-  auto content = std::make_shared<Content>();
-  content->index = std::move(index);
-  content->identities = std::move(identities);
-  count_leaves(*content);
-  return content;
-}
-
 Result<std::shared_ptr<Content>> read_whole(const std::vector<OpenFile>& files) {
   std::vector<tensor::IndexFile> named;
   std::vector<tensor::FileTensors> parts;
@@ -67,7 +59,7 @@ Result<std::shared_ptr<Content>> read_whole(const std::vector<OpenFile>& files) 
   TRY_ASSIGN(tensor::Index index, tensor::join_files(std::move(named), std::move(parts)));
   std::vector<base::FileIdentity> identities;
   for (const OpenFile& file : files) identities.push_back(file.identity);
-  return whole_of(std::move(index), std::move(identities));
+  return whole_content(std::move(index), std::move(identities));
 }
 
 Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole, const std::vector<std::string>& only) {
@@ -83,6 +75,14 @@ Result<std::shared_ptr<Content>> part_of(std::shared_ptr<const Content> whole, c
 
 }  // namespace
 
+std::shared_ptr<Content> whole_content(tensor::Index index, std::vector<base::FileIdentity> identities) {
+  auto content = std::make_shared<Content>();
+  content->index = std::move(index);
+  content->identities = std::move(identities);
+  count_leaves(*content);
+  return content;
+}
+
 tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file) {
   const auto& leaves = content.layout.leaves;
   const auto begins_before = [&](const tensor::Leaf& leaf, uint32_t number) {
@@ -96,8 +96,10 @@ tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file)
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order) {
   const int64_t begin_ns = base::monotonic_ns();
   std::shared_ptr<Content> content;
-  if (order.whole == nullptr || order.only.empty()) {
+  if (order.whole == nullptr) {
     TRY_ASSIGN(content, read_whole(files));
+  } else if (order.only.empty()) {
+    content = std::make_shared<Content>(*order.whole);
   }
   if (!order.only.empty()) {
     TRY_ASSIGN(content, part_of(content == nullptr ? order.whole : std::move(content), order.only));
@@ -105,19 +107,6 @@ Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>&
   content->image_bytes = tensor::windows_of(content->index).image_bytes;
   if (content->image_bytes <= order.image_bytes_max) content->layout = tensor::lay_out(content->index);
   content->index_ns = base::monotonic_ns() - begin_ns;
-  return std::shared_ptr<const Content>(std::move(content));
-}
-
-Result<std::shared_ptr<const Content>> content_of(tensor::Index whole, std::vector<base::FileIdentity> identities,
-                                                  const std::vector<std::string>& only, uint64_t memory_bytes) {
-  std::shared_ptr<Content> content = whole_of(std::move(whole), std::move(identities));
-  if (!only.empty()) {
-    TRY_ASSIGN(content, part_of(std::move(content), only));
-  }
-  if (content->index.payload_bytes() > memory_bytes)
-    return base::fail(base::Code::corrupt, "an index of more bytes than the memory with it has");
-  content->image_bytes = tensor::windows_of(content->index).image_bytes;
-  content->layout = tensor::lay_out(content->index);
   return std::shared_ptr<const Content>(std::move(content));
 }
 

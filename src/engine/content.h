@@ -45,6 +45,9 @@ struct Content {
   uint32_t number_of(const tensor::Leaf& leaf) const { return first_leaves[leaf.tensor] + leaf.leaf; }
 };
 
+// Of an index of all tensors of the files; not laid out.
+std::shared_ptr<Content> whole_content(tensor::Index index, std::vector<base::FileIdentity> identities);
+
 struct ContentOrder {
   std::vector<std::string> only;         // names and patterns (tensor/selection.h); empty: all tensors
   std::shared_ptr<const Content> whole;  // of the same files, when it is known: no header is read again
@@ -55,11 +58,6 @@ struct ContentOrder {
 // and tensor. An image over `image_bytes_max` is not laid out: nobody can load it, and a sparse file can claim
 // any size.
 Result<std::shared_ptr<const Content>> read_content(const std::vector<OpenFile>& files, const ContentOrder& order);
-
-// The same of an index of all tensors of the files that is known from before. Code::corrupt where what is wanted of it does not
-// fit `memory_bytes`.
-Result<std::shared_ptr<const Content>> content_of(tensor::Index whole, std::vector<base::FileIdentity> identities,
-                                                  const std::vector<std::string>& only, uint64_t memory_bytes);
 
 // The leaves of file `file` in ImageLayout::leaves: [first, last).
 tensor::ImageLayout::Range leaves_of_file(const Content& content, uint32_t file);

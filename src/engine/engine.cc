@@ -201,18 +201,13 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   if (holder.user_id != replica.owner) {
     return fail(Code::denied, replica.path(), " was opened by uid ", replica.owner, ", you are uid ", holder.user_id);
   }
-  if (lease_count_ >= options_.lease_count_max) {
-    return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
-                " leases are held, no more are possible; raise ulimit -n");
-  }
   TRY_ASSIGN(base::Pipe pipe, base::make_pipe());
-  const uint64_t lease = next_lease_++;
-  TRY(owner_.watch_hangup(pipe.read_end.get(), [this, number = replica.number, lease] { lease_ended(number, lease); }));
-  replica.leases[lease] = Lease{std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch};
+  const uint64_t lease = next_lease_;
+  TRY(add_lease(replica.number, lease,
+                {std::move(pipe.read_end), holder, base::monotonic_ns(), waiter.stay >= Stay::batch}));
   const bool was_kept = replica.stays;
   replica.stays = replica.stays || waiter.stay == Stay::artifact;
-  ++lease_count_;
-  tell_keeper(replica, was_kept ? lease : 0);
+  tell_keeper_(replica.number, was_kept ? lease : 0);
   granted.lease = std::move(pipe.write_end);
   granted.fill_map_fd = replica.fill->fd();
   granted.fill_map_bytes = replica.fill->size_bytes();
@@ -227,6 +222,23 @@ Result<Grant> Engine::grant(Replica& replica, const Waiter& waiter) {
   return granted;
 }
 
+Status Engine::add_lease(uint64_t number, uint64_t lease, Lease held) {
+  const auto found = replicas_.find(number);
+  if (found == replicas_.end() || found->second->leases.contains(lease))
+    return fail(Code::invalid_argument, "lease ", lease, " is there already, or its replica ", number, " is not");
+  Replica& replica = *found->second;
+  if (lease_count_ >= options_.lease_count_max) {
+    return fail(Code::exhausted, "open ", replica.path(), ": ", lease_count_,
+                " leases are held, no more are possible; raise ulimit -n");
+  }
+  TRY(owner_.watch_hangup(held.read_end.get(), [this, number, lease] { lease_ended(number, lease); }));
+  held.holder.user_id = replica.owner;
+  replica.leases[lease] = std::move(held);
+  ++lease_count_;
+  next_lease_ = std::max(next_lease_, lease + 1);
+  return {};
+}
+
 void Engine::lease_ended(uint64_t number, uint64_t lease) {
   Replica& replica = *replicas_.at(number);
   const auto ended = replica.leases.find(lease);
@@ -234,7 +246,7 @@ void Engine::lease_ended(uint64_t number, uint64_t lease) {
   owner_.unwatch(ended->second.read_end.get());
   replica.leases.erase(ended);
   --lease_count_;
-  if (keeper_ != nullptr) keeper_->drop_lease(replica, lease);
+  tell_keeper_(number, lease);
   replica.last_used_ns = base::monotonic_ns();
   settle(replica);
   drop_passing();
@@ -249,8 +261,7 @@ Status Engine::begin_load(Replica& replica, Digests known) {
     return fail(Code::unsupported, "open ", replica.path(), ": ", replica.memory.segments.size(),
                 " segments; a client can be handed at most ", kSegmentCountMax);
   }
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : content.layout.blocks) total_bytes += block.size_bytes;
+  const uint64_t total_bytes = content.layout.block_bytes();
   TRY_ASSIGN(replica.fill, memory::FillMap::create(content.layout.blocks.size(), total_bytes));
 
   LoadReport report = waiting_report(replica);
@@ -358,7 +369,7 @@ void Engine::end_load(Replica& replica, const Result<tensor::Digest>& artifact) 
     replica.state = ReplicaState::ready;
     replica.artifact = *artifact;
     replica.fill->end_ready(*artifact);
-    tell_keeper(replica, 0);
+    tell_keeper_(replica.number, 0);
   } else {
     replica.state = ReplicaState::failed;
     replica.error = artifact.error();
@@ -452,9 +463,9 @@ void Engine::forget(uint64_t number) {
   unlist(replica);
   if (replica.source != 0) let_go(replica.source);
   if (replica.fill) replica.fill->void_it();  // a keeper that still has it must not hand on what is overwritten
-  if (keeper_ != nullptr) keeper_->drop(number);
   pool_memory_.free(std::move(replica.memory));
   replicas_.erase(found);
+  tell_keeper_(number, 0);
   if (auto surplus = pool_memory_.trim(); !surplus.empty()) give_back(std::move(surplus), [] {});
   room_changed();
   end_drain();
@@ -498,7 +509,7 @@ void Engine::set_pinned(uint64_t number, bool pinned) {
   Replica& replica = *replicas_.at(number);
   replica.pinned = pinned;
   replica.stays = replica.stays || pinned;
-  tell_keeper(replica, 0);
+  tell_keeper_(number, 0);
   room_changed();
 }
 

@@ -21,7 +21,6 @@
 #include "catalog/catalog.h"
 #include "engine/devices.h"
 #include "engine/eviction.h"
-#include "engine/keeper.h"
 #include "engine/replica.h"
 #include "engine/report.h"
 #include "memory/fresh_pages.h"
@@ -86,13 +85,12 @@ class Engine {
   ~Engine();
   // Set once, before the first replica on a device is opened; must outlive the engine's use.
   void use_devices(Devices& devices) { devices_ = &devices; }
-  // The same of a keeper; it is told of what changes from now on.
-  void use_keeper(Keeper& keeper) { keeper_ = &keeper; }
-  // All that a keeper is to store.
-  void tell_keeper_all();
-  // A ready replica of a daemon before this one, without `fill`, `memory` and `leases`. Errors leave nothing behind.
-  Status adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment> segments);
-  Status adopt_lease(uint64_t replica, uint64_t lease, Lease held);
+  // `tell` is called on the owner's thread whenever a ready replica (of lease 0), or a lease, has come, changed or gone.
+  void use_keeper(std::function<void(uint64_t replica, uint64_t lease)> tell) { tell_keeper_ = std::move(tell); }
+  // A ready replica of a daemon before this one: its number, paths, key, owner, pinned, artifact, leaves, and all its
+  // memory as allocations; `whole` is the index of its files. Errors leave nothing behind.
+  Status adopt(std::unique_ptr<Replica> kept, tensor::Index whole);
+  Status add_lease(uint64_t replica, uint64_t lease, Lease held);  // of the replica's owner
   // Replicas to come have this number or a higher one: lower ones mean something to clients of a daemon before this one.
   void number_from(uint64_t first) { next_replica_ = std::max(next_replica_, first); }
 
@@ -184,8 +182,6 @@ class Engine {
   Status fill_on_device(Replica& replica, Allocations made);
   void end_on_device(Replica& replica);
 
-  void tell_keeper(const Replica& replica, uint64_t lease);  // engine_keeping.cc
-
   // engine_room.cc
   enum class Room { now, freeing, held };  // freeing: the engine's own doing, and soon over
   void room_changed();
@@ -236,7 +232,7 @@ class Engine {
   storage::ReadPool& pool_;
   const Owner owner_;
   Devices* devices_ = nullptr;
-  Keeper* keeper_ = nullptr;
+  std::function<void(uint64_t replica, uint64_t lease)> tell_keeper_ = [](uint64_t, uint64_t) {};
   memory::SegmentPool pool_memory_;
 
   std::map<uint64_t, std::unique_ptr<Replica>> replicas_;

@@ -99,9 +99,8 @@ void Engine::made_on_device(uint64_t number, Result<Allocations> made) {
 }
 
 Status Engine::fill_on_device(Replica& replica, Allocations made) {
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : replica.content->layout.blocks) total_bytes += block.size_bytes;
-  TRY_ASSIGN(replica.fill, memory::FillMap::create(replica.content->layout.blocks.size(), total_bytes));
+  const tensor::ImageLayout& layout = replica.content->layout;
+  TRY_ASSIGN(replica.fill, memory::FillMap::create(layout.blocks.size(), layout.block_bytes()));
   replica.allocations = std::move(made);
   replica.device_bytes = 0;
   for (const auto& [fd, bytes] : replica.allocations) replica.device_bytes += bytes;

@@ -1,4 +1,4 @@
-// What outlives the daemon: told to a keeper as it changes, and taken over by the next engine.
+// What outlived the daemon before this one is taken over.
 #include <utility>
 
 #include "base/clock.h"
@@ -13,32 +13,41 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
-// Of one lease, or (0) of the replica with all its leases. What goes with its last lease is not worth it.
-void Engine::tell_keeper(const Replica& replica, uint64_t lease) {
-  if (keeper_ == nullptr || replica.state != ReplicaState::ready || !replica.stays) return;
-  if (lease != 0) return keeper_->keep_lease(replica, lease);
-  keeper_->keep(replica);
-  for (const auto& [number, held] : replica.leases) keeper_->keep_lease(replica, number);
-}
-
-void Engine::tell_keeper_all() {
-  for (const auto& [number, replica] : replicas_) tell_keeper(*replica, 0);
-}
-
-Status Engine::adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment> segments) {
+Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   Replica& replica = *kept;
   if (replicas_.contains(replica.number) || by_key_.contains(replica.key))
     return fail(Code::invalid_argument, "replica ", replica.number, " of ", replica.path(), " is there already");
-  if (descriptor_count() + segments.size() + replica.descriptor_count() > options_.descriptor_count_max)
+  replica.state = ReplicaState::ready;
+  if (descriptor_count() + replica.descriptor_count() > options_.descriptor_count_max)
     return fail(Code::exhausted, "replica ", replica.number, " of ", replica.path(), " needs too many descriptors");
-  const auto& blocks = replica.content->layout.blocks;
-  uint64_t total_bytes = 0;
-  for (const tensor::Block& block : blocks) total_bytes += block.size_bytes;
-  TRY_ASSIGN(replica.fill, memory::FillMap::create(blocks.size(), total_bytes));
+  const bool on_device = !replica.key.device.empty();
+  uint64_t memory_bytes = 0;
+  for (const auto& [fd, size_bytes] : replica.allocations) {
+    if (size_bytes > tensor::kIndexBytesMax) return fail(Code::corrupt, "memory of ", size_bytes, " bytes");
+    memory_bytes += size_bytes;
+  }
+  if (!on_device) {
+    TRY_ASSIGN(replica.memory, memory::adopt_segments(std::exchange(replica.allocations, {})));
+  }
+  if (whole.files.size() != replica.key.files.size()) return fail(Code::corrupt, "its index is of other files");
+  // An image in host memory has at most so much more than one on a device.
+  const uint64_t image_bytes_max =
+      memory_bytes + whole.tensors.size() * (tensor::kWindowGapBytes + 2 * tensor::kImageAlignment);
+  TRY_ASSIGN(replica.content, read_content({}, {.only = replica.key.only,
+                                                .whole = whole_content(std::move(whole), replica.key.files),
+                                                .image_bytes_max = image_bytes_max}));
+  const Content& content = *replica.content;
+  replica.image_bytes = on_device ? tensor::device_windows_of(content.index).image_bytes : content.image_bytes;
+  replica.device_bytes = on_device ? memory_bytes : 0;
+  if (content.image_bytes > image_bytes_max || replica.image_bytes > memory_bytes ||
+      (!on_device && replica.leaves.size() != content.layout.leaves.size()))
+    return fail(Code::corrupt, "its index is of another replica");
+  TRY_ASSIGN(replica.index_fd, options_.encode_index(content.index));
+  const auto& blocks = content.layout.blocks;
+  TRY_ASSIGN(replica.fill, memory::FillMap::create(blocks.size(), content.layout.block_bytes()));
   for (size_t at = 0; at < blocks.size(); ++at) replica.fill->mark_block(at, blocks[at].size_bytes);
   replica.fill->end_ready(*replica.artifact);
-  TRY_ASSIGN(replica.memory, pool_memory_.adopt(std::move(segments)));
-  replica.state = ReplicaState::ready;
+  pool_memory_.adopt(replica.memory);
   replica.stays = replica.checked = true;
   replica.asked_ns = replica.room_ns = replica.last_used_ns = base::monotonic_ns();
   LoadReport report = waiting_report(replica);
@@ -51,18 +60,6 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, std::vector<memory::Segment>
   log(LogLevel::info, "replica ", replica.number, " ", replica.path(), " is taken over from a keeper");
   by_key_[replica.key] = last_opened_ = replica.number;
   replicas_[replica.number] = std::move(kept);
-  return {};
-}
-
-Status Engine::adopt_lease(uint64_t number, uint64_t lease, Lease held) {
-  const auto found = replicas_.find(number);
-  if (found == replicas_.end()) return fail(Code::not_found, "a lease on replica ", number, ", which is not there");
-  if (found->second->leases.contains(lease) || lease_count_ >= options_.lease_count_max)
-    return fail(Code::invalid_argument, "lease ", lease, " is there already, or one too many");
-  TRY(owner_.watch_hangup(held.read_end.get(), [this, number, lease] { lease_ended(number, lease); }));
-  found->second->leases[lease] = std::move(held);
-  ++lease_count_;
-  next_lease_ = std::max(next_lease_, lease + 1);
   return {};
 }
 

@@ -75,11 +75,16 @@ Result<Segment> make_segment(uint64_t size_bytes, uid_t owner) {
   return Segment(std::move(memory), owner);
 }
 
-Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes) {
-  TRY_ASSIGN(Mapped mapped, map_shared_memory(fd, "a kept segment"));
-  if (mapped.size_bytes() != size_bytes)
-    return fail(Code::corrupt, "a kept segment has ", mapped.size_bytes(), " bytes, not ", size_bytes);
-  return Segment({std::move(fd), std::move(mapped)}, kNobody);
+Result<SegmentRun> adopt_segments(std::vector<std::pair<base::Fd, uint64_t>> files) {
+  SegmentRun run;
+  for (auto& [fd, size_bytes] : files) {
+    TRY_ASSIGN(Mapped mapped, map_shared_memory(fd, "a kept segment"));
+    if (mapped.size_bytes() != size_bytes)
+      return fail(Code::corrupt, "a kept segment has ", mapped.size_bytes(), " bytes, not ", size_bytes);
+    run.segments.push_back(Segment({std::move(fd), std::move(mapped)}, kNobody));
+  }
+  TRY(place(run));
+  return run;
 }
 
 Result<Segment> SegmentPool::take(uint64_t size_bytes, uid_t owner) {
@@ -119,13 +124,6 @@ Result<SegmentRun> SegmentPool::allocate(uint64_t image_bytes, uid_t owner) {
   return run;
 }
 
-Result<SegmentRun> SegmentPool::adopt(std::vector<Segment> segments) {
-  SegmentRun run{std::move(segments)};
-  TRY(place(run));
-  in_use_bytes_ += run.size_bytes();
-  return run;
-}
-
 void SegmentPool::free(SegmentRun run) {
   in_use_bytes_ -= run.size_bytes();
   for (Segment& segment : run.segments) keep(std::move(segment));
@@ -144,20 +142,20 @@ void SegmentPool::settle_claim(uint64_t size_bytes, std::optional<Segment> segme
 
 void SegmentPool::keep(Segment segment) {
   kept_bytes_ += segment.size_bytes();
-  kept_.push_back(std::move(segment));
+  kept_.insert(segment.owner() == kNobody ? kept_.begin() : kept_.end(), std::move(segment));
 }
 
 std::vector<Segment> SegmentPool::trim(size_t kept_count_max) {
-  std::stable_partition(kept_.begin(), kept_.end(), [](const Segment& one) { return one.owner() == kNobody; });
-  auto stay = kept_.begin();
-  const auto goes = [&] {
-    const auto kept_count = static_cast<size_t>(kept_.end() - stay);
-    return stay->owner() == kNobody || kept_bytes_ > free_bytes() || kept_count > kept_count_max;
+  const auto is_surplus = [&](const Segment& first) {
+    return first.owner() == kNobody || kept_bytes_ > free_bytes() || kept_.size() > kept_count_max;
   };
-  for (; stay != kept_.end() && goes(); ++stay) kept_bytes_ -= stay->size_bytes();
-  std::vector<Segment> oldest(std::make_move_iterator(kept_.begin()), std::make_move_iterator(stay));
-  kept_.erase(kept_.begin(), stay);
-  return oldest;
+  std::vector<Segment> surplus;
+  while (!kept_.empty() && is_surplus(kept_.front())) {
+    kept_bytes_ -= kept_.front().size_bytes();
+    surplus.push_back(std::move(kept_.front()));
+    kept_.pop_front();
+  }
+  return surplus;
 }
 
 }  // namespace tensord::memory

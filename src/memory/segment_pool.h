@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -69,9 +70,9 @@ struct SegmentRun {
   std::byte* data() const { return segments.empty() ? nullptr : segments.front().data(); }
 };
 
-// A segment of a daemon before this one, which nobody can write to any more. Code::corrupt unless it is sealed as those of
-// make_segment() are, and as large as `size_bytes`.
-Result<Segment> adopt_segment(base::Fd fd, uint64_t size_bytes);
+// Segments of a daemon before this one and their sizes: nobody can write to them any more, so they are never used again.
+// Code::corrupt unless each is sealed as those of make_segment() are, and of that size.
+Result<SegmentRun> adopt_segments(std::vector<std::pair<base::Fd, uint64_t>> files);
 
 // A segment with a memfd of its own, not counted anywhere: for the pool and for the thread that pre-faults.
 Result<Segment> make_segment(uint64_t size_bytes, uid_t owner);
@@ -86,9 +87,8 @@ class SegmentPool {
   // their first touch; trim() is due before that.
   Result<SegmentRun> allocate(uint64_t image_bytes, uid_t owner);
 
-  // Segments of adopt_segment() at consecutive addresses, counted as in use, be it over the limit. They are never used
-  // again.
-  Result<SegmentRun> adopt(std::vector<Segment> segments);
+  // Segments of adopt_segments() are in use from now on, be it over the limit.
+  void adopt(const SegmentRun& run) { in_use_bytes_ += run.size_bytes(); }
 
   // The run's segments are free again, and kept with their pages for artifacts of the same owner. Where the limit was
   // lowered trim() may be due.
@@ -117,7 +117,7 @@ class SegmentPool {
   uint64_t limit_bytes_;
   uint64_t in_use_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
-  std::vector<Segment> kept_;  // oldest first
+  std::deque<Segment> kept_;  // adopted ones, then the oldest first
 };
 
 }  // namespace tensord::memory

@@ -191,9 +191,10 @@ TEST(SegmentPool, adopted_segments_hold_what_they_held_and_are_not_used_again) {
   const Segment before = make_segment(4 * kMiB, 1).value();
   before.data()[5] = std::byte{7};
   SegmentPool pool(4 * kMiB);
-  std::vector<Segment> segments;
-  segments.push_back(adopt_segment(base::duplicate(before.fd()).value(), 4 * kMiB).value());
-  SegmentRun run = pool.adopt(std::move(segments)).value();
+  std::vector<std::pair<base::Fd, uint64_t>> files;
+  files.emplace_back(base::duplicate(before.fd()).value(), 4 * kMiB);
+  SegmentRun run = adopt_segments(std::move(files)).value();
+  pool.adopt(run);
   EXPECT_EQ(run.data()[5], std::byte{7});
   EXPECT_EQ(pool.in_use_bytes(), 4 * kMiB);
   EXPECT_FALSE(pool.allocate(4 * kMiB, 1));
@@ -210,7 +211,9 @@ TEST(SegmentPool, what_could_change_or_shrink_is_not_adopted) {
   ASSERT_EQ(::ftruncate(open.get(), kMiB), 0);
   for (const auto& [fd, size_bytes] : {std::pair(open.get(), kMiB), std::pair(sealed.fd(), 2 * kMiB),
                                        std::pair(sealed.fd(), uint64_t{0}), std::pair(STDIN_FILENO, kMiB)}) {
-    EXPECT_EQ(adopt_segment(base::duplicate(fd).value(), size_bytes).error().code, base::Code::corrupt);
+    std::vector<std::pair<base::Fd, uint64_t>> files;
+    files.emplace_back(base::duplicate(fd).value(), size_bytes);
+    EXPECT_EQ(adopt_segments(std::move(files)).error().code, base::Code::corrupt);
   }
 }
 

@@ -33,10 +33,8 @@ Server::Server(Loop& loop, Listener listener, ServerOptions options, Handler han
       handler_(std::move(handler)),
       spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
 
-Result<std::unique_ptr<Server>> Server::start(Loop& loop, Listener listener, ServerOptions options, Handler handler) {
-  auto server = std::make_unique<Server>(loop, std::move(listener), std::move(options), std::move(handler));
-  TRY(loop.watch(server->listener_.fd(), EPOLLIN, [raw = server.get()](uint32_t) { raw->accept_some(); }));
-  return server;
+Status Server::listen() {
+  return loop_.watch(listener_.fd(), EPOLLIN, [this](uint32_t) { accept_some(); });
 }
 
 Server::~Server() {
@@ -115,14 +113,21 @@ void Server::admit(base::Fd socket) {
     return refuse(socket.get(),
                   {Code::exhausted, text("the daemon has ", connections_.size(), " connections, and takes no more")});
   }
+  if (const auto attached = attach(socket); !attached) refuse(socket.get(), attached.error());
+}
+
+Result<ConnectionId> Server::attach(base::Fd& socket, Taker taker) {
+  TRY_ASSIGN(const Peer peer, peer_of(socket.get()));
   const ConnectionId id = next_id_++;
-  const auto watched = loop_.watch(socket.get(), EPOLLIN, [this, id](uint32_t events) { on_ready(id, events); });
-  if (!watched) return refuse(socket.get(), watched.error());
+  TRY(loop_.watch(socket.get(), EPOLLIN, [this, id](uint32_t events) { on_ready(id, events); }));
   auto connection = std::make_shared<Connection>();
   connection->socket = std::move(socket);
-  connection->client = {id, peer->process_id, peer->user_id, ""};
+  connection->client = {id, peer.process_id, peer.user_id, ""};
+  connection->greeted = taker != nullptr;
+  connection->taker = std::move(taker);
   set_deadline(*connection, false);
   connections_.emplace(id, std::move(connection));
+  return id;
 }
 
 void Server::on_ready(ConnectionId id, uint32_t events) {
@@ -146,6 +151,10 @@ void Server::receive(Connection& connection) {
 }
 
 void Server::take(Connection& connection, Frame frame) {
+  if (connection.taker) {
+    if (const Status taken = connection.taker(std::move(frame)); !taken) close(connection, taken.error());
+    return;
+  }
   const Status taken = connection.greeted ? check_request(frame.bytes) : take_hello(connection, frame);
   if (!taken) return close(connection, taken.error());
   if (std::exchange(connection.greeted, true)) {

@@ -64,10 +64,14 @@ class Server {
  public:
   // May call reply() before it returns, or later.
   using Handler = std::function<void(Request)>;
-  static Result<std::unique_ptr<Server>> start(Loop& loop, Listener listener, ServerOptions options, Handler handler);
-  Server(Loop& loop, Listener listener, ServerOptions options,
-         Handler handler);  // does not listen: see start()
+  Server(Loop& loop, Listener listener, ServerOptions options, Handler handler);
   ~Server();
+
+  Status listen();  // once: clients are served from now on
+  // Whole frames of a connection that is no client's: made from here, without Hello. An error closes it.
+  using Taker = std::function<Status(Frame)>;
+  // Takes the socket, unless it fails.
+  Result<ConnectionId> attach(base::Fd& socket, Taker taker = nullptr);
 
   // Sends a reply; a connection that is gone is no error: the frame is dropped. A client that closed its
   // sending half is gone.
@@ -80,6 +84,7 @@ class Server {
   struct Connection {
     base::Fd socket;
     Client client;
+    Taker taker;
     bool greeted = false;
     bool waits_to_write = false;
     Loop::TimerId deadline;  // a default one while none runs

@@ -28,9 +28,9 @@ class Daemon {
     options.product_version = "1.2.3";
     options.keep_spans = true;
     if (options.user_id == 0) options.user_id = ::geteuid();
-    server_ = Server::start(*loop_, Listener::open(folder_.path()).value(), options, [this](Request request) {
-                handle(std::move(request));
-              }).value();
+    server_ = std::make_unique<Server>(*loop_, Listener::open(folder_.path()).value(), options,
+                                       [this](Request request) { handle(std::move(request)); });
+    EXPECT_TRUE(server_->listen());
     thread_ = std::thread([this] { loop_->run(); });
   }
   ~Daemon() {

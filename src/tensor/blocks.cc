@@ -99,6 +99,12 @@ uint64_t Windows::image_offset(const Tensor& tensor) const {
   return window.image_offset + (tensor.offset - window.file_offset);
 }
 
+uint64_t ImageLayout::block_bytes() const {
+  uint64_t sum = 0;
+  for (const Block& block : blocks) sum += block.size_bytes;
+  return sum;
+}
+
 ImageLayout::Range ImageLayout::blocks_of(uint64_t image_offset, uint64_t range_bytes) const {
   if (range_bytes == 0) return {};
   const uint64_t image_end = base::checked_add(image_offset, range_bytes).value_or(UINT64_MAX);

@@ -68,6 +68,7 @@ struct ImageLayout {
   uint64_t size_bytes = 0;    // of the image, a multiple of kImageAlignment
   std::vector<Leaf> leaves;   // in image order
   std::vector<Block> blocks;  // in image order; together they cover every byte of every window
+  uint64_t block_bytes() const;
 
   // Blocks that hold bytes [offset, offset + size_bytes) of the image: [first, last). O(log n).
   // Empty for size 0.
