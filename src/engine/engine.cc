@@ -368,8 +368,8 @@ void Engine::end_load(Replica& replica, const Result<tensor::Digest>& artifact) 
   if (artifact) {
     replica.state = ReplicaState::ready;
     replica.artifact = *artifact;
+    tell_keeper_(replica.number, 0);  // before clients know: what they saw ready outlives this process
     replica.fill->end_ready(*artifact);
-    tell_keeper_(replica.number, 0);
   } else {
     replica.state = ReplicaState::failed;
     replica.error = artifact.error();
