@@ -11,7 +11,6 @@
 
 #include "base/text.h"
 #include "client/model.h"
-#include "client/plan_json.h"
 #include "client/version.h"
 #include "tensord/tensord.h"
 
@@ -123,6 +122,15 @@ tensord_index_item from_item(const tensor::IndexItem& item) {
   const bool number = item.kind == tensor::IndexItem::Kind::integer;
   return {static_cast<uint32_t>(item.kind), given, number ? item.integer : item.start.value_or(0),
           item.stop.value_or(0), item.step.value_or(0)};
+}
+
+// The bytes of the name before the brackets.
+client::Result<size_t> give_view(const std::string& text, tensord_index_item* items, size_t* count) {
+  *count = 0;
+  TRY_ASSIGN(const tensor::ViewItem read, tensor::parse_view_item(text));
+  *count = read.items.size();
+  std::transform(read.items.begin(), read.items.end(), items, from_item);
+  return read.name.size();
 }
 
 client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
@@ -294,12 +302,17 @@ int tensord_info(const tensord_model* model, char** json) {
 
 int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count) {
   return guarded({{"text", text}, {"items", items}, {"count", count}}, [&]() -> Status {
+    const std::string view = text[0] == '[' ? text : tensord::base::text("[", text, "]");
+    TRY_ASSIGN(const size_t name_bytes, give_view(view, items, count));
+    if (name_bytes == 0) return {};
     *count = 0;
-    TRY_ASSIGN(const tensor::ViewItem read,
-               tensor::parse_view_item(text[0] == '[' ? text : tensord::base::text("[", text, "]")));
-    if (!read.name.empty()) return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
-    *count = read.items.size();
-    std::transform(read.items.begin(), read.items.end(), items, from_item);
+    return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
+  });
+}
+
+int tensord_parse_view(const char* text, size_t* name_bytes, tensord_index_item* items, size_t* count) {
+  return guarded({{"text", text}, {"name_bytes", name_bytes}, {"items", items}, {"count", count}}, [&]() -> Status {
+    TRY_ASSIGN(*name_bytes, give_view(text, items, count));
     return {};
   });
 }
@@ -317,21 +330,6 @@ int tensord_resolve(const tensord_model* model, const char* name, const tensord_
     std::copy(resolved.shape.begin(), resolved.shape.end(), region->shape);
     std::copy(resolved.strides.begin(), resolved.strides.end(), region->strides);
     return {};
-  });
-}
-
-int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json) {
-  return guarded({{"json", json}}, [&]() -> Status {
-    *json = nullptr;
-    TRY_ASSIGN(const std::vector<std::string> wanted, to_texts("a view", views, view_count));
-    if (model != nullptr) {
-      TRY_ASSIGN(const std::string plan, client::plan_json(model->model->index(), wanted));
-      return give_text(plan, json);
-    }
-    for (const std::string& view : wanted) {
-      if (const auto read = tensor::parse_view_item(view); !read) return tensord::base::pass_on(read);
-    }
-    return give_text("null", json);
   });
 }
 
