@@ -22,10 +22,6 @@ struct Shape {
   uint64_t planes, rows, columns;
 };
 
-tensor::IndexItem range(uint64_t begin, uint64_t count) {
-  return {.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)};
-}
-
 // `work(number)` for all numbers below `count`, on all cores.
 Sample for_each(uint64_t count, const std::function<void(uint64_t number)>& work) {
   std::atomic<uint64_t> next{0};
@@ -125,17 +121,17 @@ Contender cast_loop(const char* name, const uint16_t* source, std::byte* target,
 
 struct Order {
   std::string name;
-  client::CopyOrder order;
+  CopyOrder order;
   uint64_t target_bytes = 0,
            moved_bytes = 0;  // moved: read and written, as far as a rate is concerned the larger
 };
 
 // `ceilings` write the same target; the first of them says what its bytes must be.
 Status race_order(Bench& bench, client::Model& model, const Order& order, std::span<const Contender> ceilings) {
-  const client::CopyOrder orders[] = {order.order};
+  const tensord_copy copies[] = {order.order.raw()};
   const auto product = [&]() -> Result<Sample> {
     const Stopwatch stopwatch;
-    TRY(model.load_into(orders, {.cast = true}));
+    TRY(model.load_into(copies, {.cast = 1}));
     return stopwatch.read();
   };
   TRY(ceilings.front().act());
@@ -156,14 +152,10 @@ Status race_cube(Bench& bench, client::Model& model, const Shape& cube, uint64_t
   const uint64_t first_row = cube.rows / 4, first_column = (cube.columns - cut.columns) / 2;
   Order order{text("3-D: [:, ", first_row, ":", first_row + cut.rows, ", ", first_column, ":",
                    first_column + cut.columns, "] of [", cube.planes, ", ", cube.rows, ", ", cube.columns, "]")};
-  const auto row_bytes = static_cast<int64_t>(cut.columns * 2);
-  order.order = {.name = "cube",
+  order.order = {.tensor = tensor,
                  .items = {range(0, cut.planes), range(first_row, cut.rows), range(first_column, cut.columns)},
                  .target = target,
-                 .to = {.shape = {cut.planes, cut.rows, cut.columns},
-                        .strides = {row_bytes * static_cast<int64_t>(cut.rows), row_bytes, 2},
-                        .element_bytes = 2},
-                 .target_dtype = tensor::Dtype::bf16};
+                 .shape = {cut.planes, cut.rows, cut.columns}};
   order.target_bytes = order.moved_bytes = cut.planes * cut.rows * cut.columns * 2;
   std::vector<Rows> pieces;
   for (uint64_t plane = 0; plane < cut.planes; ++plane) {
@@ -207,11 +199,8 @@ Status run_shapes(Bench& bench) {
   const auto* const source = reinterpret_cast<const uint16_t*>(model->data(*square));
   const auto whole = [&](std::string name, tensor::Dtype dtype, std::vector<int64_t> strides, uint32_t bytes) {
     Order order{std::move(name)};
-    order.order = {.name = "square",
-                   .items = {},
-                   .target = target,
-                   .to = {.shape = {side, side}, .strides = std::move(strides), .element_bytes = bytes},
-                   .target_dtype = dtype};
+    order.order = {
+        .tensor = square, .target = target, .dtype = dtype, .shape = {side, side}, .strides = std::move(strides)};
     order.target_bytes = order.moved_bytes = count * bytes;
     return order;
   };

@@ -78,10 +78,6 @@ std::optional<size_t> cut_dimension(const std::string& name) {
   return std::nullopt;
 }
 
-tensor::IndexItem range(uint64_t begin, uint64_t count) {
-  return {.start = static_cast<int64_t>(begin), .stop = static_cast<int64_t>(begin + count)};
-}
-
 }  // namespace
 
 std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t rank_count, uint64_t rank, Part part) {
@@ -150,6 +146,22 @@ void touch(const std::byte* data, uint64_t size_bytes) {
     static_cast<void>(*static_cast<const volatile std::byte*>(data + at));
 }
 
+tensord_copy CopyOrder::raw() const {
+  return {.name = tensor->name.c_str(),
+          .items = items.data(),
+          .item_count = items.size(),
+          .target = target,
+          .target_dtype = static_cast<uint32_t>(dtype),
+          .target_rank = static_cast<uint32_t>(shape.size()),
+          .target_shape = shape.data(),
+          .target_strides = strides.empty() ? nullptr : strides.data()};
+}
+
+tensord_index_item range(uint64_t begin, uint64_t count) {
+  return {TENSORD_SLICE, TENSORD_HAS_START | TENSORD_HAS_STOP, static_cast<int64_t>(begin),
+          static_cast<int64_t>(begin + count), 0};
+}
+
 Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vector<Slice>& slices,
                             memory::Mapped own_target) {
   Gather gather;
@@ -169,16 +181,13 @@ Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vec
               .row_count = slice.row_count,
               .source_pitch = pitch,
               .target_pitch = slice.column_count * kElementBytes};
-    client::CopyOrder order{.name = tensor->name, .target = target, .target_dtype = tensor::Dtype::bf16};
-    order.to.element_bytes = kElementBytes;
+    CopyOrder order{.tensor = tensor, .target = target};
     if (is_matrix) {
       order.items.push_back(range(slice.row_begin, slice.row_count));
-      order.to.shape.push_back(slice.row_count);
-      order.to.strides.push_back(static_cast<int64_t>(rows.target_pitch));
+      order.shape.push_back(slice.row_count);
     }
     order.items.push_back(range(slice.column_begin, slice.column_count));
-    order.to.shape.push_back(slice.column_count);
-    order.to.strides.push_back(kElementBytes);
+    order.shape.push_back(slice.column_count);
     gather.orders_.push_back(std::move(order));
     target += rows.bytes();
     if (rows.source_pitch == rows.row_bytes) {  // contiguous: one long row
@@ -189,13 +198,14 @@ Result<Gather> Gather::make(std::shared_ptr<client::Model> model, const std::vec
     for (uint64_t row = 0; may_touch && row < rows.row_count; ++row)
       touch(rows.source + row * rows.source_pitch, rows.row_bytes);
   }
+  for (const CopyOrder& order : gather.orders_) gather.copies_.push_back(order.raw());
   gather.model_ = std::move(model);
   return gather;
 }
 
 Result<Sample> Gather::run_product() {
   const Stopwatch stopwatch;
-  TRY_ASSIGN(last_report_, model_->load_into(orders_, {}));
+  TRY_ASSIGN(last_report_, model_->load_into(copies_, {}));
   return stopwatch.read();
 }
 

@@ -46,6 +46,18 @@ std::vector<Slice> rank_slices(std::span<const TensorShape> tensors, uint64_t ra
 // Bytes of the slices packed.
 uint64_t packed_bytes(std::span<const Slice> slices);
 
+// A tensord_copy and what it points to.
+struct CopyOrder {
+  const tensor::Tensor* tensor = nullptr;
+  std::vector<tensord_index_item> items;  // empty: the whole tensor
+  std::byte* target = nullptr;
+  tensor::Dtype dtype = tensor::Dtype::bf16;
+  std::vector<uint64_t> shape;
+  std::vector<int64_t> strides = {};  // empty: row-major
+  tensord_copy raw() const;           // valid as long as this stays where it is
+};
+tensord_index_item range(uint64_t begin, uint64_t count);
+
 // Slices of one model, packed one after another into memory that is touched, as orders for load_into and as rows for
 // the loop.
 class Gather {
@@ -71,7 +83,8 @@ class Gather {
  private:
   std::shared_ptr<client::Model> model_;
   memory::Mapped target_;
-  std::vector<client::CopyOrder> orders_;
+  std::vector<CopyOrder> orders_;
+  std::vector<tensord_copy> copies_;  // the orders, raw
   std::vector<Rows> rows_;
   std::vector<Rows> pieces_;
   client::LoadReport last_report_;

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensord
 from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 from processes import until
 from tensord.cli.serve import FLAGS
@@ -281,6 +282,11 @@ def test_show_prints_the_plan_of_views(daemon: Daemon, model: Path) -> None:
             packed[at : at + size] = bytes(size) if record["kind"] == "fill" else source[begin : begin + size]
     w, b = counted((8, 6))[:, 0:3], counted((5,), "int16")[::2]
     assert packed[:96] == w.tobytes()
+    with tensord.open(model, "np") as opened:  # as many copies as are made
+        report = opened.view({"w": np.s_[:, 0:3], "b": np.s_[::2]}).load_into(
+            {"w": np.empty_like(w), "b": np.empty_like(b)}
+        )
+    assert report.records == sum(record["kind"] == "copy" for record in shown["view"]["records"])
     assert packed[items[1]["target_offset"] :][:6] == b.tobytes()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tensord
 from tensord.cli import exit_status, run
-from tensord.cli.checkpoint import Tensor
 from tensord.cli.explain import chrome_trace, explain_page, explain_text
+from tensord.cli.packing import Slice, Tensor, packed_plan
 from tensord.cli.reports import list_text, status_text, verify_text
 from tensord.cli.serve import FLAGS, SETTINGS, serve_help
 from tensord.cli.show import show_index, show_views
@@ -444,6 +444,51 @@ def test_an_index_is_a_table_of_tensors_and_files() -> None:
         "   1     520 B  /m/two.safetensors\n"
         "metadata  'format' = 'pt'\n"
     )
+
+
+def test_slices_are_packed_row_by_row() -> None:
+    a, b, c = TENSORS
+    plan = packed_plan(
+        [
+            Slice("a[:, 0:3]", a, 0, 2, (4, 3), (12, 2)),
+            Slice("b", b, 0, 4, (3,), (4,)),
+            Slice("c[0:0]", c, 0, 1, (0,), (1,)),
+        ]
+    )
+    assert plan["target_bytes"] == 40
+    assert plan["items"] == [
+        {"view": "a[:, 0:3]", "tensor": "a", "dtype": "F16", "shape": (4, 3)}
+        | {"target_offset": 0, "size_bytes": 24},
+        {"view": "b", "tensor": "b", "dtype": "F32", "shape": (3,), "target_offset": 24, "size_bytes": 12},
+        {"view": "c[0:0]", "tensor": "c", "dtype": "Q5", "shape": (0,), "target_offset": 40, "size_bytes": 0},
+    ]
+    assert plan["records"] == [
+        record(source_offset=1000, target_offset=0, row_bytes=6)
+        | {"source_pitch": 12, "target_pitch": 6, "row_count": 4},
+        record(source_offset=1048, target_offset=24, row_bytes=12),
+        record(kind="fill", source_offset=0, target_offset=36, row_bytes=4),
+    ]
+    assert packed_plan([]) == {"items": [], "records": [], "target_bytes": 0}
+
+
+def test_loops_that_go_on_where_the_inner_one_ends_are_one() -> None:
+    whole = Slice("x[::2, :, ::-1]", Tensor("x", "U8", (8, 5, 7), 280, 1, 16), 6, 1, (4, 5, 7), (70, 7, -1))
+    (copied, _) = packed_plan([whole])["records"]
+    assert copied == record(source=1, source_offset=22, target_offset=0, row_bytes=1) | {
+        "source_pitch": -1,
+        "target_pitch": 1,
+        "row_count": 7,
+        "outer": [
+            {"count": 5, "source_pitch": 7, "target_pitch": 7},
+            {"count": 4, "source_pitch": 70, "target_pitch": 35},
+        ],
+    }
+    rows = Slice("y", Tensor("y", "F32", (6, 2, 4, 8), 1536, 0, 0), 0, 4, (3, 2, 4, 4), (512, 128, 32, 4))
+    assert packed_plan([rows])["records"] == [
+        record(source_offset=0, target_offset=0, row_bytes=16)
+        | {"source_pitch": 32, "target_pitch": 16, "row_count": 8}
+        | {"outer": [{"count": 3, "source_pitch": 512, "target_pitch": 128}]}
+    ]
 
 
 def test_a_view_is_the_plan_of_a_packed_copy() -> None:

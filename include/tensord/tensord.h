@@ -23,7 +23,7 @@ extern "C" {
 #define TENSORD_EXPORT __attribute__((visibility("default")))
 
 /* Changes whenever a struct or function below changes in a way that old callers would not survive. */
-#define TENSORD_ABI_VERSION 3
+#define TENSORD_ABI_VERSION 4
 #define TENSORD_RANK_MAX 64
 
 typedef enum tensord_code {
@@ -208,16 +208,12 @@ typedef struct tensord_region {
 /* Reads the text of an index, "[:, 0:8704]", with or without the brackets. `items` has room for
  * TENSORD_INDEX_ITEMS_MAX; `count` receives how many there are. */
 TENSORD_EXPORT int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count);
+/* The same behind a tensor's name, "w[:, 0:8704]", or a name alone: `name_bytes` receives how long the name is. */
+TENSORD_EXPORT int tensord_parse_view(const char* text, size_t* name_bytes, tensord_index_item* items, size_t* count);
 
 /* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */
 TENSORD_EXPORT int tensord_resolve(const tensord_model* model, const char* name, const tensord_index_item* items,
                                    size_t item_count, tensord_region* region);
-
-/* What would pack slices, row-major one behind the other, into one buffer, as a JSON object: items (view, tensor, dtype,
- * shape, target_offset, size_bytes), records (strided copies out of files, and fills), target_bytes, files (path, size_bytes).
- * Nothing is copied. A view is text: "w", "w[:, 0:8704]"; what stands in the brackets is numpy's
- * basic indexing. model NULL: only whether the views can be read; json is then "null". Free it with tensord_free. */
-TENSORD_EXPORT int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json);
 
 /* One copy of a (slice of a) tensor into the caller's memory: of the CPU, or of a GPU (an address that CUDA's driver knows
  * in this process). What was begun on that GPU's streams with the target must be over.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from .errors import Error, UnavailableError, UnsupportedError, error_of
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 RANK_MAX = 64
+INDEX_ITEMS_MAX = 128
 
 OK = 0
 NOT_FOUND = 1
@@ -67,6 +68,16 @@ class Progress(ctypes.Structure):
         ("reserved", ctypes.c_uint32),
         ("ready_bytes", ctypes.c_uint64),
         ("total_bytes", ctypes.c_uint64),
+    )
+
+
+class IndexItem(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("given", ctypes.c_uint32),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("step", ctypes.c_int64),
     )
 
 
@@ -139,8 +150,8 @@ _PROTOTYPES = {
     "tensord_wait": (_INT, (_P, _S, ctypes.c_int64)),
     "tensord_get_progress": (_INT, (_P, ctypes.POINTER(Progress))),
     "tensord_info": (_INT, (_P, ctypes.POINTER(_P))),
+    "tensord_parse_view": (_INT, (_S, ctypes.POINTER(_Z), _P, ctypes.POINTER(_Z))),
     "tensord_resolve": (_INT, (_P, _S, _P, _Z, ctypes.POINTER(Region))),
-    "tensord_plan": (_INT, (_P, ctypes.POINTER(_S), _Z, ctypes.POINTER(_P))),
     "tensord_load_into": (
         _INT,
         (_P, _P, _Z, ctypes.POINTER(CopyOptions), ctypes.POINTER(CopyReport)),

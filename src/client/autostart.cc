@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <ranges>
 #include <vector>
 
 #include "base/clock.h"
@@ -49,17 +50,11 @@ base::Result<std::string> find_binary() {
   }
   const std::string folder = own_folder();
   std::vector<std::string> tried = {folder + "/tensord", folder + "/bin/tensord"};
-  if (const char* path = std::getenv("PATH")) {
-    std::string_view rest = path;
-    while (!rest.empty()) {
-      const size_t colon = rest.find(':');
-      tried.push_back(std::string(rest.substr(0, colon)) + "/tensord");
-      rest = colon == std::string_view::npos ? "" : rest.substr(colon + 1);
-    }
-  }
-  for (const std::string& path : tried) {
-    if (is_program(path)) return path;
-  }
+  const std::string path = base::environment("PATH");
+  for (const auto& part : std::views::split(path, ':'))
+    tried.push_back(std::string(part.begin(), part.end()) + "/tensord");
+  const auto found = std::find_if(tried.begin(), tried.end(), is_program);
+  if (found != tried.end()) return *found;
   return fail(Code::unavailable, "no daemon runs, and no `tensord` program was found beside " + folder +
                                      " or on $PATH to start one; set $TENSORD_BINARY");
 }

@@ -11,7 +11,6 @@
 
 #include "base/text.h"
 #include "client/model.h"
-#include "client/plan_json.h"
 #include "client/version.h"
 #include "tensord/tensord.h"
 
@@ -98,25 +97,6 @@ void describe(const client::Model& model, const tensor::Tensor& tensor, tensord_
   out->data = model.data(tensor);
 }
 
-client::Result<tensor::IndexItems> to_items(const tensord_index_item* items, size_t count) {
-  if (count > 0 && items == nullptr) return refuse("items is NULL");
-  if (count > 4 * TENSORD_RANK_MAX) return refuse("too many index items");
-  tensor::IndexItems out;
-  for (size_t at = 0; at < count; ++at) {
-    const tensord_index_item& item = items[at];
-    if (item.kind > TENSORD_NEW_AXIS) return refuse("index item of unknown kind ", item.kind);
-    tensor::IndexItem one{.kind = static_cast<tensor::IndexItem::Kind>(item.kind)};
-    if (item.kind == TENSORD_INTEGER) one.integer = item.start;
-    if (item.kind == TENSORD_SLICE) {
-      if (item.given & TENSORD_HAS_START) one.start = item.start;
-      if (item.given & TENSORD_HAS_STOP) one.stop = item.stop;
-      if (item.given & TENSORD_HAS_STEP) one.step = item.step;
-    }
-    out.push_back(one);
-  }
-  return out;
-}
-
 tensord_index_item from_item(const tensor::IndexItem& item) {
   const uint32_t given =
       (item.start ? TENSORD_HAS_START : 0) | (item.stop ? TENSORD_HAS_STOP : 0) | (item.step ? TENSORD_HAS_STEP : 0);
@@ -125,30 +105,24 @@ tensord_index_item from_item(const tensor::IndexItem& item) {
           item.stop.value_or(0), item.step.value_or(0)};
 }
 
-client::Result<client::CopyOrder> to_order(const tensord_copy& copy) {
+// The bytes of the name before the brackets.
+client::Result<size_t> give_view(const std::string& text, tensord_index_item* items, size_t* count) {
+  *count = 0;
+  TRY_ASSIGN(const tensor::ViewItem read, tensor::parse_view_item(text));
+  *count = read.items.size();
+  std::transform(read.items.begin(), read.items.end(), items, from_item);
+  return read.name.size();
+}
+
+Status check_copy(const tensord_copy& copy) {
+  constexpr auto kDtypeEnd = static_cast<uint32_t>(tensor::kDtypeCount);
   if (copy.name == nullptr) return refuse("a copy without a name");
-  if (copy.target_dtype >= static_cast<uint32_t>(tensor::kDtypeCount) || copy.target_rank > TENSORD_RANK_MAX) {
+  if (copy.target_dtype >= kDtypeEnd || copy.target_rank > TENSORD_RANK_MAX)
     return refuse(copy.name, ": a target of unknown dtype or rank");
-  }
   if (copy.target_rank > 0 && copy.target_shape == nullptr) return refuse(copy.name, ": target_shape is NULL");
-  const bool has_region = copy.source_strides != nullptr;
-  if (has_region && copy.source_dtype >= static_cast<uint32_t>(tensor::kDtypeCount))
+  if (copy.source_strides != nullptr && copy.source_dtype >= kDtypeEnd)
     return refuse(copy.name, ": a region of unknown dtype");
-  client::CopyOrder order{.name = copy.name, .on_device = copy.on_device != 0};
-  TRY_ASSIGN(order.items, to_items(copy.items, copy.item_count));
-  order.target = static_cast<std::byte*>(copy.target);
-  order.target_dtype = static_cast<tensor::Dtype>(copy.target_dtype);
-  // Sub-byte and opaque targets are bytes, as resolve() makes their sources.
-  order.to.element_bytes = tensor::dtype_bytes(order.target_dtype).value_or(1);
-  order.to.shape.assign(copy.target_shape, copy.target_shape + copy.target_rank);
-  order.to.strides = tensor::row_major_strides(order.to.shape, order.to.element_bytes);
-  if (copy.target_strides != nullptr)
-    order.to.strides.assign(copy.target_strides, copy.target_strides + copy.target_rank);
-  if (has_region) {
-    order.region = {static_cast<tensor::Dtype>(copy.source_dtype), copy.source_offset,
-                    std::vector(copy.source_strides, copy.source_strides + copy.target_rank)};
-  }
-  return order;
+  return {};
 }
 
 client::Result<std::vector<std::string>> to_texts(const char* what, const char* const* texts, size_t count) {
@@ -294,12 +268,17 @@ int tensord_info(const tensord_model* model, char** json) {
 
 int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count) {
   return guarded({{"text", text}, {"items", items}, {"count", count}}, [&]() -> Status {
+    const std::string view = text[0] == '[' ? text : tensord::base::text("[", text, "]");
+    TRY_ASSIGN(const size_t name_bytes, give_view(view, items, count));
+    if (name_bytes == 0) return {};
     *count = 0;
-    TRY_ASSIGN(const tensor::ViewItem read,
-               tensor::parse_view_item(text[0] == '[' ? text : tensord::base::text("[", text, "]")));
-    if (!read.name.empty()) return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
-    *count = read.items.size();
-    std::transform(read.items.begin(), read.items.end(), items, from_item);
+    return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
+  });
+}
+
+int tensord_parse_view(const char* text, size_t* name_bytes, tensord_index_item* items, size_t* count) {
+  return guarded({{"text", text}, {"name_bytes", name_bytes}, {"items", items}, {"count", count}}, [&]() -> Status {
+    TRY_ASSIGN(*name_bytes, give_view(text, items, count));
     return {};
   });
 }
@@ -308,7 +287,7 @@ int tensord_resolve(const tensord_model* model, const char* name, const tensord_
                     tensord_region* region) {
   return guarded({{"model", model}, {"name", name}, {"region", region}}, [&]() -> Status {
     TRY_ASSIGN(const tensor::Tensor* found, model->model->find(name));
-    TRY_ASSIGN(const tensor::IndexItems wanted, to_items(items, item_count));
+    TRY_ASSIGN(const tensor::IndexItems wanted, client::to_items(items, item_count));
     TRY_ASSIGN(const tensor::Strided resolved, tensor::resolve(*found, wanted));
     if (resolved.shape.size() > TENSORD_RANK_MAX) return refuse(name, ": more than 64 dimensions");
     region->offset = resolved.offset;
@@ -320,42 +299,20 @@ int tensord_resolve(const tensord_model* model, const char* name, const tensord_
   });
 }
 
-int tensord_plan(const tensord_model* model, const char* const* views, size_t view_count, char** json) {
-  return guarded({{"json", json}}, [&]() -> Status {
-    *json = nullptr;
-    TRY_ASSIGN(const std::vector<std::string> wanted, to_texts("a view", views, view_count));
-    if (model != nullptr) {
-      TRY_ASSIGN(const std::string plan, client::plan_json(model->model->index(), wanted));
-      return give_text(plan, json);
-    }
-    for (const std::string& view : wanted) {
-      if (const auto read = tensor::parse_view_item(view); !read) return tensord::base::pass_on(read);
-    }
-    return give_text("null", json);
-  });
-}
-
 int tensord_load_into(tensord_model* model, const tensord_copy* copies, size_t copy_count,
                       const tensord_copy_options* options, tensord_copy_report* report) {
   return guarded({{"model", model}}, [&]() -> Status {
-    client::CopyOrderOptions wishes;
+    tensord_copy_options wishes = {};
     if (options != nullptr) {
-      if (options->struct_bytes < sizeof(tensord_copy_options)) {
+      if (options->struct_bytes < sizeof wishes) {
         return refuse("tensord_copy_options is too small: is struct_bytes set?");
       }
       if (options->thread_count < 0) return refuse("load_into: thread_count is negative");
-      wishes = {.cast = options->cast != 0, .thread_count = options->thread_count, .cancel = options->cancel};
+      wishes = *options;
     }
     if (copy_count > 0 && copies == nullptr) return refuse("copies is NULL");
-    std::vector<client::CopyOrder> orders(copy_count);
-    for (size_t at = 0; at < copy_count; ++at) {
-      TRY_ASSIGN(orders[at], to_order(copies[at]));
-    }
-    std::vector<client::LeftOut> left_out;
-    if (options != nullptr && options->left_out != nullptr) wishes.left_out = &left_out;
-    TRY_ASSIGN(const client::LoadReport loaded, model->model->load_into(orders, wishes));
-    for (const auto& [order, by_shape] : left_out)
-      options->left_out[order] = by_shape ? TENSORD_LEFT_OUT_BY_SHAPE : TENSORD_LEFT_OUT_BY_MEMORY;
+    for (size_t at = 0; at < copy_count; ++at) TRY(check_copy(copies[at]));
+    TRY_ASSIGN(const client::LoadReport loaded, model->model->load_into({copies, copy_count}, wishes));
     if (report != nullptr) {
       *report = {loaded.copy.target_bytes, loaded.record_count, loaded.copy.thread_count, 0,
                  loaded.plan_ns,           loaded.copy.wait_ns, loaded.copy_ns,           loaded.device.bytes,

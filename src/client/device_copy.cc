@@ -10,6 +10,7 @@ namespace tensord::client {
 
 using base::Code;
 using base::fail;
+using protocol::CopiedToDeviceT;
 using tensor::Copy2D;
 
 namespace {
@@ -46,8 +47,8 @@ class DeviceRequests {
     return {};
   }
 
-  Result<DeviceCopied> run(Connection& connection, const int32_t* cancel) {
-    DeviceCopied sum;
+  Result<CopiedToDeviceT> run(Connection& connection, const int32_t* cancel) {
+    CopiedToDeviceT sum;
     for (Request& request : requests_) {
       protocol::RequestUnion body;
       body.Set(std::move(request.order));
@@ -57,7 +58,6 @@ class DeviceRequests {
       const auto* copied = answer->frame().reply_as_CopiedToDevice();
       if (copied == nullptr) return fail(Code::corrupt, "the daemon answered a copy with something else");
       sum.bytes += copied->bytes();
-      sum.call_count += copied->call_count();
       sum.prepare_ns += copied->prepare_ns();
       sum.wait_ns += copied->wait_ns();
       sum.copy_ns += copied->copy_ns();
@@ -127,9 +127,9 @@ bool can_copy_to_device(const Copy2D& record) {
   return record.row_bytes <= gpu::kPitchMax && is_fit(record.source_pitch) && is_fit(record.target_pitch);
 }
 
-Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
-                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel,
-                                     std::map<int, base::Error>* refused) {
+Result<CopiedToDeviceT> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
+                                        uint64_t replica, DeviceConnections& connections, const int32_t* cancel,
+                                        std::map<int, base::Error>* refused) {
   std::map<int, DeviceRequests> devices;
   for (const Copy2D& record : plan.records) {
     const uint64_t extent = (record.row_count - 1) * static_cast<uint64_t>(record.target_pitch) + record.row_bytes;
@@ -141,7 +141,7 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
       TRY(requests.add(record, source_offset, *place));
     }
   }
-  std::vector<std::optional<Result<DeviceCopied>>> results(devices.size());
+  std::vector<std::optional<Result<CopiedToDeviceT>>> results(devices.size());
   std::vector<std::thread> threads;
   size_t at = 0;
   for (auto& [number, requests] : devices) {
@@ -153,11 +153,11 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
     if (at < devices.size()) threads.emplace_back(run);
   }
   for (std::thread& thread : threads) thread.join();
-  DeviceCopied sum;
+  CopiedToDeviceT sum;
   std::optional<base::Error> error;
   at = 0;
   for (const auto& [number, requests] : devices) {
-    const Result<DeviceCopied>& done = *results[at++];
+    const Result<CopiedToDeviceT>& done = *results[at++];
     if (!done && refused != nullptr && can_go_elsewhere(done.error())) {
       refused->emplace(number, done.error());
     } else if (!done && !error) {
@@ -165,7 +165,6 @@ Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address 
     }
     if (!done) continue;
     sum.bytes += done->bytes;
-    sum.call_count += done->call_count;
     sum.prepare_ns = std::max(sum.prepare_ns, done->prepare_ns);
     sum.wait_ns = std::max(sum.wait_ns, done->wait_ns);
     sum.copy_ns = std::max(sum.copy_ns, done->copy_ns);

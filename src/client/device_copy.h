@@ -12,14 +12,6 @@
 
 namespace tensord::client {
 
-struct DeviceCopied {
-  uint64_t bytes = 0;
-  uint64_t call_count = 0;  // of the driver's
-  int64_t prepare_ns = 0;   // the longest of any device, as the next two
-  int64_t wait_ns = 0;
-  int64_t copy_ns = 0;
-};
-
 // Rows of plain bytes, neither too short nor too far apart, and not too many loops around them.
 bool can_copy_to_device(const tensor::Copy2D& record);
 
@@ -38,9 +30,10 @@ class DeviceConnections {
 // All records of `plan` must be such, and their targets device memory that `exports` can find from `target` on. Devices
 // work at the same time. Returns when nothing is under way any more, whatever the result; errors say whether anything may
 // have been written. Code::cancelled as memory::CopyOptions. Devices that the daemon cannot use, and wrote nothing to, are
-// told in `refused` while the others are copied to; nullptr: their error is that of all.
-Result<DeviceCopied> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target, gpu::Exports& exports,
-                                     uint64_t replica, DeviceConnections& connections, const int32_t* cancel,
-                                     std::map<int, base::Error>* refused);
+// told in `refused` while the others are copied to; nullptr: their error is that of all. Times are the longest of any device.
+Result<protocol::CopiedToDeviceT> copy_to_devices(const tensor::CopyPlan& plan, gpu::Address target,
+                                                  gpu::Exports& exports, uint64_t replica,
+                                                  DeviceConnections& connections, const int32_t* cancel,
+                                                  std::map<int, base::Error>* refused);
 
 }  // namespace tensord::client

@@ -26,14 +26,9 @@ using base::fail;
 
 namespace {
 
-struct MappedSegments {
-  memory::Mapped memory;
-  bool writable = true;
-};
-
 // Maps the segments one after another, private copy-on-write. Where strict overcommit refuses so much writable
 // private memory, read-only.
-Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuffers::Vector<uint64_t>& sizes,
+Result<Mapping::Bytes> map_segments(std::span<base::Fd> segments, const flatbuffers::Vector<uint64_t>& sizes,
                                     uint64_t image_bytes) {
   uint64_t total_bytes = 0;
   for (size_t at = 0; at < segments.size(); ++at) {
@@ -49,10 +44,10 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
     total_bytes = *sum;
   }
   if (total_bytes < image_bytes) return fail(Code::corrupt, "the daemon sent too few segments");
-  if (total_bytes == 0) return MappedSegments();
+  if (total_bytes == 0) return Mapping::Bytes();
   // At a multiple of huge pages, so that those of the segments are mapped as such.
   TRY_ASSIGN(std::byte * address, memory::reserve_addresses(total_bytes, memory::kHugePageBytes));
-  MappedSegments mapped{memory::Mapped(address, total_bytes)};
+  Mapping::Bytes mapped{address, total_bytes, true, std::make_shared<memory::Mapped>(address, total_bytes)};
   for (size_t at = 0; at < segments.size(); ++at) {
     constexpr int kFlags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
     const int fd = segments[at].get();
@@ -64,6 +59,23 @@ Result<MappedSegments> map_segments(std::span<base::Fd> segments, const flatbuff
     address += sizes[at];
   }
   return mapped;
+}
+
+// For reading alone, on the device.
+Result<Mapping::Bytes> open_on_device(const OpenOptions& options, std::span<base::Fd> allocations,
+                                      const flatbuffers::Vector<uint64_t>& sizes, uint64_t image_bytes) {
+  gpu::Target memory{.size_bytes = image_bytes};
+  uint64_t total_bytes = 0;
+  for (size_t at = 0; at < allocations.size(); ++at) {
+    total_bytes = base::checked_add(total_bytes, sizes[at]).value_or(UINT64_MAX);
+    memory.allocations.emplace_back(std::move(allocations[at]), sizes[at]);
+  }
+  if (total_bytes < image_bytes) return fail(Code::corrupt, "the daemon sent too little memory of a GPU");
+  if (options.hold_only) return Mapping::Bytes{.writable = false};
+  TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
+  TRY_ASSIGN(const int device, gpu::find_device(*driver, options.device));
+  TRY_ASSIGN(const auto read, gpu::ReadMemory::open(*driver, device, memory));
+  return Mapping::Bytes{reinterpret_cast<std::byte*>(read->address()), image_bytes, false, read};
 }
 
 // The daemon names files as their first client did; here they are named as this one does, and held against its index.json.
@@ -78,28 +90,6 @@ Status adopt_names(const Checkpoint& checkpoint, tensor::Holds holds, tensor::In
   return {};
 }
 
-// [begin, end) of what a target can touch.
-struct AddressRange {
-  uint64_t begin = UINT64_MAX;
-  uint64_t end = 0;
-  bool empty() const { return begin >= end; }
-};
-
-Result<AddressRange> addresses_of(const CopyOrder& order) {
-  if (order.to.shape.size() != order.to.strides.size()) {
-    return fail(Code::invalid_argument, base::quoted(order.name), ": target with ", order.to.shape.size(),
-                " dimensions and ", order.to.strides.size(), " strides");
-  }
-  if (order.to.element_count() == 0) return AddressRange{};
-  tensor::Strided at = order.to;
-  at.offset = reinterpret_cast<uint64_t>(order.target);
-  const auto [lowest, highest] = tensor::reach_of(at);
-  if (order.target == nullptr || lowest <= 0 || highest > UINT64_MAX) {
-    return fail(Code::invalid_argument, base::quoted(order.name), ": the target is no memory");
-  }
-  return AddressRange{static_cast<uint64_t>(lowest), static_cast<uint64_t>(highest)};
-}
-
 Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype source, tensor::Dtype target, bool cast) {
   if (target == source) return {};
   const std::string_view source_text = source == tensor.dtype ? tensor.dtype_text : tensor::dtype_name(source);
@@ -108,14 +98,6 @@ Status check_dtypes(const tensor::Tensor& tensor, tensor::Dtype source, tensor::
   if (!cast) return fail(Code::invalid_argument, pair + "; ask for a cast to convert");
   if (!tensor::can_cast(source, target)) return fail(Code::unsupported, pair + "; there is no such cast");
   return {};
-}
-
-// The region of the image that an order reads.
-Result<tensor::Strided> source_of(const CopyOrder& order, const tensor::Tensor& tensor, uint64_t image_offset) {
-  if (!order.region) return tensor::resolve(tensor, order.items, image_offset);
-  if (!order.items.empty()) return fail(Code::invalid_argument, base::quoted(order.name), ": a region beside items");
-  const SourceRegion& region = *order.region;
-  return tensor::reinterpret(tensor, region.dtype, {region.offset, order.to.shape, region.strides}, image_offset);
 }
 
 // The tensor that a record came from, for an error.
@@ -131,38 +113,45 @@ std::string origin_of(const tensor::Copy2D& record, std::span<const tensor::Want
 // Which orders (by position) go where.
 struct DeviceSplit {
   std::vector<size_t> to_host, to_device;
-  std::vector<LeftOut> left_out;
-  std::string why;  // of one that was left out; the daemon's reason, if there is one
+  std::map<size_t, tensord_left_out> left_out;
+  std::string why;        // of one that was left out; the daemon's reason, if there is one
+  bool by_shape = false;  // that is the one's
 
-  void leave_out(LeftOut order, const std::string& reason) {
-    if (why.empty() || (left_out.back().by_shape && !order.by_shape)) why = reason;
-    left_out.push_back(order);
-  }
-  std::vector<CopyOrder> orders(std::span<const CopyOrder> all) const {
-    std::vector<CopyOrder> some;
-    for (const size_t at : to_device) some.push_back(all[at]);
-    return some;
+  void leave_out(size_t order, tensord_left_out reason, const std::string& words) {
+    const bool is_shape = reason == TENSORD_LEFT_OUT_BY_SHAPE;
+    if (left_out.empty() || (by_shape && !is_shape)) {
+      why = words;
+      by_shape = is_shape;
+    }
+    left_out[order] = reason;
   }
 };
 
-Result<DeviceSplit> split_by_memory(std::span<const CopyOrder> orders, std::optional<gpu::Exports>& exports,
+Result<DeviceSplit> split_by_memory(const std::vector<CopyOrder>& orders, std::optional<gpu::Exports>& exports,
                                     bool from_device) {
   DeviceSplit split;
   for (size_t at = 0; at < orders.size(); ++at) {
-    TRY_ASSIGN(const AddressRange range, addresses_of(orders[at]));
+    const CopyOrder& order = orders[at];
+    const bool is_empty = order.begin == order.end;
     Result<std::optional<gpu::Exports::Place>> place;
-    if (exports && !range.empty()) place = exports->find(range.begin, range.end - range.begin);
+    if (exports && !is_empty) place = exports->find(order.begin, order.end - order.begin);
     if (!place) {
-      split.leave_out({at}, place.error().message);
-    } else if (!*place && orders[at].on_device && !range.empty()) {
-      split.leave_out({at}, "the GPU driver of this process does not know its target");
-    } else if (!*place && from_device && !range.empty()) {
-      split.leave_out({at}, "the model lies in GPU memory, its target does not");
+      split.leave_out(at, TENSORD_LEFT_OUT_BY_MEMORY, place.error().message);
+    } else if (!*place && order.on_device && !is_empty) {
+      split.leave_out(at, TENSORD_LEFT_OUT_BY_MEMORY, "the GPU driver of this process does not know its target");
+    } else if (!*place && from_device && !is_empty) {
+      split.leave_out(at, TENSORD_LEFT_OUT_BY_MEMORY, "the model lies in GPU memory, its target does not");
     } else {
       (*place ? split.to_device : split.to_host).push_back(at);
     }
   }
   return split;
+}
+
+std::vector<CopyOrder> pick(const std::vector<CopyOrder>& orders, std::span<const size_t> positions) {
+  std::vector<CopyOrder> picked;
+  for (const size_t at : positions) picked.push_back(orders[at]);
+  return picked;
 }
 
 bool is_fit(const tensor::CopyPlan& plan) {
@@ -171,7 +160,7 @@ bool is_fit(const tensor::CopyPlan& plan) {
 
 std::vector<std::string> names_of(std::span<const CopyOrder> orders) {
   std::set<std::string> names;
-  for (const CopyOrder& order : orders) names.emplace(order.name);
+  for (const CopyOrder& order : orders) names.insert(order.tensor->name);
   return {names.begin(), names.end()};
 }
 
@@ -261,37 +250,15 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
   }
   if (index_alone) return {};
   TRY_ASSIGN(fill_, memory::FillView::open(answer.fds[1]));
-  MappedSegments mapped;
-  if (on_device_) {
-    TRY(map_on_device(options, answer));
-  } else if (segment_count > 0) {
-    TRY_ASSIGN(mapped, map_segments(std::span(answer.fds).subspan(kLeaseFillIndex), *opened->segment_bytes(),
-                                    windows_.image_bytes));
+  const auto memory = std::span(answer.fds).subspan(kLeaseFillIndex);
+  Mapping::Bytes mapped{.writable = !on_device_};
+  if (!memory.empty()) {
+    TRY_ASSIGN(mapped, on_device_ ? open_on_device(options, memory, *opened->segment_bytes(), windows_.image_bytes)
+                                  : map_segments(memory, *opened->segment_bytes(), windows_.image_bytes));
   }
-  if (!on_device_)
-    mapping_ = std::make_shared<Mapping>(std::move(mapped.memory), mapped.writable, std::move(answer.fds[0]));
+  mapping_ = std::make_shared<Mapping>(std::move(mapped), std::move(answer.fds[0]));
   map_begin_ns_ = begin_ns;
   map_ns_ = base::monotonic_ns() - begin_ns;
-  return {};
-}
-
-Status Model::map_on_device(const OpenOptions& options, Answer& answer) {
-  const auto* sizes = answer.frame().reply_as_Opened()->segment_bytes();
-  const uint32_t count = sizes == nullptr ? 0 : sizes->size();
-  gpu::Target memory{.size_bytes = windows_.image_bytes};
-  uint64_t total_bytes = 0;
-  for (uint32_t at = 0; at < count; ++at) {
-    total_bytes = base::checked_add(total_bytes, sizes->Get(at)).value_or(UINT64_MAX);
-    memory.allocations.emplace_back(std::move(answer.fds[answer.fds.size() - count + at]), sizes->Get(at));
-  }
-  if (total_bytes < windows_.image_bytes) return fail(Code::corrupt, "the daemon sent too little memory of a GPU");
-  std::shared_ptr<gpu::ReadMemory> read;
-  if (!options.hold_only) {
-    TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
-    TRY_ASSIGN(const int device, gpu::find_device(*driver, options.device));
-    TRY_ASSIGN(read, gpu::ReadMemory::open(*driver, device, memory));
-  }
-  mapping_ = std::make_shared<Mapping>(std::move(read), windows_.image_bytes, std::move(answer.fds[0]));
   return {};
 }
 
@@ -388,92 +355,152 @@ Result<const tensor::Tensor*> Model::find(std::string_view name) const {
   return tensor;
 }
 
-Result<Model::Prepared> Model::prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const {
+Result<tensor::IndexItems> to_items(const tensord_index_item* items, size_t count) {
+  if (count > 0 && items == nullptr) return fail(Code::invalid_argument, "items is NULL");
+  if (count > 4 * TENSORD_RANK_MAX) return fail(Code::invalid_argument, "too many index items");
+  tensor::IndexItems out;
+  for (const tensord_index_item& item : std::span(items, count)) {
+    if (item.kind > TENSORD_NEW_AXIS) return fail(Code::invalid_argument, "index item of unknown kind ", item.kind);
+    tensor::IndexItem one{.kind = static_cast<tensor::IndexItem::Kind>(item.kind)};
+    if (item.kind == TENSORD_INTEGER) one.integer = item.start;
+    if (item.kind == TENSORD_SLICE) {
+      if (item.given & TENSORD_HAS_START) one.start = item.start;
+      if (item.given & TENSORD_HAS_STOP) one.stop = item.stop;
+      if (item.given & TENSORD_HAS_STEP) one.step = item.step;
+    }
+    out.push_back(one);
+  }
+  return out;
+}
+
+Result<CopyOrder> Model::order_of(const tensord_copy& copy, const tensord_copy_options& options) const {
+  const auto refuse = [&](const char* why) { return fail(Code::invalid_argument, base::quoted(copy.name), ": ", why); };
+  CopyOrder order{.on_device = copy.on_device != 0};
+  TRY_ASSIGN(order.tensor, find(copy.name));
+  tensor::Wanted& wanted = order.wanted;
+  wanted.label = order.tensor->name;
+  wanted.target_dtype = static_cast<tensor::Dtype>(copy.target_dtype);
+  tensor::Strided& to = wanted.to;
+  to.offset = reinterpret_cast<uint64_t>(copy.target);
+  // Sub-byte and opaque targets are bytes, as resolve() makes their sources.
+  to.element_bytes = tensor::dtype_bytes(wanted.target_dtype).value_or(1);
+  to.shape.assign(copy.target_shape, copy.target_shape + copy.target_rank);
+  const int64_t* const strides = copy.target_strides;
+  to.strides = strides == nullptr ? tensor::row_major_strides(to.shape, to.element_bytes)
+                                  : std::vector(strides, strides + copy.target_rank);
+  if (to.element_count() > 0) {
+    const auto [lowest, highest] = tensor::reach_of(to);
+    if (copy.target == nullptr || lowest <= 0 || highest > UINT64_MAX) return refuse("the target is no memory");
+    order.begin = static_cast<uint64_t>(lowest);
+    order.end = static_cast<uint64_t>(highest);
+  }
+  TRY_ASSIGN(const tensor::IndexItems items, to_items(copy.items, copy.item_count));
+  const bool has_region = copy.source_strides != nullptr;
+  if (has_region && !items.empty()) return refuse("a region beside items");
+  wanted.source_dtype = has_region ? static_cast<tensor::Dtype>(copy.source_dtype) : order.tensor->dtype;
+  TRY(check_dtypes(*order.tensor, wanted.source_dtype, wanted.target_dtype, options.cast != 0));
+  if (has_region) {
+    tensor::Strided region{copy.source_offset, to.shape, {copy.source_strides, copy.source_strides + copy.target_rank}};
+    TRY_ASSIGN(wanted.from, tensor::reinterpret(*order.tensor, wanted.source_dtype, std::move(region)));
+  } else {
+    TRY_ASSIGN(wanted.from, tensor::resolve(*order.tensor, items));
+  }
+  return order;
+}
+
+Result<Model::Prepared> Model::prepare(std::vector<CopyOrder> orders) const {
   // All targets are one memory, from the lowest address to the highest: overlaps between orders show as in one target.
-  AddressRange all;
+  uint64_t begin = UINT64_MAX, end = 0;
+  const auto mapped = mapping_ ? reinterpret_cast<uint64_t>(mapping_->data()) : 0;
   for (const CopyOrder& order : orders) {
-    TRY_ASSIGN(const AddressRange range, addresses_of(order));
-    if (range.empty()) continue;
-    const auto mapped = mapping_ ? reinterpret_cast<uint64_t>(mapping_->data()) : 0;
-    if (mapping_ && range.begin < mapped + mapping_->size_bytes() && mapped < range.end) {
-      return fail(Code::invalid_argument, "load_into ", base::quoted(order.name),
+    if (order.begin == order.end) continue;
+    if (mapping_ && order.begin < mapped + mapping_->size_bytes() && mapped < order.end) {
+      return fail(Code::invalid_argument, "load_into ", base::quoted(order.tensor->name),
                   ": the target is a tensor of the model itself");
     }
-    all.begin = std::min(all.begin, range.begin);
-    all.end = std::max(all.end, range.end);
+    begin = std::min(begin, order.begin);
+    end = std::max(end, order.end);
   }
   std::vector<tensor::Wanted> wanted;
-  for (const CopyOrder& order : orders) {
-    TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
-    const tensor::Dtype source_dtype = order.region ? order.region->dtype : tensor->dtype;
-    TRY(check_dtypes(*tensor, source_dtype, order.target_dtype, options.cast));
-    TRY_ASSIGN(tensor::Strided from, source_of(order, *tensor, windows_.image_offset(*tensor)));
-    wanted.push_back({.label = order.name,
-                      .from = std::move(from),
-                      .to = order.to,
-                      .source_dtype = source_dtype,
-                      .target_dtype = order.target_dtype});
-    tensor::Strided& to = wanted.back().to;
-    to.offset = to.element_count() == 0 ? 0 : reinterpret_cast<uint64_t>(order.target) - all.begin;
+  wanted.reserve(orders.size());
+  for (CopyOrder& order : orders) {
+    tensor::Wanted& one = wanted.emplace_back(std::move(order.wanted));
+    one.from.offset += windows_.image_offset(*order.tensor);
+    one.to.offset = order.begin == order.end ? 0 : one.to.offset - begin;
   }
   Prepared prepared;
   TRY_ASSIGN(prepared.plan, tensor::compile(wanted));
-  if (!all.empty()) prepared.target = {reinterpret_cast<std::byte*>(all.begin), all.end - all.begin};
+  if (begin < end) prepared.target = {reinterpret_cast<std::byte*>(begin), end - begin};
   TRY(tensor::check_plan(prepared.plan, windows_.image_bytes, prepared.target.size(),
                          [&](size_t record) { return origin_of(prepared.plan.records[record], wanted); }));
   return prepared;
 }
 
-Result<LoadReport> Model::load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
+void LoadReport::add(const LoadReport& part) {
+  record_count += part.record_count;
+  plan_ns += part.plan_ns;
+  copy_ns += part.copy_ns;
+  copy.target_bytes += part.copy.target_bytes;
+  copy.wait_ns += part.copy.wait_ns;
+  copy.thread_count = std::max(copy.thread_count, part.copy.thread_count);
+}
+
+Result<LoadReport> Model::load_into(std::span<const tensord_copy> copies, const tensord_copy_options& options) {
   if (resident_ == Resident::artifact && mapping_ == nullptr)
     return fail(Code::invalid_argument, path_ + " was opened for its index only");
-  const gpu::Driver* driver = gpu::loaded_driver();
-  const bool on_device = std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
-  const bool mixed = driver != nullptr || on_device || on_device_;
-  auto done = mixed ? copy_mixed(driver, orders, options) : copy_to_host(orders, options);
+  const auto copy = [&]() -> Result<LoadReport> {
+    std::vector<CopyOrder> orders;
+    orders.reserve(copies.size());
+    for (const tensord_copy& one : copies) {
+      TRY_ASSIGN(orders.emplace_back(), order_of(one, options));
+    }
+    const gpu::Driver* driver = gpu::loaded_driver();
+    const bool on_device = std::any_of(orders.begin(), orders.end(), [](const auto& order) { return order.on_device; });
+    if (driver == nullptr && !on_device && !on_device_) return copy_to_host(std::move(orders), options);
+    return copy_mixed(driver, std::move(orders), options);
+  };
+  auto done = copy();
   if (!done && !done.error().message.starts_with(path_)) done.error().message.insert(0, path_ + ": ");
   return done;
 }
 
-Result<LoadReport> Model::copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
-  return resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(orders, options);
+Result<LoadReport> Model::copy_to_host(std::vector<CopyOrder> orders, const tensord_copy_options& options) {
+  return resident_ == Resident::view ? copy_streamed(orders, options) : copy_mapped(std::move(orders), options);
 }
 
 // Where some targets may be GPU memory. All orders are checked before the first byte is written.
-Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,
-                                     const CopyOrderOptions& options) {
+Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::vector<CopyOrder> orders,
+                                     const tensord_copy_options& options) {
   const int64_t begin_ns = base::monotonic_ns();
   std::optional<gpu::Exports> exports;
   if (driver != nullptr) exports.emplace(*driver);
   TRY_ASSIGN(DeviceSplit split, split_by_memory(orders, exports, on_device_));
-  if (split.to_device.empty() && split.left_out.empty()) return copy_to_host(orders, options);
+  if (split.to_device.empty() && split.left_out.empty()) return copy_to_host(std::move(orders), options);
   if (resident_ == Resident::view) {
-    for (const size_t at : std::exchange(split.to_device, {})) split.leave_out({at}, "the model is read in batches");
+    for (const size_t at : std::exchange(split.to_device, {}))
+      split.leave_out(at, TENSORD_LEFT_OUT_BY_MEMORY, "the model is read in batches");
   }
-  TRY_ASSIGN(Prepared prepared, prepare(orders, options));
-  if (split.to_device.size() < orders.size()) {
-    TRY_ASSIGN(prepared, prepare(split.orders(orders), options));
-  }
+  TRY_ASSIGN(Prepared prepared, prepare(orders));
   if (!is_fit(prepared.plan)) {
     for (const size_t at : std::exchange(split.to_device, {})) {
-      TRY_ASSIGN(const Prepared one, prepare(orders.subspan(at, 1), options));
-      if (is_fit(one.plan)) split.to_device.push_back(at);
-      if (!is_fit(one.plan)) split.leave_out({at, true}, "a cast, or elements that are not side by side");
+      TRY_ASSIGN(const tensor::CopyPlan one, tensor::compile(std::span(&orders[at].wanted, 1)));
+      if (is_fit(one)) split.to_device.push_back(at);
+      if (!is_fit(one)) split.leave_out(at, TENSORD_LEFT_OUT_BY_SHAPE, "a cast, or elements that are not side by side");
     }
-    TRY_ASSIGN(prepared, prepare(split.orders(orders), options));
+  }
+  if (split.to_device.size() < orders.size()) {
+    TRY_ASSIGN(prepared, prepare(pick(orders, split.to_device)));
   }
   if (!split.left_out.empty() && options.left_out == nullptr)
-    return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.front().order].name), ": ",
+    return fail(Code::unsupported, "load_into ", base::quoted(orders[split.left_out.begin()->first].tensor->name), ": ",
                 split.why);
   LoadReport report{.begin_ns = begin_ns, .plan_ns = base::monotonic_ns() - begin_ns};
   LoadReport host;  // reported by itself
   if (!split.to_host.empty()) {
-    std::vector<CopyOrder> to_host;
-    for (const size_t at : split.to_host) to_host.push_back(orders[at]);
-    TRY_ASSIGN(host, copy_to_host(to_host, options));
+    TRY_ASSIGN(host, copy_to_host(pick(orders, split.to_host), options));
   }
-  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data());
-  Result<DeviceCopied> copied;
+  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
+  Result<protocol::CopiedToDeviceT> copied;
   std::map<int, base::Error> refused;
   if (!split.to_device.empty()) {
     const Status daemon = mapping_->check_daemon();  // another one's replicas have other numbers
@@ -484,10 +511,9 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   if (!copied && host.copy.target_bytes > 0) copied.error().target = base::TargetState::dirty;
   if (!copied) return base::pass_on(copied);
   for (const size_t at : std::exchange(split.to_device, {})) {
-    TRY_ASSIGN(const AddressRange range, addresses_of(orders[at]));
-    const auto place = exports->find(range.begin, range.end - range.begin);
+    const auto place = exports->find(orders[at].begin, orders[at].end - orders[at].begin);
     const auto why = place && *place ? refused.find((*place)->device) : refused.end();
-    if (why != refused.end()) split.leave_out({at}, why->second.message);
+    if (why != refused.end()) split.leave_out(at, TENSORD_LEFT_OUT_BY_MEMORY, why->second.message);
   }
   report.record_count = prepared.plan.records.size();
   report.device = *copied;
@@ -496,19 +522,14 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::span<const 
   report.copy_ns = copied->copy_ns;
   report.left_out_why = std::move(split.why);
   report_use(report);
-  if (!split.left_out.empty()) *options.left_out = std::move(split.left_out);
-  report.record_count += host.record_count;
-  report.plan_ns += host.plan_ns;
-  report.copy_ns += host.copy_ns;
-  report.copy.target_bytes += host.copy.target_bytes;
-  report.copy.wait_ns += host.copy.wait_ns;
-  report.copy.thread_count = host.copy.thread_count;
+  for (const auto& [order, reason] : split.left_out) options.left_out[order] = static_cast<uint8_t>(reason);
+  report.add(host);
   return report;
 }
 
-Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options) {
+Result<LoadReport> Model::copy_mapped(std::vector<CopyOrder> orders, const tensord_copy_options& options) {
   const int64_t begin_ns = base::monotonic_ns();
-  TRY_ASSIGN(const Prepared prepared, prepare(orders, options));
+  TRY_ASSIGN(const Prepared prepared, prepare(std::move(orders)));
   LoadReport report{.begin_ns = begin_ns};
   report.record_count = prepared.plan.records.size();
   report.plan_ns = base::monotonic_ns() - begin_ns;
@@ -527,27 +548,27 @@ Result<LoadReport> Model::copy_mapped(std::span<const CopyOrder> orders, const C
 }
 
 // Which orders go with which batch. A tensor that no batch can hold is refused here, before a byte is written.
-Result<Model::Parts> Model::cut(std::span<const CopyOrder> orders) const {
+Result<Model::Parts> Model::cut(const std::vector<CopyOrder>& orders) const {
   const std::vector<uint32_t> numbers = tensor::batch_numbers(index_, batch_bytes_);
   Parts parts;
   for (const CopyOrder& order : orders) {
-    TRY_ASSIGN(const tensor::Tensor* tensor, find(order.name));
-    if (order.to.element_count() == 0) continue;
-    const uint64_t memory_bytes = memory::memory_bytes(tensor->size_bytes + tensor::kImageAlignment);
+    if (order.begin == order.end) continue;
+    const uint64_t memory_bytes = memory::memory_bytes(order.tensor->size_bytes + tensor::kImageAlignment);
     if (memory_bytes > memory_bytes_max_) {
-      return fail(Code::exhausted, "load_into ", base::quoted(order.name), ": it needs ",
+      return fail(Code::exhausted, "load_into ", base::quoted(order.tensor->name), ": it needs ",
                   base::human_bytes(memory_bytes), ", host_memory is ", base::human_bytes(memory_bytes_max_),
                   "; raise host_memory");
     }
-    parts[numbers[static_cast<size_t>(tensor - index_.tensors.data())]].push_back(order);
+    parts[numbers[static_cast<size_t>(order.tensor - index_.tensors.data())]].push_back(order);
   }
   return parts;
 }
 
-Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const {
+Result<LoadReport> Model::copy_streamed(const std::vector<CopyOrder>& orders,
+                                        const tensord_copy_options& options) const {
   const int64_t begin_ns = base::monotonic_ns();
-  TRY(prepare(orders, options));
-  TRY_ASSIGN(const Parts parts, cut(orders));
+  TRY(prepare(orders));
+  TRY_ASSIGN(Parts parts, cut(orders));
   // One of its own: to open a batch may take until another thread of this process is done with its own.
   TRY_ASSIGN(const std::shared_ptr<Connection> connection, Connection::open(connection_->autostart()));
   LoadReport sum;
@@ -569,13 +590,14 @@ Result<LoadReport> Model::copy_streamed(std::span<const CopyOrder> orders, const
       if (!opened && opened.error().code != Code::exhausted) return stopped(opened.error());
       if (opened) ahead = std::move(*opened);
     }
-    const auto copied = batch->copy_mapped(part->second, options);
+    for (CopyOrder& order : part->second) {
+      const auto there = batch->find(order.tensor->name);
+      if (!there) return stopped(there.error());
+      order.tensor = *there;
+    }
+    const auto copied = batch->copy_mapped(std::move(part->second), options);
     if (!copied) return stopped(copied.error());
-    sum.copy.target_bytes += copied->copy.target_bytes;
-    sum.copy.wait_ns += copied->copy.wait_ns;
-    sum.copy.thread_count = std::max(sum.copy.thread_count, copied->copy.thread_count);
-    sum.record_count += copied->record_count;
-    sum.plan_ns += copied->plan_ns;
+    sum.add(*copied);
   }
   sum.copy_ns = base::monotonic_ns() - begin_ns - sum.plan_ns;
   return sum;

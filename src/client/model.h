@@ -21,6 +21,7 @@
 #include "tensor/plan.h"
 #include "tensor/safetensors.h"
 #include "tensor/view.h"
+#include "tensord/tensord.h"
 
 namespace tensord::client {
 
@@ -28,28 +29,23 @@ namespace tensord::client {
 // them in the daemon. Both go with the last reference. Thread safe; may outlive its Model.
 class Mapping {
  public:
-  Mapping(memory::Mapped memory, bool writable, base::Fd lease)
-      : memory_(std::move(memory)), writable_(writable), lease_(std::move(lease)) {}
-  // On a device, for reading alone; nullptr: it is only held.
-  Mapping(std::shared_ptr<gpu::ReadMemory> on_device, uint64_t size_bytes, base::Fd lease)
-      : device_data_(on_device == nullptr ? 0 : on_device->address()),
-        device_bytes_(size_bytes),
-        on_device_(std::move(on_device)),
-        lease_(std::move(lease)) {}
-  std::byte* data() const { return on_device_ ? reinterpret_cast<std::byte*>(device_data_) : memory_.data(); }
-  uint64_t size_bytes() const { return on_device_ ? device_bytes_ : memory_.size_bytes(); }
+  struct Bytes {
+    std::byte* data = nullptr;  // in host memory, or on a device for reading alone; nullptr: they are only held
+    uint64_t size_bytes = 0;
+    bool writable = true;
+    std::shared_ptr<const void> owner;
+  };
+  Mapping(Bytes bytes, base::Fd lease) : bytes_(std::move(bytes)), lease_(std::move(lease)) {}
+  std::byte* data() const { return bytes_.data; }
+  uint64_t size_bytes() const { return bytes_.size_bytes; }
   // False where strict overcommit refused so much private memory: a write into it is a SIGSEGV.
-  bool writable() const { return writable_; }
+  bool writable() const { return bytes_.writable; }
   // Code::unavailable once the daemon that holds the other end of the lease is gone.
   Status check_daemon() const;
 
  private:
-  memory::Mapped memory_;
-  bool writable_ = false;
-  gpu::Address device_data_ = 0;
-  uint64_t device_bytes_ = 0;
-  std::shared_ptr<gpu::ReadMemory> on_device_;
-  base::Fd lease_;
+  const Bytes bytes_;
+  const base::Fd lease_;
 };
 
 // The files behind what a caller named.
@@ -80,37 +76,12 @@ struct OpenOptions {
   const int32_t* cancel = nullptr;  // as memory::CopyOptions, while the daemon's answer is waited for
 };
 
-// Bytes of a tensor as elements of another type, in the shape of their target. `offset` is from the tensor's first byte.
-struct SourceRegion {
-  tensor::Dtype dtype = tensor::Dtype::u8;  // of whole bytes
-  uint64_t offset = 0;
-  std::vector<int64_t> strides;  // bytes; may be negative, or 0 (broadcast)
-};
-
-// One slice of a tensor and where it goes: element (0, 0, ..) to `target`, the others by the strides of `to` (its
-// offset is not used).
+// A tensord_copy, checked and resolved.
 struct CopyOrder {
-  std::string_view name;
-  tensor::IndexItems items;
-  std::optional<SourceRegion> region;  // in place of items
-  std::byte* target = nullptr;
-  tensor::Strided to;
-  tensor::Dtype target_dtype = tensor::Dtype::u8;
-  bool on_device = false;  // the target is GPU memory for sure; else it is found out
-};
-
-// An order whose target is GPU memory that was not written to.
-struct LeftOut {
-  size_t order = 0;
-  bool by_shape = false;  // a cast, or elements that are not side by side; else: the daemon cannot write to this memory
-};
-
-struct CopyOrderOptions {
-  bool cast = false;
-  int thread_count = 0;
-  const int32_t* cancel = nullptr;  // as memory::CopyOptions; waiting ends too, within a tenth of a second
-  // Orders by position that were not run. nullptr: they are Code::unsupported.
-  std::vector<LeftOut>* left_out = nullptr;
+  const tensor::Tensor* tensor = nullptr;
+  tensor::Wanted wanted;        // from the tensor's first byte, to addresses
+  uint64_t begin = 0, end = 0;  // addresses that the target can touch; none: equal
+  bool on_device = false;       // the target is GPU memory for sure; else it is found out
 };
 
 struct LoadReport {
@@ -119,9 +90,14 @@ struct LoadReport {
   int64_t begin_ns = 0;
   int64_t plan_ns = 0;
   int64_t copy_ns = 0;
-  DeviceCopied device;
+  protocol::CopiedToDeviceT device;
   std::string left_out_why;
+
+  void add(const LoadReport& part);  // but for spans and devices
 };
+
+// Code::invalid_argument for kinds that are unknown.
+Result<tensor::IndexItems> to_items(const tensord_index_item* items, size_t count);
 
 // Thread safe.
 class Model {
@@ -157,10 +133,11 @@ class Model {
   // Code::not_found, with the nearest names.
   Result<const tensor::Tensor*> find(std::string_view name) const;
 
-  // One plan for all orders; checked whole before the first byte is written. Errors as memory::execute, and
-  // Code::not_found, Code::invalid_argument for orders that make no sense. With Resident::view the tensors are read in
-  // batches, one ahead of the one that is copied; Code::exhausted for one that is larger than host_memory.
-  Result<LoadReport> load_into(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
+  // One plan for all copies; checked whole before the first byte is written. Errors as memory::execute, and
+  // Code::not_found, Code::invalid_argument for copies that make no sense. With Resident::view the tensors are read in
+  // batches, one ahead of the one that is copied; Code::exhausted for one that is larger than host_memory. Dtypes and
+  // ranks are such as there are, and what must not be NULL is not.
+  Result<LoadReport> load_into(std::span<const tensord_copy> copies, const tensord_copy_options& options);
 
   // The JSON of tensord_info.
   std::string info_json() const;
@@ -171,20 +148,20 @@ class Model {
   static Result<std::shared_ptr<Model>> ask(std::shared_ptr<Connection> connection, const Checkpoint& checkpoint,
                                             const OpenOptions& options, protocol::Stay stay);
   Status adopt(const Checkpoint& checkpoint, const OpenOptions& options, Answer answer);
-  Status map_on_device(const OpenOptions& options, Answer& answer);
   Result<std::shared_ptr<Model>> open_part(std::shared_ptr<Connection> connection, std::vector<std::string> names,
                                            protocol::Stay stay, const int32_t* cancel = nullptr) const;
-  Result<Parts> cut(std::span<const CopyOrder> orders) const;
-  Result<LoadReport> copy_to_host(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
-  Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::span<const CopyOrder> orders,
-                                const CopyOrderOptions& options);
-  Result<LoadReport> copy_mapped(std::span<const CopyOrder> orders, const CopyOrderOptions& options);
-  Result<LoadReport> copy_streamed(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
+  Result<CopyOrder> order_of(const tensord_copy& copy, const tensord_copy_options& options) const;
+  Result<Parts> cut(const std::vector<CopyOrder>& orders) const;
+  Result<LoadReport> copy_to_host(std::vector<CopyOrder> orders, const tensord_copy_options& options);
+  Result<LoadReport> copy_mixed(const gpu::Driver* driver, std::vector<CopyOrder> orders,
+                                const tensord_copy_options& options);
+  Result<LoadReport> copy_mapped(std::vector<CopyOrder> orders, const tensord_copy_options& options);
+  Result<LoadReport> copy_streamed(const std::vector<CopyOrder>& orders, const tensord_copy_options& options) const;
   struct Prepared {
     tensor::CopyPlan plan;
     std::span<std::byte> target;  // the stretch of addresses that holds all orders' targets
   };
-  Result<Prepared> prepare(std::span<const CopyOrder> orders, const CopyOrderOptions& options) const;
+  Result<Prepared> prepare(std::vector<CopyOrder> orders) const;
   Status wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeout_ms,
                   const int32_t* cancel = nullptr) const;
   const tensor::ImageLayout& layout() const;  // computed at first need

@@ -113,7 +113,6 @@ Result<std::shared_ptr<ReadMemory>> ReadMemory::open(const Driver& driver, int d
   TRY(driver.check(before.answer(), "use a GPU"));
   auto read = std::make_shared<ReadMemory>();
   TRY_ASSIGN(read->held_->primary, Primary::retain(driver, device));
-  if (memory.size_bytes == 0) return read;
   TRY_ASSIGN(read->held_->opened, OpenedMemory::open(driver, device, memory, kReadOnly));
   return read;
 }

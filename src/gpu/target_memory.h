@@ -44,12 +44,12 @@ class ReadMemory {
   // Waits until the device is done with all that this process began. In a forked child it does nothing: the driver is
   // the parent's.
   ~ReadMemory();
-  Address address() const { return held_->opened == nullptr ? 0 : held_->opened->address(); }
+  Address address() const { return held_->opened->address(); }
 
  private:
   struct Held {
     std::shared_ptr<Primary> primary;
-    std::shared_ptr<OpenedMemory> opened;  // nullptr where there is nothing to read
+    std::shared_ptr<OpenedMemory> opened;
   };
   std::unique_ptr<Held> held_ = std::make_unique<Held>();
   const pid_t process_ = ::getpid();

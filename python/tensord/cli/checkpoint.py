@@ -7,26 +7,19 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import _library
 from .._library import check, last_error, library
 from ..errors import ExhaustedError, UnavailableError
 from . import daemon
+from .output import os_error
+from .packing import Slice, Tensor, packed_plan
 from .reports import read_report
 from .table import size_text
 
 # The library looks after its daemon every 0.1 s: an error well before the end of a piece is no timeout.
 PIECE_SECONDS = 0.25
-
-
-class Tensor(NamedTuple):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size_bytes: int
-    file: int
-    offset: int  # of the first byte in its file
 
 
 class Checkpoint:
@@ -113,16 +106,7 @@ class Checkpoint:
         tensors = []
         for position in range(library().tensord_tensor_count(self._pointer)):
             check(library().tensord_tensor_at(self._pointer, position, ctypes.byref(tensor)))
-            tensors.append(
-                Tensor(
-                    tensor.name.decode("utf-8", "replace"),
-                    tensor.dtype_text.decode("utf-8", "replace"),
-                    tuple(tensor.shape[: tensor.rank]),
-                    tensor.size_bytes,
-                    tensor.file,
-                    tensor.file_offset,
-                )
-            )
+            tensors.append(_tensor_of(tensor))
         return tensors
 
     def metadata(self) -> dict[str, str]:
@@ -137,21 +121,58 @@ class Checkpoint:
         return metadata
 
     def plan(self, views: Sequence[str]) -> dict[str, Any]:
-        """The object of tensord_plan."""
-        return dict(json.loads(_plan(self._pointer, views)))
+        """What packing views of it would copy, and the files out of which."""
+        return {"files": self._files(), **packed_plan([self._slice(view) for view in views])}
+
+    def _files(self) -> list[dict[str, Any]]:
+        files = []
+        for position in range(library().tensord_file_count(self._pointer)):
+            path: bytes = library().tensord_file_path(self._pointer, position)
+            shown = path.decode("utf-8", "replace")
+            try:
+                files.append({"path": shown, "size_bytes": os.stat(path).st_size})  # noqa: PTH116
+            except OSError as error:
+                raise os_error(f"look at {shown}", error) from None
+        return files
+
+    def _slice(self, view: str) -> Slice:
+        name, items = _read_view(view)
+        tensor, region = _library.Tensor(), _library.Region()
+        check(library().tensord_find_tensor(self._pointer, name, ctypes.byref(tensor)))
+        check(library().tensord_resolve(self._pointer, name, items, len(items), ctypes.byref(region)))
+        return Slice(
+            view,
+            _tensor_of(tensor),
+            region.offset,
+            region.element_bytes,
+            tuple(region.shape[: region.rank]),
+            tuple(region.strides[: region.rank]),
+        )
 
 
 def check_view(view: str) -> str:
     """The view itself. Raises ValueError where it cannot be read."""
-    _plan(None, (view,))
+    _read_view(view)
     return view
 
 
-def _plan(pointer: ctypes.c_void_p | None, views: Sequence[str]) -> str:
-    texts = (ctypes.c_char_p * len(views))(*map(os.fsencode, views))
-    text = ctypes.c_void_p()
-    check(library().tensord_plan(pointer, texts, len(views), ctypes.byref(text)))
-    return _library.take_text(text)
+def _read_view(view: str) -> tuple[bytes, ctypes.Array[_library.IndexItem]]:
+    """The name in a view, and the items of its index."""
+    text, items = os.fsencode(view), (_library.IndexItem * _library.INDEX_ITEMS_MAX)()
+    name_bytes, count = ctypes.c_size_t(), ctypes.c_size_t()
+    check(library().tensord_parse_view(text, ctypes.byref(name_bytes), items, ctypes.byref(count)))
+    return text[: name_bytes.value], (_library.IndexItem * count.value)(*items[: count.value])
+
+
+def _tensor_of(tensor: _library.Tensor) -> Tensor:
+    return Tensor(
+        tensor.name.decode("utf-8", "replace"),
+        tensor.dtype_text.decode("utf-8", "replace"),
+        tuple(tensor.shape[: tensor.rank]),
+        tensor.size_bytes,
+        tensor.file,
+        tensor.file_offset,
+    )
 
 
 def open_resident(path: str, only: Sequence[str] = (), device: str = "") -> Checkpoint:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .checkpoint import Tensor
 from .output import Output, document
+from .packing import Tensor
 from .table import Table, counted, quoted, shown_name, size_text
 
 
@@ -39,7 +39,7 @@ def show_index(
 
 
 def show_views(path: str, tensors: Sequence[Tensor], plan: dict[str, Any]) -> Output:
-    """The plan that packs slices row-major one after another into one buffer, as tensord_plan tells it."""
+    """The plan that packs slices row-major one after another into one buffer, as `packed_plan` makes it."""
     size_of = {tensor.name: tensor.size_bytes for tensor in tensors}
     table = Table("view", "dtype", "shape", ">size", ">of the tensor", ">at")
     for item in plan["items"]:
