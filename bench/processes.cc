@@ -94,10 +94,19 @@ int Daemon::read_thread_count() const {
   return status ? status->at("limits").at("read_threads").get<int>() : 1;
 }
 
+Result<std::string> Daemon::replica_of(const std::string& path) const {
+  TRY_ASSIGN(const nlohmann::json listed, ask(protocol::Verb::list, ""));
+  for (const auto& replica : listed.at("replicas")) {
+    if (replica.at("path") == path) return std::to_string(replica.at("replica").get<uint64_t>());
+  }
+  return base::fail(Code::not_found, "no replica of " + path);
+}
+
 Status Daemon::evict(const std::string& path) const {
   const int64_t begin_ns = base::monotonic_ns();
   while (true) {
-    const auto evicted = ask(protocol::Verb::evict, path);
+    const auto replica = replica_of(path);
+    const auto evicted = replica ? ask(protocol::Verb::evict, *replica) : base::pass_on(replica);
     if (evicted || evicted.error().code == Code::not_found) return {};
     if (evicted.error().code != Code::unavailable || base::monotonic_ns() - begin_ns > kDeadlineNs) {
       return base::pass_on(evicted);

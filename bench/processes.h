@@ -37,6 +37,7 @@ class Daemon {
   Status evict(const std::string& path) const;
 
  private:
+  Result<std::string> replica_of(const std::string& path) const;  // its number
   Daemon(pid_t pid, std::string folder) : pid_(pid), folder_(std::move(folder)) {}
   pid_t pid_;
   std::string folder_;

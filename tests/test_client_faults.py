@@ -228,24 +228,28 @@ def test_null_pointers_are_refused_by_name(daemon: Daemon, make_file: Callable[.
     ("text", "items"),
     [
         ("[:, -3:, ::2]", [(0, 0, 0, 0, 0), (0, 1, -3, 0, 0), (0, 4, 0, 0, 2)]),
-        ("7, ..., None", [(1, 0, 7, 0, 0), (2, 0, 0, 0, 0), (3, 0, 0, 0, 0)]),
-        ("", []),
-        ("[0", "index '[0': its brackets do not match"),
-        ("[0][1]", "index '[0][1]': its brackets do not match"),
-        ("0, x", "view '[0, x]': expected a number, a slice, '...' or 'None' at character 5"),
+        ("[7, ..., None]", [(1, 0, 7, 0, 0), (2, 0, 0, 0, 0), (3, 0, 0, 0, 0)]),
+        ("[]", []),
+        ("w[0]", [(1, 0, 0, 0, 0)]),
+        ("w", []),
+        ("[0", []),
+        ("[0][1]", [(1, 0, 1, 0, 0)]),
+        ("[0, x]", "view '[0, x]': expected a number, a slice, '...' or 'None' at character 5"),
     ],
 )
 def test_the_text_of_an_index_is_read_as_python_writes_it(
     text: str, items: list[tuple[int, ...]] | str
 ) -> None:
     read = np.zeros(128, INDEX_ITEM)
-    count = ctypes.c_size_t()
+    count, name_bytes = ctypes.c_size_t(), ctypes.c_size_t(7)
     address = ctypes.c_void_p(read.ctypes.data)
-    code = library().tensord_parse_index(text.encode(), address, ctypes.byref(count))
+    code = library().tensord_parse_view(text.encode(), ctypes.byref(name_bytes), address, ctypes.byref(count))
+    name = {"w[0]": "w", "w": "w", "[0": "[0", "[0][1]": "[0]"}.get(text, "")
     if isinstance(items, str):
         assert (code, library().tensord_error_message().decode()) == (INVALID_ARGUMENT, items)
     else:
         assert (code, read[: count.value].tolist()) == (0, items)
+    assert name_bytes.value == len(name)
 
 
 def test_options_of_newer_and_older_headers_are_taken_and_smaller_ones_refused(

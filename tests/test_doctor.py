@@ -20,7 +20,16 @@ import tensord
 from conftest import COMMAND, DEADLINE_SECONDS, Daemon, counted
 from processes import until
 from tensord.cli import gpus, measuring, sample
-from tensord.cli.doctor import MEASUREMENTS, Check, gpu_checks, judge, keep, look_around
+from tensord.cli.doctor import (
+    CACHED,
+    MEASUREMENTS,
+    Check,
+    gpu_checks,
+    judge,
+    keep,
+    kept_rates,
+    look_around,
+)
 from tensord.cli.sample import sample_of
 from tensord.cli.scratch import scratch_daemon
 from test_reads import WITHOUT_IO_URING
@@ -62,9 +71,9 @@ def daemon_takes_the_fastest_way(daemon: Daemon, stored: Path, make_file: Callab
     values = counted((3000, 700))
     path = make_file({"w": values})
     known = json.loads(stored.read_text())
-    for fastest in ("cache_pread", "cache_stream", "cache_mapped"):
-        rates = dict.fromkeys(("cache_pread", "cache_stream", "cache_mapped"), 1e9) | {fastest: 2e9}
-        stored.write_text(json.dumps({**known, "bytes_per_s": {**known["bytes_per_s"], **rates}}))
+    for fastest in CACHED:
+        rates = dict.fromkeys(CACHED, 1e9) | {fastest: 2e9}
+        keep({**known, "bytes_per_s": {**known["bytes_per_s"], **rates}, "machine_file": stored})
         daemon.stop()
         daemon.start()
         with tensord.open(path, "np") as model:
@@ -94,7 +103,23 @@ def test_rates_are_kept_at_once_or_not_at_all(tmp_path: Path) -> None:
     stored = tmp_path / "machine.json"
     report = {"machine": "\udcff", "bytes_per_s": {"memcpy_1": 1.6}, "machine_file": str(stored)}
     assert keep(report) == str(stored) and list(tmp_path.iterdir()) == [stored]
-    assert json.loads(stored.read_text()) == {"machine": "?", "bytes_per_s": {"memcpy_1": 2.0}}
+    kept = {"machine": "?", "bytes_per_s": {"memcpy_1": 2.0}, "fastest_cached": ""}
+    assert json.loads(stored.read_text()) == kept
+    assert kept_rates({"state_dir": str(tmp_path), "machine": "?"}) == {"memcpy_1": 2.0}
+    assert kept_rates({"state_dir": str(tmp_path), "machine": "another"}) is None
+    for hostile in (
+        "",
+        "[]",
+        "7",
+        '{"machine": "?", "bytes_per_s": []}',
+        '{"machine": "?", "bytes_per_s": {"a": -1}}',
+        '{"machine": "?", "bytes_per_s": {"a": 1e300}}',
+        '{"machine": "?", "bytes_per_s": {"a": "b"}}',
+    ):
+        stored.write_text(hostile)
+        assert kept_rates({"state_dir": str(tmp_path), "machine": "?"}) is None, hostile
+    stored.unlink()
+    assert kept_rates({"state_dir": str(tmp_path), "machine": "?"}) is None
     nowhere = tmp_path / "none" / "machine.json"
     with pytest.raises(tensord.NotFoundError, match=f"write {nowhere}: No such file or directory"):
         keep({**report, "machine_file": str(nowhere)})

@@ -238,8 +238,10 @@ Result<std::string> call(const std::string& verb, const std::string& selector = 
 inline Result<Index> Index::parse(const std::string& text) {
   Index index;
   index.items_.resize(TENSORD_INDEX_ITEMS_MAX);
-  size_t count = 0;
-  const int code = tensord_parse_index(text.c_str(), index.items_.data(), &count);
+  size_t name_bytes = 0, count = 0;
+  const std::string view = text.starts_with('[') ? text : "[" + text + "]";
+  const int code = tensord_parse_view(view.c_str(), &name_bytes, index.items_.data(), &count);
+  if (name_bytes > 0) return Error{TENSORD_INVALID_ARGUMENT, "index '" + text + "': its brackets do not match"};
   index.items_.resize(count);
   return result_of(code, std::move(index));
 }

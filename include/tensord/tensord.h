@@ -205,10 +205,8 @@ typedef struct tensord_region {
 
 #define TENSORD_INDEX_ITEMS_MAX 128
 
-/* Reads the text of an index, "[:, 0:8704]", with or without the brackets. `items` has room for
- * TENSORD_INDEX_ITEMS_MAX; `count` receives how many there are. */
-TENSORD_EXPORT int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count);
-/* The same behind a tensor's name, "w[:, 0:8704]", or a name alone: `name_bytes` receives how long the name is. */
+/* Reads a tensor's name with an index behind it, "w[:, 0:8704]", or one of the two alone: `name_bytes` receives how long
+ * the name is, `count` how many items there are. `items` has room for TENSORD_INDEX_ITEMS_MAX. */
 TENSORD_EXPORT int tensord_parse_view(const char* text, size_t* name_bytes, tensord_index_item* items, size_t* count);
 
 /* The region that numpy's basic indexing picks out of a tensor. item_count 0: the whole tensor. */

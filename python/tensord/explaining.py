@@ -64,7 +64,8 @@ _RAW_OF_USE = frozenset(("begin_ns", "map_begin_ns"))
 
 
 def explain(facts: Facts) -> dict[str, Any]:
-    """The document of ``tensord explain --json``, of the daemon's answer to `explain` (PROTOCOL.md has both).
+    """The document of ``tensord explain --json``, of the daemon's answer to `explain` (PROTOCOL.md has both) with
+    ``rates`` added: what ``tensord doctor`` measured of this machine, or None.
 
     Raises
     ------
@@ -206,7 +207,7 @@ def _possible(facts: Facts, is_resident: bool, moved_bytes: int) -> tuple[float,
         rate = max(rates.get(way, 0.0) for way in ways)
         return 0.0 if count == 0 else count / rate if rate > 0 else float("inf")
 
-    cache_s = seconds(facts["cached_bytes"], "cache_pread", "cache_stream")
+    cache_s = seconds(facts["cached_bytes"], "cache_pread", "cache_stream", "cache_mapped")
     disk_s = seconds(facts["direct_bytes"], "disk_direct") + seconds(facts["buffered_bytes"], "disk_buffered")
     copy_s = seconds(moved_bytes, "memcpy_all")
     least_s = copy_s if is_resident else max(disk_s, cache_s)

@@ -11,7 +11,6 @@
 
 #include "base/text.h"
 #include "client/model.h"
-#include "client/version.h"
 #include "tensord/tensord.h"
 
 using tensord::base::Code;
@@ -105,15 +104,6 @@ tensord_index_item from_item(const tensor::IndexItem& item) {
           item.stop.value_or(0), item.step.value_or(0)};
 }
 
-// The bytes of the name before the brackets.
-client::Result<size_t> give_view(const std::string& text, tensord_index_item* items, size_t* count) {
-  *count = 0;
-  TRY_ASSIGN(const tensor::ViewItem read, tensor::parse_view_item(text));
-  *count = read.items.size();
-  std::transform(read.items.begin(), read.items.end(), items, from_item);
-  return read.name.size();
-}
-
 Status check_copy(const tensord_copy& copy) {
   constexpr auto kDtypeEnd = static_cast<uint32_t>(tensor::kDtypeCount);
   if (copy.name == nullptr) return refuse("a copy without a name");
@@ -148,7 +138,7 @@ void give_model(std::shared_ptr<client::Model> opened, tensord_model** out) {
 extern "C" {
 
 uint32_t tensord_abi_version(void) { return TENSORD_ABI_VERSION; }
-const char* tensord_version(void) { return client::kVersion; }
+const char* tensord_version(void) { return TENSORD_VERSION; }
 const char* tensord_error_message(void) { return last_error().message.c_str(); }
 int tensord_error_target_dirty(void) { return last_error().target_dirty ? 1 : 0; }
 void tensord_free(char* text) { std::free(text); }
@@ -266,19 +256,13 @@ int tensord_info(const tensord_model* model, char** json) {
   return guarded({{"model", model}, {"json", json}}, [&] { return give_text(model->model->info_json(), json); });
 }
 
-int tensord_parse_index(const char* text, tensord_index_item* items, size_t* count) {
-  return guarded({{"text", text}, {"items", items}, {"count", count}}, [&]() -> Status {
-    const std::string view = text[0] == '[' ? text : tensord::base::text("[", text, "]");
-    TRY_ASSIGN(const size_t name_bytes, give_view(view, items, count));
-    if (name_bytes == 0) return {};
-    *count = 0;
-    return refuse("index ", tensord::base::quoted(text), ": its brackets do not match");
-  });
-}
-
 int tensord_parse_view(const char* text, size_t* name_bytes, tensord_index_item* items, size_t* count) {
   return guarded({{"text", text}, {"name_bytes", name_bytes}, {"items", items}, {"count", count}}, [&]() -> Status {
-    TRY_ASSIGN(*name_bytes, give_view(text, items, count));
+    *name_bytes = *count = 0;
+    TRY_ASSIGN(const tensor::ViewItem read, tensor::parse_view_item(text));
+    *name_bytes = read.name.size();
+    *count = read.items.size();
+    std::transform(read.items.begin(), read.items.end(), items, from_item);
     return {};
   });
 }

@@ -45,6 +45,21 @@ Result<base::Fd> open_regular(const std::string& path) {
   return fd;
 }
 
+// Opens one more file. Code::invalid_argument when it is one of those before.
+Status add_file(Checkpoint& checkpoint, const std::string& path) {
+  TRY_ASSIGN(base::Fd fd, open_regular(path));
+  TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(fd.get(), path));
+  const auto& known = checkpoint.identities;
+  if (const auto twin = std::find(known.begin(), known.end(), identity); twin != known.end()) {
+    return fail(Code::invalid_argument, "open ", path, ": it is the same file as ",
+                checkpoint.files[twin - known.begin()], ", named before");
+  }
+  checkpoint.files.push_back(path);
+  checkpoint.fds.push_back(std::move(fd));
+  checkpoint.identities.push_back(identity);
+  return {};
+}
+
 bool is_folder(const std::string& path) {
   struct stat status;
   return ::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
@@ -61,13 +76,8 @@ Result<Checkpoint> from_shard_index(const std::string& folder, const std::string
   TRY_ASSIGN(tensor::ShardIndex shards, tensor::parse_shard_index(json, index_path));
   if (shards.files.empty()) return fail(Code::corrupt, index_path + ": the weight_map names no file");
   for (const std::string& name : shards.files) {
-    const std::string path = folder + "/" + name;
-    auto fd = open_regular(path);
-    if (!fd) {
-      return fail(fd.error().code, base::text(fd.error().message, " (a shard that ", index_path, " names)"));
-    }
-    checkpoint.files.push_back(path);
-    checkpoint.fds.push_back(std::move(*fd));
+    if (const Status added = add_file(checkpoint, folder + "/" + name); !added)
+      return fail(added.error().code, added.error().message, " (a shard that ", index_path, " names)");
   }
   checkpoint.shards = std::move(shards);
   return checkpoint;
@@ -93,15 +103,13 @@ Result<std::string> only_safetensors_in(const std::string& folder) {
 Result<Checkpoint> from_files(const std::vector<std::string>& paths, const std::string& shown) {
   Checkpoint checkpoint;
   checkpoint.path = shown;
-  for (const std::string& path : paths) {
-    TRY_ASSIGN(base::Fd fd, open_regular(path));
-    checkpoint.files.push_back(path);
-    checkpoint.fds.push_back(std::move(fd));
-  }
+  for (const std::string& path : paths) TRY(add_file(checkpoint, path));
   return checkpoint;
 }
 
-Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
+}  // namespace
+
+Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
   if (paths.empty()) return fail(Code::invalid_argument, "open: no path was given");
   std::vector<std::string> whole;
   for (const std::string& path : paths) {
@@ -120,22 +128,6 @@ Result<Checkpoint> find_files(const std::vector<std::string>& paths) {
   if (exists(first + "/" + kSingleName)) return from_files({first + "/" + kSingleName}, first);
   TRY_ASSIGN(const std::string only, only_safetensors_in(first));
   return from_files({only}, first);
-}
-
-}  // namespace
-
-Result<Checkpoint> find_checkpoint(const std::vector<std::string>& paths) {
-  TRY_ASSIGN(Checkpoint checkpoint, find_files(paths));
-  for (size_t at = 0; at < checkpoint.fds.size(); ++at) {
-    TRY_ASSIGN(const base::FileIdentity identity, base::identify_file(checkpoint.fds[at].get(), checkpoint.files[at]));
-    const auto& known = checkpoint.identities;
-    if (const auto twin = std::find(known.begin(), known.end(), identity); twin != known.end()) {
-      return fail(Code::invalid_argument, "open ", checkpoint.files[at], ": it is the same file as ",
-                  checkpoint.files[twin - known.begin()], ", named before");
-    }
-    checkpoint.identities.push_back(identity);
-  }
-  return checkpoint;
 }
 
 }  // namespace tensord::client

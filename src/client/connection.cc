@@ -8,7 +8,6 @@
 
 #include "base/text.h"
 #include "client/autostart.h"
-#include "client/version.h"
 #include "memory/copy.h"
 #include "rpc/messages.h"
 #include "rpc/unix_socket.h"
@@ -63,7 +62,7 @@ Result<protocol::HelloT> Connection::connect(Autostart autostart, int64_t timeou
   }
   if (!socket) return base::pass_on(socket);
   rpc::FrameReader reader;
-  auto greeted = rpc::greet(socket->get(), reader, kVersion, timeout_ms);
+  auto greeted = rpc::greet(socket->get(), reader, TENSORD_VERSION, timeout_ms);
   if (!greeted) return tl::unexpected(from_daemon(socket->get(), greeted.error()));
   const protocol::HelloT& hello = *greeted;
   socket_ = std::move(*socket);
@@ -104,9 +103,7 @@ Status Connection::await(uint64_t id, bool answered, const int32_t* cancel) {
     if (!answered) return fail(Code::cancelled, "the caller gave up waiting for the daemon");
     protocol::CancelT body;
     body.id = id;
-    protocol::RequestUnion request;
-    request.Set(std::move(body));
-    return send(std::move(request), {}, kAnswerTimeoutMs);
+    return send(request_of(std::move(body)), {}, kAnswerTimeoutMs);
   }
   return {};
 }
@@ -146,9 +143,7 @@ Result<std::string> call(protocol::Verb verb, const std::string& selector, Autos
   protocol::CallT body;
   body.verb = verb;
   body.selector = selector;
-  protocol::RequestUnion request;
-  request.Set(std::move(body));
-  TRY_ASSIGN(const Answer answer, connection->ask(std::move(request), {}));
+  TRY_ASSIGN(const Answer answer, connection->ask(request_of(std::move(body)), {}));
   const auto* report = answer.frame().reply_as_Report();
   if (report == nullptr) return fail(Code::corrupt, "the daemon answered something else than a report");
   return report->json()->str();

@@ -33,6 +33,13 @@ struct Answer {
   const protocol::ReplyFrame& frame() const { return *flatbuffers::GetRoot<protocol::ReplyFrame>(bytes.data()); }
 };
 
+template <typename Body>
+protocol::RequestUnion request_of(Body body) {
+  protocol::RequestUnion request;
+  request.Set(std::move(body));
+  return request;
+}
+
 // Thread safe. Safe across fork: a child makes a connection of its own at its first call.
 class Connection {
  public:

@@ -50,9 +50,7 @@ class DeviceRequests {
   Result<CopiedToDeviceT> run(Connection& connection, const int32_t* cancel) {
     CopiedToDeviceT sum;
     for (Request& request : requests_) {
-      protocol::RequestUnion body;
-      body.Set(std::move(request.order));
-      auto answer = connection.ask(std::move(body), std::move(request.fds), cancel);
+      auto answer = connection.ask(request_of(std::move(request.order)), std::move(request.fds), cancel);
       if (!answer && sum.bytes > 0) answer.error().target = base::TargetState::dirty;
       if (!answer) return base::pass_on(answer);
       const auto* copied = answer->frame().reply_as_CopiedToDevice();

@@ -204,9 +204,7 @@ Result<std::shared_ptr<Model>> Model::ask(std::shared_ptr<Connection> connection
   for (const base::Fd& fd : checkpoint.fds) {
     TRY_ASSIGN(fds.emplace_back(), base::duplicate(fd.get()));
   }
-  protocol::RequestUnion request;
-  request.Set(std::move(body));
-  auto answer = connection->ask(std::move(request), std::move(fds), options.cancel);
+  auto answer = connection->ask(request_of(std::move(body)), std::move(fds), options.cancel);
   if (!answer && answer.error().message.starts_with("only: "))
     answer.error().message.insert(0, "open " + checkpoint.path + ": ");
   if (!answer) return base::pass_on(answer);
@@ -319,13 +317,11 @@ Status Model::wait_for(uint64_t image_offset, uint64_t size_bytes, int64_t timeo
   const bool patient = timeout_ms < 0 || timeout_ms > kPatienceMs;
   Status there = fill_->wait(first, last, patient ? kPatienceMs : timeout_ms, go_on);
   if (there || fill_->state() != memory::FillState::filling || !go_on() || !patient) return there;
-  protocol::RequestUnion request;
   protocol::WantT want;
   want.replica = replica_;
   want.first_block = first;
   want.last_block = last;
-  request.Set(std::move(want));
-  connection_->tell(std::move(request));
+  connection_->tell(request_of(std::move(want)));
   return fill_->wait(first, last, timeout_ms < 0 ? timeout_ms : timeout_ms - kPatienceMs, go_on);
 }
 
@@ -499,7 +495,7 @@ Result<LoadReport> Model::copy_mixed(const gpu::Driver* driver, std::vector<Copy
   if (!split.to_host.empty()) {
     TRY_ASSIGN(host, copy_to_host(pick(orders, split.to_host), options));
   }
-  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data);
+  const auto target = reinterpret_cast<gpu::Address>(prepared.target.data());
   Result<protocol::CopiedToDeviceT> copied;
   std::map<int, base::Error> refused;
   if (!split.to_device.empty()) {
@@ -623,9 +619,7 @@ void Model::report_use(const LoadReport& report) {
     if (used.spans.size() == kSpanCountMax) break;
     used.spans.emplace_back(span.begin_ns, span.end_ns, span.thread, span.record, span.size_bytes);
   }
-  protocol::RequestUnion request;
-  request.Set(std::move(used));
-  connection_->tell(std::move(request));
+  connection_->tell(request_of(std::move(used)));
 }
 
 std::string Model::info_json() const {

@@ -15,7 +15,7 @@
 #include "base/fd.h"
 #include "base/folders.h"
 #include "base/text.h"
-#include "doctor/machine.h"
+#include "daemon/machine.h"
 #include "memory/copy.h"
 #include "rpc/unix_socket.h"
 
@@ -197,7 +197,7 @@ Result<Config> make_config(const CommandLine& command_line) {
   Config config;
   config.runtime_dir = rpc::runtime_folder();
   config.state_dir = base::state_folder();
-  config.host_memory = doctor::default_host_memory();
+  config.host_memory = default_host_memory();
   config.read_threads = default_read_threads();
   const std::string variable = base::environment("TENSORD_CONFIG");
   const bool by_variable = command_line.config_path.empty() && !variable.empty();

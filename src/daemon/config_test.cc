@@ -8,7 +8,7 @@
 #include <fstream>
 
 #include "base/bytes.h"
-#include "doctor/machine.h"
+#include "daemon/machine.h"
 
 namespace tensord::daemon {
 
@@ -52,7 +52,7 @@ class ConfigTest : public testing::Test {
 }  // namespace
 
 TEST_F(ConfigTest, a_flag_beats_the_environment_beats_the_file_beats_the_default) {
-  EXPECT_EQ(configure({}).value().host_memory, doctor::default_host_memory());
+  EXPECT_EQ(configure({}).value().host_memory, default_host_memory());
   write_file("host_memory = \"1GiB\"\nread_threads = 3\n");
   EXPECT_EQ(configure({}).value().host_memory, base::kGiB);
   EXPECT_EQ(configure({}).value().read_threads, 3);
@@ -92,8 +92,8 @@ TEST_F(ConfigTest, relative_folders_are_those_of_the_place_it_was_started_at) {
 }
 
 TEST_F(ConfigTest, the_default_memory_is_at_most_half_of_the_machine) {
-  EXPECT_GT(doctor::default_host_memory(), 0u);
-  EXPECT_LE(doctor::default_host_memory(),
+  EXPECT_GT(default_host_memory(), 0u);
+  EXPECT_LE(default_host_memory(),
             static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) / 2);
 }
 

@@ -71,12 +71,8 @@ Result<DeviceCopies::Used*> DeviceCopies::use(const std::string& device) {
   if (const auto known = devices_.find(device); known != devices_.end()) return &known->second;
   if (options_.use == GpuUse::off) return fail(Code::unavailable, "this daemon uses no GPU (gpu is off)");
   TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
-  int device_count = 0;
-  TRY(driver->check(driver->device_count(&device_count), "count GPUs"));
-  for (int number = 0; number < device_count; ++number) {
-    gpu::Uuid one;
-    if (driver->device_uuid(&one, number) != 0 || gpu::text_of(one) != device) continue;
-    Used used{number, std::make_unique<gpu::Device>(*driver, number, options_.idle_ms)};
+  if (const auto number = gpu::find_device(*driver, device)) {
+    Used used{*number, std::make_unique<gpu::Device>(*driver, *number, options_.idle_ms)};
     return &devices_.emplace(device, std::move(used)).first->second;
   }
   return fail(Code::unavailable, "the daemon does not see ", device,

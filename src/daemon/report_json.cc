@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
+#include "daemon/machine.h"
 #include "rpc/frame.h"
 #include "rpc/unix_socket.h"
 
@@ -112,14 +113,14 @@ json trace_value(const engine::LoadReport& report) {
 }  // namespace
 
 std::string status_json(const Config& config, const engine::Engine& engine, const Serving& serving) {
-  const uint64_t memory_limit = doctor::cgroup_memory_limit();
+  const uint64_t memory_limit = cgroup_memory_limit();
   return dump({{"pid", ::getpid()},
                {"version", TENSORD_VERSION},
                {"protocol", rpc::kProtocolVersion},
                {"socket", rpc::socket_path(config.runtime_dir)},
                {"runtime_dir", config.runtime_dir},
                {"state_dir", config.state_dir},
-               {"machine", doctor::this_machine()},
+               {"machine", this_machine()},
                {"memory_limit", memory_limit == UINT64_MAX ? json() : json(memory_limit)},
                {"uptime_s", static_cast<double>(base::monotonic_ns() - serving.started_ns) / 1e9},
                {"limits",
@@ -163,7 +164,7 @@ std::string verify_json(const engine::Replica& replica, int64_t ns, const std::v
                {"faults", faults}});
 }
 
-std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates) {
+std::string explain_json(const engine::LoadReport& report) {
   json value = report;
   value.update(report.counters);
   value.update(report.source);
@@ -173,7 +174,6 @@ std::string explain_json(const engine::LoadReport& report, const std::optional<d
                 {"error", error_json(report.error)},
                 {"read_threads", report.thread_count},
                 {"checked_against", report.checked_against_record ? "recorded" : "first_load"},
-                {"rates", rates ? json(rates->bytes_per_s) : json()},
                 {"trace", trace_value(report)}});
   return dump(value);
 }

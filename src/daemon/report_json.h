@@ -4,7 +4,6 @@
 #include <string>
 
 #include "daemon/config.h"
-#include "doctor/machine.h"
 #include "engine/engine.h"
 
 namespace tensord::daemon {
@@ -21,6 +20,6 @@ std::string list_json(const engine::Engine& engine);
 std::string replica_json(const engine::Replica& replica);
 std::string stop_json();
 std::string verify_json(const engine::Replica& replica, int64_t ns, const std::vector<engine::VerifyFault>& faults);
-std::string explain_json(const engine::LoadReport& report, const std::optional<doctor::Rates>& rates);
+std::string explain_json(const engine::LoadReport& report);
 
 }  // namespace tensord::daemon

@@ -176,7 +176,7 @@ Result<std::string> Requests::answer(const protocol::Call& call) {
     case Verb::explain: {
       TRY_ASSIGN(const uint64_t number, number_in(call));
       TRY_ASSIGN(const engine::LoadReport report, engine_.explain(number));
-      return explain_json(report, doctor::load_rates(config_.state_dir, doctor::this_machine()));
+      return explain_json(report);
     }
     case Verb::evict: {
       TRY_ASSIGN(const engine::Replica* replica, selected(call));

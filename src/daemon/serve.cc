@@ -23,6 +23,7 @@
 #include "daemon/config.h"
 #include "daemon/device_copies.h"
 #include "daemon/keeper_link.h"
+#include "daemon/machine.h"
 #include "daemon/requests.h"
 #include "rpc/index_rows.h"
 #include "rpc/loop.h"
@@ -36,8 +37,6 @@ using base::LogLevel;
 using base::Status;
 
 namespace {
-
-constexpr const char* kVersion = TENSORD_VERSION;
 
 constexpr int64_t kFollowMs = 1'000;  // how often memory limits are looked at: nothing tells that they change
 
@@ -63,8 +62,8 @@ DescriptorShares raise_descriptor_limit() {
 // The default follows the limit it comes from; what was set stays below it.
 void follow_limit(rpc::Loop& loop, engine::Engine& engine, const Config& config) {
   engine.set_host_memory(config.host_memory_is_default
-                             ? doctor::default_host_memory()
-                             : std::min(config.host_memory, doctor::most_within(doctor::cgroup_memory_limit())));
+                             ? default_host_memory()
+                             : std::min(config.host_memory, most_within(cgroup_memory_limit())));
   loop.call_after(kFollowMs, [&] { follow_limit(loop, engine, config); });
 }
 
@@ -129,12 +128,10 @@ base::Result<DirectReads> start_direct_reads(DiskReads wanted) {
 // What was fastest when the doctor measured this machine; else by the instructions that its CPU has.
 storage::CachedPath fastest_path(const std::string& state_dir) {
   using enum storage::CachedPath;
-  const auto rates = doctor::load_rates(state_dir, doctor::this_machine());
-  if (!rates || rates->of("cache_pread") == 0) return storage::FileSourceOptions().cached_path;
-  if (!base::can_stream()) return plain;
-  const auto rate = [&](const char* name) { return rates->of(name); };
-  if (rate("cache_mapped") > std::max(rate("cache_stream"), rate("cache_pread"))) return mapped;
-  return rate("cache_stream") > rate("cache_pread") ? stream : plain;
+  const std::string fastest = fastest_cached_path(state_dir, this_machine());
+  if (fastest.empty()) return storage::FileSourceOptions().cached_path;
+  if (fastest == "cache_pread" || !base::can_stream()) return plain;
+  return fastest == "cache_mapped" ? mapped : stream;
 }
 
 std::optional<memory::Segment> touched_segment(uint64_t size, memory::HugePages huge) {
@@ -230,7 +227,7 @@ class Shutdown {
 };
 
 void log_start(const std::string& socket, const engine::Engine& engine, const Config& config) {
-  log(LogLevel::info, "tensord ", kVersion, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
+  log(LogLevel::info, "tensord ", TENSORD_VERSION, " listens at ", socket, ", pid ", ::getpid(), ", host_memory ",
       base::human_bytes(engine.memory().limit_bytes()), ", ", config.read_threads, " read threads");
 }
 
@@ -260,7 +257,7 @@ Status run(const Config& config) {
     });
   };
   rpc::Server server(*loop, std::move(listener),
-                     {.product_version = kVersion,
+                     {.product_version = TENSORD_VERSION,
                       .keep_spans = base::log_enabled(LogLevel::debug),
                       .user_id = ::getuid(),
                       .connection_count_max = shares.connections,

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include "base/bytes.h"
 #include "base/text.h"
 
 namespace tensord::gpu {
@@ -65,14 +66,9 @@ Status Driver::check(Answer answer, const char* what) const {
 }
 
 std::string text_of(const Uuid& uuid) {
-  std::string text = "GPU-";
-  for (size_t at = 0; at < uuid.size(); ++at) {
-    constexpr const char* kDigits = "0123456789abcdef";
-    if (at == 4 || at == 6 || at == 8 || at == 10) text += '-';
-    text += kDigits[static_cast<unsigned char>(uuid[at]) >> 4];
-    text += kDigits[static_cast<unsigned char>(uuid[at]) & 15];
-  }
-  return text;
+  std::string digits = base::to_hex(uuid.data(), uuid.size());
+  for (const size_t at : {20, 16, 12, 8}) digits.insert(at, 1, '-');
+  return base::text("GPU-", digits);
 }
 
 Result<const Driver*> driver() {

@@ -17,6 +17,7 @@ from .table import Table, rate_text, size_text
 GOOD, COULD_BE_BETTER, MISSING = "good", "could be better", "missing"
 
 HUGE_PAGE_BYTES = 2 << 20
+RATE_MAX = 1e14  # 100 TB/s: no memory is that fast
 
 
 class Check(NamedTuple):
@@ -189,17 +190,44 @@ def gpu_checks() -> list[Check]:
     return [_check(one.name, one.value, not one.advice, one.advice) for one in gpus.findings()]
 
 
+CACHED = (
+    "cache_pread",
+    "cache_stream",
+    "cache_mapped",
+)  # ways to read what is cached; the first is the plainest
+
+
 def keep(report: Mapping[str, Any]) -> str:
-    """Replaces the machine's file, which doctor/machine.cc reads, at once or not at all."""
+    """Replaces the machine's file at once or not at all: `kept_rates` reads the rates, daemon/machine.cc what
+    is fastest."""
     path = str(report["machine_file"])
     rates = {name: float(round(rate)) for name, rate in report["bytes_per_s"].items()}
-    kept = json.dumps({"bytes_per_s": rates, "machine": report["machine"]}, indent=2, ensure_ascii=False)
+    fastest = max(CACHED, key=lambda name: rates.get(name, 0.0))
+    kept = {
+        "bytes_per_s": rates,
+        "fastest_cached": fastest if rates.get("cache_pread", 0.0) > 0 else "",
+        "machine": report["machine"],
+    }
+    written = json.dumps(kept, indent=2, ensure_ascii=False)
     try:
-        Path(f"{path}.part").write_text(f"{kept}\n", encoding="utf-8", errors="replace")
+        Path(f"{path}.part").write_text(f"{written}\n", encoding="utf-8", errors="replace")
         Path(f"{path}.part").replace(path)
     except OSError as error:
         raise os_error(f"write {path}", error) from None
     return path
+
+
+def kept_rates(status: Mapping[str, Any]) -> dict[str, float] | None:
+    """What `keep` kept in a daemon's state folder, of this machine; None where there is no such thing."""
+    try:
+        kept = json.loads(Path(status["state_dir"], "machine.json").read_text(encoding="utf-8"))
+        rates = {str(name): float(rate) for name, rate in kept["bytes_per_s"].items()}
+        usable = kept["machine"] == status["machine"] and all(
+            0 <= rate <= RATE_MAX for rate in rates.values()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return rates if usable else None
 
 
 def told(report: dict[str, Any], checks: list[Check]) -> Output:

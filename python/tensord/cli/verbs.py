@@ -110,7 +110,8 @@ def _verified(given: Given) -> str:
 
 def _explain(given: Given) -> Output:
     facts = daemon.ask("explain", _selected(given.operand or "last", selecting.load_of))
-    report = document(reports.read_report(facts, explaining.explain))
+    rates = doctor.kept_rates(reports.read_report(daemon.ask("status"), dict))
+    report = document(reports.read_report(facts, lambda read: explaining.explain({**read, "rates": rates})))
     text = explain.explain_text(report)
     if given.trace:
         _write_file(given.trace, explain.chrome_trace(report))

@@ -1,4 +1,4 @@
-#include "doctor/machine.h"
+#include "daemon/machine.h"
 
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 
 #include "base/bytes.h"
 
-namespace tensord::doctor {
+namespace tensord::daemon {
 
 namespace {
 
@@ -38,26 +38,21 @@ class MemoryLimitTest : public testing::Test {
 
 }  // namespace
 
-TEST(Machine, rates_are_read_where_the_doctor_keeps_them_and_nowhere_else) {
+TEST(Machine, the_fastest_path_is_read_where_the_doctor_keeps_it_and_nowhere_else) {
   std::string folder = "/tmp/tensord-machine-test-XXXXXX";
   ASSERT_NE(::mkdtemp(folder.data()), nullptr);
-  EXPECT_FALSE(load_rates(folder, "this"));
-  std::ofstream(machine_file(folder))
-      << R"({"machine": "this", "bytes_per_s": {"gather_all": 10000000000.0, "disk_direct": 0}})";
-  Rates rates;
-  rates.bytes_per_s = {{"gather_all", 10e9}, {"disk_direct", 0}};
-  EXPECT_EQ(load_rates(folder, "this")->bytes_per_s, rates.bytes_per_s);
-  EXPECT_EQ(load_rates(folder, "this")->of("gather_all"), 10e9);
-  EXPECT_EQ(load_rates(folder, "this")->of("hash_1"), 0);
-  EXPECT_FALSE(load_rates(folder, "another"));
-  for (const char* hostile :
-       {"", "[]", "{}", "{\"machine\": 7}", "\xff{", "{\"machine\": \"this\", \"bytes_per_s\": []}",
-        "{\"machine\": \"this\", \"bytes_per_s\": {\"a\": -1}}",
-        "{\"machine\": \"this\", \"bytes_per_s\": {\"a\": 1e300}}",
-        "{\"machine\": \"this\", \"bytes_per_s\": {\"a\": \"b\"}}"}) {
-    std::ofstream(machine_file(folder)) << hostile;
-    EXPECT_FALSE(load_rates(folder, "this")) << hostile;
+  EXPECT_EQ(fastest_cached_path(folder, "this"), "");
+  const std::string file = folder + "/machine.json";
+  std::ofstream(file) << R"({"machine": "this", "fastest_cached": "cache_mapped", "bytes_per_s": {"disk_direct": 0}})";
+  EXPECT_EQ(fastest_cached_path(folder, "this"), "cache_mapped");
+  EXPECT_EQ(fastest_cached_path(folder, "another"), "");
+  for (const char* hostile : {"", "[]", "{}", "{\"machine\": 7}", "\xff{", "{\"machine\": \"this\"}",
+                              "{\"machine\": \"this\", \"fastest_cached\": 7}"}) {
+    std::ofstream(file) << hostile;
+    EXPECT_EQ(fastest_cached_path(folder, "this"), "") << hostile;
   }
+  std::ofstream(file) << std::string(1 << 20, ' ') << R"({"machine": "this", "fastest_cached": "cache_mapped"})";
+  EXPECT_EQ(fastest_cached_path(folder, "this"), "") << "too large";
   std::filesystem::remove_all(folder);
 }
 
@@ -100,4 +95,4 @@ TEST(MostWithin, leaves_a_sixteenth_but_at_least_64_mib_and_at_most_half) {
   EXPECT_EQ(most_within(0), 0u);
 }
 
-}  // namespace tensord::doctor
+}  // namespace tensord::daemon

@@ -1,4 +1,4 @@
-// This machine: the memory it leaves for weights, and what it can do as `tensord doctor` measured it: STATE/machine.json.
+// This machine: the memory it leaves for weights, and what `tensord doctor` found out of it: STATE/machine.json.
 //
 //   cgroup limit   [ host_memory, at most                              | headroom ]
 //                                                                      headroom: 1/16 of the limit, at least 64 MiB
@@ -8,21 +8,9 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
-#include <optional>
 #include <string>
-#include <string_view>
 
-#include "base/result.h"
-
-namespace tensord::doctor {
-
-// Bytes a second, by the names in cli/doctor.py of the Python package.
-struct Rates {
-  std::map<std::string, double, std::less<>> bytes_per_s;
-  // 0 where it was not measured or cannot be had.
-  double of(std::string_view name) const;
-};
+namespace tensord::daemon {
 
 // "AMD EPYC 9654, 96 cores, Linux 6.1.0": what the rates are true for. The cores are those that this process may run on.
 std::string this_machine();
@@ -39,9 +27,8 @@ uint64_t most_within(uint64_t limit_bytes);
 // Half of what the cgroup or the machine allows.
 uint64_t default_host_memory();
 
-std::string machine_file(const std::string& state_dir);
+// As which measurement (cache_pread, cache_stream, cache_mapped) this machine reads cached bytes fastest; empty where the
+// doctor has not measured it. A file that is damaged, or of another machine, is ignored with a log line.
+std::string fastest_cached_path(const std::string& state_dir, const std::string& machine);
 
-// nullopt where there is no file; a file that is damaged, or of another machine, is ignored with a log line.
-std::optional<Rates> load_rates(const std::string& state_dir, const std::string& machine);
-
-}  // namespace tensord::doctor
+}  // namespace tensord::daemon

@@ -1,4 +1,4 @@
-#include "doctor/machine.h"
+#include "daemon/machine.h"
 
 #include <fcntl.h>
 #include <sys/sysinfo.h>
@@ -15,36 +15,14 @@
 #include "base/text.h"
 #include "memory/copy.h"
 
-namespace tensord::doctor {
+namespace tensord::daemon {
 
-using base::Code;
-using base::fail;
 using nlohmann::json;
 
 namespace {
 
 constexpr uint64_t kFileBytesMax = 64 << 10;
-constexpr double kRateMax = 1e14;  // 100 TB/s: no memory is that fast
-
-base::Result<Rates> parse_rates(const std::string& text, const std::string& machine) try {
-  const json file = json::parse(text);
-  if (file.at("machine") != machine) return fail(Code::changed, "it is of another machine or kernel");
-  Rates rates;
-  rates.bytes_per_s = file.at("bytes_per_s").get<decltype(rates.bytes_per_s)>();
-  for (const auto& [name, rate] : rates.bytes_per_s) {
-    if (!(rate >= 0 && rate <= kRateMax)) return fail(Code::corrupt, base::quoted(name) + " is no rate");
-  }
-  return rates;
-} catch (const json::exception& exception) {
-  return fail(Code::corrupt, exception.what());
-}
-
 }  // namespace
-
-double Rates::of(std::string_view name) const {
-  const auto found = bytes_per_s.find(name);
-  return found == bytes_per_s.end() ? 0 : found->second;
-}
 
 std::string this_machine() {
   std::string cpu;
@@ -92,17 +70,19 @@ uint64_t default_host_memory() {
   return std::min(bytes, cgroup_memory_limit()) / 2;
 }
 
-std::string machine_file(const std::string& state_dir) { return state_dir + "/machine.json"; }
-
-std::optional<Rates> load_rates(const std::string& state_dir, const std::string& machine) {
-  const std::string path = machine_file(state_dir);
+std::string fastest_cached_path(const std::string& state_dir, const std::string& machine) {
+  const std::string path = state_dir + "/machine.json";
   const base::Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd.valid()) return std::nullopt;
-  auto text = base::read_file(fd.get(), kFileBytesMax, path);
-  const auto rates = text ? parse_rates(*text, machine) : base::Result<Rates>(base::pass_on(text));
-  if (rates) return *rates;
-  base::log(base::LogLevel::warning, path, " is ignored: ", rates.error().message, "; `tensord doctor` writes it anew");
-  return std::nullopt;
+  if (!fd.valid()) return "";
+  std::string problem = "it is of another machine or kernel";
+  try {
+    const json file = json::parse(base::read_file(fd.get(), kFileBytesMax, path).value_or(""));
+    if (file.at("machine") == machine) return file.at("fastest_cached").get<std::string>();
+  } catch (const json::exception& exception) {
+    problem = exception.what();
+  }
+  base::log(base::LogLevel::warning, path, " is ignored: ", problem, "; `tensord doctor` writes it anew");
+  return "";
 }
 
-}  // namespace tensord::doctor
+}  // namespace tensord::daemon
