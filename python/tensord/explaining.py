@@ -64,8 +64,8 @@ _RAW_OF_USE = frozenset(("begin_ns", "map_begin_ns"))
 
 
 def explain(facts: Facts) -> dict[str, Any]:
-    """The document of ``tensord explain --json``, of the daemon's answer to `explain` (PROTOCOL.md has both) with
-    ``rates`` added: what ``tensord doctor`` measured of this machine, or None.
+    """The document of ``tensord explain --json``, of the daemon's answer to `explain` (PROTOCOL.md has both)
+    with ``rates`` added: what ``tensord doctor`` measured of this machine, or None.
 
     Raises
     ------

@@ -15,8 +15,9 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from ..errors import ExhaustedError, InvalidArgumentError
-from .checkpoint import Checkpoint, Tensor
+from .checkpoint import Checkpoint
 from .output import os_error
+from .packing import Tensor
 from .scratch import removed_at_end
 from .table import size_text
 
