@@ -71,10 +71,12 @@ Result<DeviceCopies::Used*> DeviceCopies::use(const std::string& device) {
   if (const auto known = devices_.find(device); known != devices_.end()) return &known->second;
   if (options_.use == GpuUse::off) return fail(Code::unavailable, "this daemon uses no GPU (gpu is off)");
   TRY_ASSIGN(const gpu::Driver* driver, gpu::driver());
-  if (const auto number = gpu::find_device(*driver, device)) {
+  const auto number = gpu::find_device(*driver, device);
+  if (number) {
     Used used{*number, std::make_unique<gpu::Device>(*driver, *number, options_.idle_ms)};
     return &devices_.emplace(device, std::move(used)).first->second;
   }
+  if (number.error().code != Code::invalid_argument) return base::pass_on(number);
   return fail(Code::unavailable, "the daemon does not see ", device,
               "; start it with all GPUs visible (CUDA_VISIBLE_DEVICES unset, in containers --gpus all)");
 }

@@ -19,10 +19,7 @@ namespace tensord::daemon {
 
 using nlohmann::json;
 
-namespace {
-
 constexpr uint64_t kFileBytesMax = 64 << 10;
-}  // namespace
 
 std::string this_machine() {
   std::string cpu;

@@ -32,11 +32,15 @@ struct Device::Batch {
 };
 
 struct Device::Running {
-  explicit Running(std::unique_ptr<CopyJob> order) : job(std::move(order)), cutter(*job, kPinBytes) {}
+  explicit Running(std::unique_ptr<CopyJob> order) : job(std::move(order)), cutter(*job, kPinBytes) {
+    for (size_t at = 0; at < job->copies.size(); ++at) last_copies[job->copies[at].target] = at;
+  }
   const std::unique_ptr<CopyJob> job;
   PieceCutter cutter;
   std::optional<Piece> next = cutter.next();
   std::vector<std::shared_ptr<OpenedMemory>> targets = std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
+  std::vector<size_t> last_copies = std::vector<size_t>(job->targets.size());  // of each target
+  size_t ended = 0;                                                            // copies; their targets are closed
   std::vector<std::shared_ptr<Pinned>> segments;
   std::shared_ptr<OpenedMemory> device_source;
   std::optional<PinAhead> pins;
@@ -232,7 +236,8 @@ void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const ba
 Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
   const Handle stream = streams_[chunk_count_ % kStreamCount].get();
   Batch batch;
-  uint64_t bytes = 0, image_end = 0;
+  Piece last;
+  uint64_t bytes = 0;
   size_t count = 0;
   Status issued;
   const uint64_t chunk_bytes = running->device_source ? kPeerPieceBytes : kChunkBytes;
@@ -243,12 +248,12 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
     issued = issue(*running, *running->next, batch, stream);
     if (!issued) break;
     bytes += running->next->bytes();
-    image_end = running->next->image_end();
+    last = *running->next;
     running->next = running->cutter.next();
   }
   if (issued) issued = flush(*running, batch, stream);
   running->report.bytes += bytes;
-  if (count > 0) TRY(close_chunk(running, stream, image_end));  // also behind an error: what was issued is under way
+  if (count > 0) TRY(close_chunk(running, stream, last));  // also behind an error: what was issued is under way
   TRY(issued);
   return count > 0;
 }
@@ -331,7 +336,7 @@ Status Device::flush(Running& running, Batch& batch, Handle stream) {
 }
 
 // Where its end cannot be told it waits for what was issued itself: nothing may be under way behind a job's end.
-Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end) {
+Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream, const Piece& last) {
   const Handle event = events_[chunk_count_ % kChunkCountMax].get();
   const Status recorded = driver_.check(driver_.record(event, stream), "record an event on a GPU");
   if (!recorded) {
@@ -339,7 +344,7 @@ Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle strea
     return recorded;
   }
   ++chunk_count_;
-  chunks_.push_back({event, running, image_end});
+  chunks_.push_back({event, running, last});
   return {};
 }
 
@@ -348,8 +353,13 @@ void Device::retire_oldest() {
   chunks_.pop_front();
   const Status done = driver_.check(driver_.wait(chunk.event), "copy to a GPU");
   if (!done) return restart(done.error());
-  const CopyJob& job = *chunk.running->job;
-  if (job.copied && !chunk.running->error) job.copied(chunk.image_end);
+  Running& running = *chunk.running;
+  if (running.job->copied && !running.error) running.job->copied(chunk.last.image_end());
+  // While others are under way: closing takes about as long as opening.
+  for (; running.ended < chunk.last.copy; ++running.ended) {
+    const uint32_t target = running.job->copies[running.ended].target;
+    if (running.last_copies[target] == running.ended) running.targets[target].reset();
+  }
   finish_if_over(chunk.running);
 }
 

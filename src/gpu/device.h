@@ -44,7 +44,7 @@ class Device {
   struct Chunk {
     Handle event = nullptr;
     std::shared_ptr<Running> running;
-    uint64_t image_end = 0;  // of its last piece
+    Piece last;
   };
   struct Batch;
 
@@ -64,7 +64,7 @@ class Device {
   Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
   Status copy(const Running& running, Address target, Address source, uint64_t size_bytes, Handle stream);
   Status flush(Running& running, Batch& batch, Handle stream);
-  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end);
+  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream, const Piece& last);
   void retire_oldest();
   void finish_if_over(const std::shared_ptr<Running>& running);
   void restart(const base::Error& why);
