@@ -49,8 +49,7 @@ Status check(const CopyJob& job) {
 std::optional<Piece> PieceCutter::next() {
   if (copy_ == job_.copies.size()) return std::nullopt;
   const DeviceCopy& copy = job_.copies[copy_];
-  Piece piece{
-      .copy = copy_, .target = copy.target, .source_pitch = copy.source_pitch, .target_pitch = copy.target_pitch};
+  Piece piece{.target = copy.target, .source_pitch = copy.source_pitch, .target_pitch = copy.target_pitch};
   piece.image_offset = copy.source_offset + row_ * copy.source_pitch + byte_;
   piece.target_offset = copy.target_offset + row_ * copy.target_pitch + byte_;
   if (piece.image_offset < segment_begin_) segment_ = 0, segment_begin_ = 0;

@@ -84,7 +84,6 @@ Status check(const CopyJob& job);
 
 // Rows [0, row_count) of row_bytes within one part of one segment; contiguous on both sides when row_count is 1.
 struct Piece {
-  size_t copy = 0;  // of the job
   uint32_t segment = 0;
   uint64_t segment_offset = 0;
   uint64_t image_offset = 0;

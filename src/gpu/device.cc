@@ -32,15 +32,11 @@ struct Device::Batch {
 };
 
 struct Device::Running {
-  explicit Running(std::unique_ptr<CopyJob> order) : job(std::move(order)), cutter(*job, kPinBytes) {
-    for (size_t at = 0; at < job->copies.size(); ++at) last_copies[job->copies[at].target] = at;
-  }
+  explicit Running(std::unique_ptr<CopyJob> order) : job(std::move(order)), cutter(*job, kPinBytes) {}
   const std::unique_ptr<CopyJob> job;
   PieceCutter cutter;
   std::optional<Piece> next = cutter.next();
-  std::vector<std::shared_ptr<OpenedMemory>> targets = std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
-  std::vector<size_t> last_copies = std::vector<size_t>(job->targets.size());  // of each target
-  size_t ended = 0;                                                            // copies; their targets are closed
+  std::vector<std::shared_ptr<OpenedMemory>> targets;
   std::vector<std::shared_ptr<Pinned>> segments;
   std::shared_ptr<OpenedMemory> device_source;
   std::optional<PinAhead> pins;
@@ -180,6 +176,7 @@ void Device::start(std::unique_ptr<CopyJob> job) {
   const auto running = std::make_shared<Running>(std::move(job));
   Status started = wake_up();
   if (started) started = open_source(*running);
+  if (started) started = open_targets(*running);
   if (!started) running->error = started.error();
   running_.push_back(running);
 }
@@ -236,8 +233,7 @@ void Device::end_jobs(const std::function<bool(const CopyJob&)>& which, const ba
 Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
   const Handle stream = streams_[chunk_count_ % kStreamCount].get();
   Batch batch;
-  Piece last;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0, image_end = 0;
   size_t count = 0;
   Status issued;
   const uint64_t chunk_bytes = running->device_source ? kPeerPieceBytes : kChunkBytes;
@@ -248,12 +244,12 @@ Result<bool> Device::issue_chunk(const std::shared_ptr<Running>& running) {
     issued = issue(*running, *running->next, batch, stream);
     if (!issued) break;
     bytes += running->next->bytes();
-    last = *running->next;
+    image_end = running->next->image_end();
     running->next = running->cutter.next();
   }
   if (issued) issued = flush(*running, batch, stream);
   running->report.bytes += bytes;
-  if (count > 0) TRY(close_chunk(running, stream, last));  // also behind an error: what was issued is under way
+  if (count > 0) TRY(close_chunk(running, stream, image_end));  // also behind an error: what was issued is under way
   TRY(issued);
   return count > 0;
 }
@@ -274,27 +270,28 @@ Result<bool> Device::is_ready(Running& running, const Piece& piece) {
   return false;
 }
 
-// Where a piece goes to and comes from, opened and registered where that is not done yet.
-Status Device::prepare(Running& running, const Piece& piece, Address& target, Address& source) {
+// All before the first copy: the driver lets nothing in between while copies are under way, and spins meanwhile.
+Status Device::open_targets(Running& running) {
   const int64_t begin_ns = base::monotonic_ns();
-  std::shared_ptr<OpenedMemory>& memory = running.targets[piece.target];
-  if (memory == nullptr) {
-    TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, running.job->targets[piece.target]));
-  }
-  target = memory->address() + piece.target_offset;
-  if (running.device_source) {
-    source = running.device_source->address() + piece.image_offset;
-  } else {
-    TRY_ASSIGN(const std::byte* data, running.segments[piece.segment]->at(piece.segment_offset));
-    source = reinterpret_cast<Address>(data);
+  for (const Target& target : running.job->targets) {
+    TRY_ASSIGN(running.targets.emplace_back(), OpenedMemory::open(driver_, number_, target));
   }
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
   return {};
 }
 
+// Registered where that is not done yet.
+Result<Address> Device::source_of(Running& running, const Piece& piece) {
+  if (running.device_source) return running.device_source->address() + piece.image_offset;
+  const int64_t begin_ns = base::monotonic_ns();
+  const auto data = running.segments[piece.segment]->at(piece.segment_offset);
+  running.report.prepare_ns += base::monotonic_ns() - begin_ns;
+  return data.map([](const std::byte* at) { return reinterpret_cast<Address>(at); });
+}
+
 Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle stream) {
-  Address target = 0, source = 0;
-  TRY(prepare(running, piece, target, source));
+  TRY_ASSIGN(const Address source, source_of(running, piece));
+  const Address target = running.targets[piece.target]->address() + piece.target_offset;
   if (piece.row_count == 1 && piece.row_bytes < kBatchedBytesMax) {
     batch.targets.push_back(target);
     batch.sources.push_back(source);
@@ -336,7 +333,7 @@ Status Device::flush(Running& running, Batch& batch, Handle stream) {
 }
 
 // Where its end cannot be told it waits for what was issued itself: nothing may be under way behind a job's end.
-Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream, const Piece& last) {
+Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end) {
   const Handle event = events_[chunk_count_ % kChunkCountMax].get();
   const Status recorded = driver_.check(driver_.record(event, stream), "record an event on a GPU");
   if (!recorded) {
@@ -344,7 +341,7 @@ Status Device::close_chunk(const std::shared_ptr<Running>& running, Handle strea
     return recorded;
   }
   ++chunk_count_;
-  chunks_.push_back({event, running, last});
+  chunks_.push_back({event, running, image_end});
   return {};
 }
 
@@ -353,13 +350,8 @@ void Device::retire_oldest() {
   chunks_.pop_front();
   const Status done = driver_.check(driver_.wait(chunk.event), "copy to a GPU");
   if (!done) return restart(done.error());
-  Running& running = *chunk.running;
-  if (running.job->copied && !running.error) running.job->copied(chunk.last.image_end());
-  // While others are under way: closing takes about as long as opening.
-  for (; running.ended < chunk.last.copy; ++running.ended) {
-    const uint32_t target = running.job->copies[running.ended].target;
-    if (running.last_copies[target] == running.ended) running.targets[target].reset();
-  }
+  const CopyJob& job = *chunk.running->job;
+  if (job.copied && !chunk.running->error) job.copied(chunk.image_end);
   finish_if_over(chunk.running);
 }
 

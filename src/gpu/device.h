@@ -44,7 +44,7 @@ class Device {
   struct Chunk {
     Handle event = nullptr;
     std::shared_ptr<Running> running;
-    Piece last;
+    uint64_t image_end = 0;  // of its last piece
   };
   struct Batch;
 
@@ -60,11 +60,12 @@ class Device {
   void end_jobs(const std::function<bool(const CopyJob&)>& which, const base::Error& why);
   Result<bool> issue_chunk(const std::shared_ptr<Running>& running);
   Result<bool> is_ready(Running& running, const Piece& piece);
-  Status prepare(Running& running, const Piece& piece, Address& target, Address& source);
+  Status open_targets(Running& running);
+  Result<Address> source_of(Running& running, const Piece& piece);
   Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
   Status copy(const Running& running, Address target, Address source, uint64_t size_bytes, Handle stream);
   Status flush(Running& running, Batch& batch, Handle stream);
-  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream, const Piece& last);
+  Status close_chunk(const std::shared_ptr<Running>& running, Handle stream, uint64_t image_end);
   void retire_oldest();
   void finish_if_over(const std::shared_ptr<Running>& running);
   void restart(const base::Error& why);
