@@ -36,7 +36,7 @@ struct Device::Running {
   const std::unique_ptr<CopyJob> job;
   PieceCutter cutter;
   std::optional<Piece> next = cutter.next();
-  std::vector<std::shared_ptr<OpenedMemory>> targets;
+  std::vector<std::shared_ptr<OpenedMemory>> targets = std::vector<std::shared_ptr<OpenedMemory>>(job->targets.size());
   std::vector<std::shared_ptr<Pinned>> segments;
   std::shared_ptr<OpenedMemory> device_source;
   std::optional<PinAhead> pins;
@@ -176,7 +176,6 @@ void Device::start(std::unique_ptr<CopyJob> job) {
   const auto running = std::make_shared<Running>(std::move(job));
   Status started = wake_up();
   if (started) started = open_source(*running);
-  if (started) started = open_targets(*running);
   if (!started) running->error = started.error();
   running_.push_back(running);
 }
@@ -270,28 +269,28 @@ Result<bool> Device::is_ready(Running& running, const Piece& piece) {
   return false;
 }
 
-// All before the first copy: the driver lets nothing in between while copies are under way, and spins meanwhile.
-Status Device::open_targets(Running& running) {
+// Where a piece goes to and comes from, opened and registered where that is not done yet. While copies are under way the
+// driver spins in it (1 ms a target on two H100, 0.05 ms else); opened before the first copy two ranks are 10 % slower.
+Status Device::prepare(Running& running, const Piece& piece, Address& target, Address& source) {
   const int64_t begin_ns = base::monotonic_ns();
-  for (const Target& target : running.job->targets) {
-    TRY_ASSIGN(running.targets.emplace_back(), OpenedMemory::open(driver_, number_, target));
+  std::shared_ptr<OpenedMemory>& memory = running.targets[piece.target];
+  if (memory == nullptr) {
+    TRY_ASSIGN(memory, OpenedMemory::open(driver_, number_, running.job->targets[piece.target]));
+  }
+  target = memory->address() + piece.target_offset;
+  if (running.device_source) {
+    source = running.device_source->address() + piece.image_offset;
+  } else {
+    TRY_ASSIGN(const std::byte* data, running.segments[piece.segment]->at(piece.segment_offset));
+    source = reinterpret_cast<Address>(data);
   }
   running.report.prepare_ns += base::monotonic_ns() - begin_ns;
   return {};
 }
 
-// Registered where that is not done yet.
-Result<Address> Device::source_of(Running& running, const Piece& piece) {
-  if (running.device_source) return running.device_source->address() + piece.image_offset;
-  const int64_t begin_ns = base::monotonic_ns();
-  const auto data = running.segments[piece.segment]->at(piece.segment_offset);
-  running.report.prepare_ns += base::monotonic_ns() - begin_ns;
-  return data.map([](const std::byte* at) { return reinterpret_cast<Address>(at); });
-}
-
 Status Device::issue(Running& running, const Piece& piece, Batch& batch, Handle stream) {
-  TRY_ASSIGN(const Address source, source_of(running, piece));
-  const Address target = running.targets[piece.target]->address() + piece.target_offset;
+  Address target = 0, source = 0;
+  TRY(prepare(running, piece, target, source));
   if (piece.row_count == 1 && piece.row_bytes < kBatchedBytesMax) {
     batch.targets.push_back(target);
     batch.sources.push_back(source);

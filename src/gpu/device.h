@@ -60,8 +60,7 @@ class Device {
   void end_jobs(const std::function<bool(const CopyJob&)>& which, const base::Error& why);
   Result<bool> issue_chunk(const std::shared_ptr<Running>& running);
   Result<bool> is_ready(Running& running, const Piece& piece);
-  Status open_targets(Running& running);
-  Result<Address> source_of(Running& running, const Piece& piece);
+  Status prepare(Running& running, const Piece& piece, Address& target, Address& source);
   Status issue(Running& running, const Piece& piece, Batch& batch, Handle stream);
   Status copy(const Running& running, Address target, Address source, uint64_t size_bytes, Handle stream);
   Status flush(Running& running, Batch& batch, Handle stream);
