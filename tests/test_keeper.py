@@ -248,6 +248,28 @@ def test_only_one_keeper(make_daemon: Callable[..., Daemon], keep: Callable[[Dae
     assert "tensord keep &" in daemon.run("keep", "--help").stdout
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_keeper_ends_when_it_is_told(make_daemon: Callable[..., Daemon], how: signal.Signals) -> None:
+    keeper = Keeper(make_daemon())
+    assert keeper.socket.exists()
+    keeper.process.send_signal(how)
+    assert keeper.process.wait(DEADLINE_SECONDS) == 0
+    assert not keeper.socket.exists()
+
+
+def test_a_runtime_folder_that_is_too_long_for_a_keeper(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    done = subprocess.run(
+        [*COMMAND, "keep"],
+        env={**os.environ, "TENSORD_RUNTIME_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert done.returncode == 1
+    assert "too long" in done.stderr
+
+
 def test_strangers_at_the_keeper(
     make_daemon: Callable[..., Daemon], keep: Callable[[Daemon], Keeper], path: Path
 ) -> None:
@@ -264,12 +286,18 @@ def test_strangers_at_the_keeper(
         struct.pack("<IIII", keeping.MAGIC, 20, 5, 0) + struct.pack("<QQI", 9, 0, 5),
         struct.pack("<IIII", keeping.MAGIC, 1 << 31, 0, 0),
     ]
+    words += [
+        struct.pack("<IIII", keeping.MAGIC, 16, 0, 0) + bytes(16)
+    ] * 5  # one that asks for all, and is gone
     for one in words:
         known = stored_count(daemon)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.connect(str(keeper.socket))
             peer.sendall(one)
-            until(lambda known=known: stored_count(daemon) > known, "the daemon is back")  # type: ignore[misc]
+            if one != words[-1]:
+                until(lambda known=known: stored_count(daemon) > known, "the daemon is back")  # type: ignore[misc]
+    until(lambda: stored_count(daemon) > known, "the daemon is back")
+    assert keeper.process.poll() is None
     restart(daemon)
     with tensord.open(path, "np") as model:
         assert is_right(model) and daemon.ask("status")["loaded_bytes"] == 0

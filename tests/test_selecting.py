@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -80,3 +81,10 @@ def test_the_last_load_is_the_newest_where_what_was_opened_last_is_not_known() -
     for nothing in ("last", "/m"):
         with pytest.raises(Error, match="is resident"):
             load_of(listed(), nothing)
+
+
+def test_a_path_of_any_bytes_means_the_replica_that_shows_it() -> None:
+    path = os.fsdecode(b"/models/\xff\xfe.safetensors")
+    shown = os.fsencode(path).decode("utf-8", "replace")
+    assert replica_of(listed(some_replica(7, shown)), path) == 7
+    assert load_of(listed(loads=[(8, shown)]), path) == 8

@@ -367,6 +367,10 @@ class Model:
         return part, part.entry(entry.name)
 
     def _at(self, entry: Entry, place: Place, framework: str, writable: bool) -> AnyTensor:
+        if self._device is not None and writable:
+            raise InvalidArgumentError(
+                f"tensor {entry.name!r}: memory that a GPU shares is for reading alone"
+            )
         self._wait_for(entry)
         if self._device is not None:
             return device_tensor(

@@ -271,7 +271,12 @@ class Keeper:
 def keep(folder: str) -> None:
     """Serves until SIGTERM or SIGINT; then all that no daemon or client holds is freed."""
     keeper = Keeper(folder)
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_IGN
+    )  # a daemon that dies while it is given all is no reason to end
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"listens at {keeper.path}, pid {os.getpid()}")
     try:
         while True:

@@ -43,7 +43,8 @@ __all__ = ["exit_status", "main", "run"]
 def main() -> int:
     """The program `tensord`. Returns the exit status (output.py has them)."""
     # As programs do: Ctrl-C ends it, also inside the library, and so does a pipe that nobody reads.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return run(sys.argv[1:])
 

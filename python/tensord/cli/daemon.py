@@ -6,6 +6,7 @@ What few verbs need is imported where they need it: a verb is to begin at once.
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import stat
 import struct
@@ -21,7 +22,7 @@ from .output import os_error
 STOP_SECONDS = 30
 
 ACCEPT_SECONDS = 10
-_SOCKET_PATH_MAX = 107  # bytes: sizeof sockaddr_un.sun_path, with a NUL
+SOCKET_PATH_MAX = 107  # bytes: sizeof sockaddr_un.sun_path, with a NUL
 
 
 def ask(verb: str, selector: str = "") -> str:
@@ -67,7 +68,7 @@ def stop() -> int:
 
 def _process() -> int:
     """The daemon's pid, as the kernel knows it: no message is exchanged."""
-    path = _socket_path()
+    path = socket_path()
     _check_folder(path)
     import socket
 
@@ -108,18 +109,27 @@ def runtime_folder() -> str:
 def state_folder() -> str:
     """As base/folders.cc has it."""
     folder = os.environ.get("TENSORD_STATE_DIR")
-    home = os.environ.get("XDG_STATE_HOME")
+    states = os.environ.get("XDG_STATE_HOME")
     if folder:
         return folder
-    return f"{home or os.path.expanduser('~/.local/state')}/tensord"  # noqa: PTH111
+    if states:
+        return f"{states}/tensord"
+    home = os.environ.get("HOME")
+    if not home:
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            home = "/tmp"
+    return f"{home}/.local/state/tensord"
 
 
-def _socket_path() -> str:
+def socket_path() -> str:
+    """In the runtime folder; refused where the folder's name is too long for it."""
     path = f"{runtime_folder()}/socket"
     size = len(os.fsencode(path))
-    if size > _SOCKET_PATH_MAX:
+    if size > SOCKET_PATH_MAX:
         raise InvalidArgumentError(
-            f"socket {path}: {size} bytes are too long for a socket's path (at most {_SOCKET_PATH_MAX}); "
+            f"socket {path}: {size} bytes are too long for a socket's path (at most {SOCKET_PATH_MAX}); "
             "set TENSORD_RUNTIME_DIR to a shorter folder"
         )
     return path

@@ -38,6 +38,7 @@ from .output import os_error
 from .sample import MIB, PAGE_BYTES, Sample, sample_of
 from .scratch import removed_at_end, scratch_daemon
 
+PRIVATE = "tensord-doctor-"  # folders of scratch daemons
 ROUNDS_SECONDS = 14.0
 
 # The sample in the page cache and in a daemon, the target of copies, fresh memory: at most half of
@@ -107,7 +108,7 @@ def measured(path: str, effort: Effort = ENOUGH) -> dict[str, Any]:
     state_folder = Path(daemon.state_folder())
     try:
         state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = tempfile.mkdtemp(prefix="tensord-doctor-")
+        private = tempfile.mkdtemp(prefix=PRIVATE, dir=_short_folder())
     except OSError as error:
         raise os_error(f"make folder {error.filename}", error) from None
     with removed_at_end(private) as folder, scratch_daemon(Path(folder) / "first") as status:
@@ -122,6 +123,13 @@ def measured(path: str, effort: Effort = ENOUGH) -> dict[str, Any]:
         "memory_limit_bytes": status["memory_limit"],
         "machine_file": str(state_folder / "machine.json"),
     }
+
+
+def _short_folder() -> str:
+    """For a folder with daemons in it, whose sockets have names of 107 bytes at most."""
+    folder = tempfile.gettempdir()
+    longest = f"{folder}/{PRIVATE}XXXXXXXX/{max((way.cached for way in WAYS), key=len)}/run/socket"
+    return folder if len(os.fsencode(longest)) <= daemon.SOCKET_PATH_MAX else "/tmp"
 
 
 class Bench:

@@ -44,7 +44,7 @@ def error_document(code: str, message: str) -> str:
 def os_error(what: str, error: OSError) -> Error:
     """``what: No such file or directory``, as the error class that the library would give."""
     number = error.errno or 0
-    return error_of(_CODES.get(number, UNAVAILABLE), f"{what}: {os.strerror(number)}")
+    return error_of(_CODES.get(number, UNAVAILABLE), f"{what}: {os.strerror(number) if number else error}")
 
 
 # The numbers of tensord_code by errno, as base/result.cc has them; all others are unavailable.

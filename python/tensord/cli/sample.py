@@ -81,7 +81,8 @@ def sample_of(path: str, size_bytes: int, size_bytes_max: int) -> Iterator[Sampl
 
 @contextmanager
 def _scratch_sample(folder: str, size_bytes: int) -> Iterator[Sample]:
-    path = os.path.join(folder, f"tensord-doctor-{uuid.uuid4().hex}.safetensors")  # noqa: PTH118
+    # Hidden, and without the suffix: nobody takes it for a part of the checkpoint that lies there.
+    path = os.path.join(folder, f".tensord-doctor-{uuid.uuid4().hex}")  # noqa: PTH118
     with removed_at_end(path), ExitStack() as stack:
         try:
             file = stack.enter_context(Path(path).open("xb"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..errors import Error, InvalidArgumentError, NotFoundError
 from .reports import Report, entries, number, text
 from .table import quoted
@@ -40,8 +42,14 @@ def replica_of(listed: Report, word: str) -> int:
     return number((whole or found)[-1], "replica")
 
 
+def _shown(word: str) -> str:
+    """As the daemon's JSON has a path of any bytes."""
+    return os.fsencode(word).decode("utf-8", "replace")
+
+
 def _is_named(replica: Report, word: str) -> bool:
-    if word in replica["paths"] or replica["files"] == [word]:
+    path = _shown(word)
+    if path in replica["paths"] or replica["files"] == [path]:
         return True
     return len(word) >= _ID_DIGITS_MIN and (replica["artifact"] or "").startswith(word)
 
@@ -58,7 +66,7 @@ def load_of(listed: Report, word: str) -> int:
         return replica_of(listed, word)
     except Error:
         loads = entries(listed, "loads")
-        wanted = str(number(listed, "last")) if word == "last" else word
+        wanted = str(number(listed, "last")) if word == "last" else _shown(word)
         meant = [load for load in loads if wanted in (text(load, "path"), str(number(load, "replica")))]
         if word == "last":
             meant = meant or loads

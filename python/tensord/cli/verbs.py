@@ -66,8 +66,16 @@ def _stop(_: Given) -> Output:
     return Output(document({"pid": pid}), f"stopped daemon {pid}\n")
 
 
+def _device_named(word: str) -> str:
+    """As ``open(device=)`` takes it; empty: host memory."""
+    from ..opening import device_name  # numpy comes with it
+
+    return device_name(int(word) if word.isdecimal() else word) or ""
+
+
 def _load(given: Given) -> Output:
-    with open_resident(absolute(given.operand), given.only, given.device or "") as checkpoint:
+    device = _device_named(given.device) if given.device else ""
+    with open_resident(absolute(given.operand), given.only, device) as checkpoint:
         if given.pin:
             daemon.ask("pin", str(checkpoint.info()["replica"]))
         if given.wait:
@@ -192,6 +200,7 @@ def help_text(verb: Verb) -> str:
 def _keep(_: Given) -> Output:
     from .. import keeper
 
+    daemon.socket_path()  # the keeper's name is as long
     try:
         keeper.keep(daemon.runtime_folder())
     except Error:
