@@ -523,3 +523,33 @@ def test_gpu_memory_outlives_its_daemon(
     third.process.kill()
     third.process.wait()
     until(lambda: holders(daemon) == [], "all leases end")
+
+
+@needs_no_driver
+def test_a_selection_on_a_gpu_that_came_out_of_more_outlives_its_daemon(
+    start: Callable[..., Daemon], gpu: Gpu, keep: Callable[[Daemon], Keeper], make_file: Callable[..., Path]
+) -> None:
+    from test_gpu_replicas_fake import check_all
+
+    path = make_file(WEIGHTS)
+    daemon = start()
+    keep(daemon)
+    last = max(WEIGHTS)  # in the order of names, and so far from the first byte
+    chosen = {last: WEIGHTS[last]}
+    with tensord.open(path, "np") as whole:
+        whole.wait()
+        model = tensord.open(path, "np", only=[last], device="cuda:0")
+        model.wait()
+        check_all(model, chosen)
+    kill(daemon)
+    check_all(model, chosen)
+    daemon.start()
+    with tensord.open(path, "np", only=[last], device="cuda:0") as again:
+        check_all(again, chosen)
+        target = gpu.like(WEIGHTS[last])
+        again.load_into({last: target})
+        assert np.array_equal(target.numpy(), WEIGHTS[last])
+    with tensord.open(path, "np", device="cuda:0") as whole:
+        check_all(whole)
+    assert daemon.ask("status")["loaded_bytes"] == 0
+    model.close()

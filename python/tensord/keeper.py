@@ -277,8 +277,8 @@ def keep(folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a script
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    say(f"listens at {keeper.path}, pid {os.getpid()}")
     try:
+        say(f"listens at {keeper.path}, pid {os.getpid()}")
         while True:
             keeper.serve_once()
     except KeyboardInterrupt:

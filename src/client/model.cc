@@ -234,7 +234,7 @@ Status Model::adopt(const Checkpoint& checkpoint, const OpenOptions& options, An
   const base::Fd& index_fd = answer.fds[index_alone ? 0 : kLeaseFillIndex - 1];
   TRY_ASSIGN(index_, rpc::decode_index(index_fd, opened->index_bytes()));
   TRY(adopt_names(checkpoint, only_.empty() ? tensor::Holds::all : tensor::Holds::some, index_));
-  on_device_ = !options.device.empty();
+  on_device_ = !options.device.empty() && !index_alone;
   windows_ = on_device_ ? tensor::device_windows_of(index_) : tensor::windows_of(index_);
   if (windows_.image_bytes != opened->image_bytes()) {
     return fail(Code::corrupt, "the daemon's image is of another size than the tensors in it");

@@ -35,7 +35,7 @@ class Mapping {
     bool writable = true;
     std::shared_ptr<const void> owner;
   };
-  Mapping(Bytes bytes, base::Fd lease) : bytes_(std::move(bytes)), lease_(std::move(lease)) {}
+  Mapping(Bytes bytes, base::Fd lease) : lease_(std::move(lease)), bytes_(std::move(bytes)) {}
   std::byte* data() const { return bytes_.data; }
   uint64_t size_bytes() const { return bytes_.size_bytes; }
   // False where strict overcommit refused so much private memory: a write into it is a SIGSEGV.
@@ -44,8 +44,8 @@ class Mapping {
   Status check_daemon() const;
 
  private:
+  const base::Fd lease_;  // ends when the memory is unmapped
   const Bytes bytes_;
-  const base::Fd lease_;
 };
 
 // The files behind what a caller named.

@@ -166,8 +166,9 @@ Status KeeperLink::connect() {
 void KeeperLink::look() {
   const Status connected = connect();
   if (connected) return;
-  if (starting_ && connected.error().code != Code::unavailable)
-    log(LogLevel::warning, "keeper: ", connected.error().message);
+  const std::string& why = connected.error().message;
+  if (connected.error().code != Code::unavailable && std::exchange(told_, why) != why)
+    log(LogLevel::warning, "keeper: ", why);
   loop_.call_after(kLookMs, [this] { look(); });
 }
 

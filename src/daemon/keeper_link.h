@@ -39,6 +39,7 @@ class KeeperLink {
   rpc::Server* server_ = nullptr;
   rpc::ConnectionId connection_ = 0;
   bool starting_ = true;
+  std::string told_;    // why it is not connected, to say that once
   bool ready_ = false;  // it has given back all: one that sleeps is sent no descriptors
 };
 

@@ -8,6 +8,8 @@
 
 namespace tensord::engine {
 
+inline constexpr uint64_t kDevicePageBytes = 2 << 20;  // memory of a device is made of these
+
 class Devices {
  public:
   virtual ~Devices() = default;

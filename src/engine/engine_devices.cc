@@ -20,10 +20,6 @@ using base::fail;
 using base::log;
 using base::LogLevel;
 
-namespace {
-constexpr uint64_t kDevicePageBytes = 2 << 20;
-}  // namespace
-
 void Engine::find_source(Replica& replica) {
   const uint64_t number = replica.number;
   const auto found = [this, number](const Result<uint64_t>& source) {
@@ -57,10 +53,15 @@ void Engine::source_found(uint64_t number, const Result<uint64_t>& source) {
   if (!source) return fail_waiters(replica, source.error());
   const Replica& from = *replicas_.at(*source);
   replica.source = *source;
+  if (replica.waiters.empty()) return forget(number);
   replica.content = from.content;
   replica.state = ReplicaState::waiting;
   replica.room_ns = base::monotonic_ns();
   if (Replica* larger = covering(replica)) return hand_over(replica, *larger);
+  // It is known by what it holds, which may be more than was asked for.
+  unlist(replica);
+  replica.key.only = from.key.only;
+  by_key_[replica.key] = number;
   auto index = base::duplicate(from.index_fd.get());
   if (!index) return fail_waiters(replica, index.error());
   replica.index_fd = std::move(*index);
@@ -90,7 +91,8 @@ void Engine::made_on_device(uint64_t number, Result<Allocations> made) {
     const auto victims = choose_as_many(candidates(replica.key.device), replica.device_bytes);
     if (victims.empty()) return fail_waiters(replica, refusal(replica));
     evict_all(victims, "to make room on a GPU");
-    return make_on_device(replica);
+    constexpr int64_t kGoneMs = 100;  // a keeper lets go a little later
+    return owner_.call_after(kGoneMs, [this, number] { make_on_device(*replicas_.at(number)); });
   }
   if (!made) return fail_waiters(replica, made.error());
   const Status begun = fill_on_device(replica, std::move(*made));

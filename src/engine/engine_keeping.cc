@@ -1,6 +1,7 @@
 // What outlived the daemon before this one is taken over.
 #include <utility>
 
+#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
@@ -39,7 +40,9 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   const Content& content = *replica.content;
   replica.image_bytes = on_device ? tensor::device_windows_of(content.index).image_bytes : content.image_bytes;
   replica.device_bytes = on_device ? memory_bytes : 0;
-  if (content.image_bytes > image_bytes_max || replica.image_bytes > memory_bytes ||
+  const bool fits = on_device ? base::align_up(replica.image_bytes, kDevicePageBytes) == memory_bytes
+                              : replica.image_bytes <= memory_bytes;
+  if (content.image_bytes > image_bytes_max || !fits ||
       (!on_device && replica.leaves.size() != content.layout.leaves.size()))
     return fail(Code::corrupt, "its index is of another replica");
   TRY_ASSIGN(replica.index_fd, options_.encode_index(content.index));

@@ -62,7 +62,7 @@ SETTINGS = (
     ),
     Setting("cache", "CHOICE", "keep or drop: what reads leave in the page cache (default: keep)"),
     Setting("huge_pages", "CHOICE", "auto or never: pages of 2 MiB for weights (default: auto)"),
-    Setting("gpu", "CHOICE", "auto or off: whether clients' GPU memory is written to (default: auto)"),
+    Setting("gpu", "CHOICE", "auto or off: whether GPU memory is written to (default: auto)"),
     Setting(
         "gpu_memory",
         "SIZE",
