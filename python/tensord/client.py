@@ -350,8 +350,8 @@ class Model:
         return self.tensor(self.entry(name))
 
     def tensor(self, entry: Entry, *, framework: str | None = None, writable: bool = False) -> AnyTensor:
-        """`__getitem__` with a choice. ``writable``: so may a numpy array be, as a torch tensor always is; refused for
-        a model on a GPU, whose tensors are for reading alone."""
+        """`__getitem__` with a choice. ``writable``: so may a numpy array be, as a torch tensor always is;
+        refused for a model on a GPU, whose tensors are for reading alone."""
         model, there = self._mapped(entry)
         place = Place(model._keeper(there), there.address, there.memory_shape, None)
         return model._at(there, place, framework or self._framework, writable)
