@@ -96,10 +96,13 @@ int Daemon::read_thread_count() const {
 
 Result<std::string> Daemon::replica_of(const std::string& path) const {
   TRY_ASSIGN(const nlohmann::json listed, ask(protocol::Verb::list, ""));
+  std::string newest;
   for (const auto& replica : listed.at("replicas")) {
-    if (replica.at("path") == path) return std::to_string(replica.at("replica").get<uint64_t>());
+    const bool is_meant = replica.at("path") == path && replica.at("device").is_null();
+    if (is_meant) newest = std::to_string(replica.at("replica").get<uint64_t>());
   }
-  return base::fail(Code::not_found, "no replica of " + path);
+  if (newest.empty()) return base::fail(Code::not_found, "no replica of " + path);
+  return newest;
 }
 
 Status Daemon::evict(const std::string& path) const {
