@@ -133,8 +133,8 @@ TEST_F(FileSource, pages_of_a_mapped_file_are_given_back) {
 
 using FileSourceDeathTest = FileSource;
 TEST_F(FileSourceDeathTest, a_bus_error_elsewhere_ends_the_process_as_ever) {
-#ifdef __SANITIZE_ADDRESS__
-  GTEST_SKIP() << "AddressSanitizer writes a report of it, which fails the run";
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer writes a report of it, which fails the run";
 #endif
   const SourceFile file = open_file(folder_.write("model", Bytes(4096)));
   Bytes read(4096);
