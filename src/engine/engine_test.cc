@@ -48,17 +48,21 @@ TEST_F(EngineTest, a_second_load_is_checked_against_the_first) {
   EXPECT_TRUE(engine_.explain(load(path).value().replica)->checked_against_record);
 }
 
+// Writes into a file as a failing disk does: its mtime stays.
+bool change_behind_mtime(const std::string& path, off_t at) {
+  struct stat before;
+  const base::Fd fd(::open(path.c_str(), O_WRONLY));
+  if (::fstat(fd.get(), &before) != 0 || ::pwrite(fd.get(), "changed", 7, at) != 7) return false;
+  const timespec times[2] = {before.st_atim, before.st_mtim};
+  return ::futimens(fd.get(), times) == 0;
+}
+
 TEST_F(EngineTest, bytes_that_changed_behind_an_unchanged_mtime_fail_the_load) {
   const std::string path = write("a", 100'000);
-  struct stat before;
-  ::stat(path.c_str(), &before);
   const uint64_t first = load(path).value().replica;
   owner_.hang_up_all();
   ASSERT_TRUE(engine_.evict(first));
-  const base::Fd fd(::open(path.c_str(), O_WRONLY));
-  ASSERT_EQ(::pwrite(fd.get(), "changed", 7, 50'000), 7);
-  const timespec times[2] = {before.st_atim, before.st_mtim};
-  ::futimens(fd.get(), times);
+  ASSERT_TRUE(change_behind_mtime(path, 50'000));
   const Grant grant = load(path).value();
   const Replica& replica = engine_.replica(grant.replica);
   EXPECT_EQ(replica.state, ReplicaState::failed);
@@ -84,15 +88,10 @@ class QuickDevices final : public Devices {
 
 TEST_F(EngineTest, a_load_that_fails_at_its_end_fails_the_copy_on_a_device) {
   const std::string path = write("a", 6 << 20);
-  struct stat before;
-  ::stat(path.c_str(), &before);
   const uint64_t first = load(path).value().replica;
   owner_.hang_up_all();
   ASSERT_TRUE(engine_.evict(first));
-  const base::Fd fd(::open(path.c_str(), O_WRONLY));
-  ASSERT_EQ(::pwrite(fd.get(), "changed", 7, 6'000'000), 7);
-  const timespec times[2] = {before.st_atim, before.st_mtim};
-  ::futimens(fd.get(), times);
+  ASSERT_TRUE(change_behind_mtime(path, 6'000'000));
   QuickDevices devices(owner_);
   engine_.use_devices(devices);
   OpenOrder asked = order(path);
